@@ -1,0 +1,22 @@
+"""What a concept reads: features of an SAE, a direction, or the text itself."""
+
+from .base import POOLINGS, ActivationReader, LoadedReadout, Readout, TextReader, readout_from_dict
+from .direction import Direction
+from .family import family_mismatch
+from .sae import SAEFeatures
+from .text import Regex, TextFunction
+
+
+__all__ = [
+    "POOLINGS",
+    "ActivationReader",
+    "Direction",
+    "LoadedReadout",
+    "Readout",
+    "Regex",
+    "SAEFeatures",
+    "TextFunction",
+    "TextReader",
+    "family_mismatch",
+    "readout_from_dict",
+]
