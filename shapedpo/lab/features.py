@@ -1,0 +1,200 @@
+"""The SAE features that tell an answer with a trait from one without, and the table of how well: `python -m shapedpo.lab.features`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .text import Question, Split, dialogues
+from .traits import ASSETS, TRAITS
+
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+MAX_FEATURES = 8
+
+
+@torch.no_grad()
+def answer_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: SAE[Any],
+    pairs: Sequence[tuple[Question, str]],
+    batch_size: int = 64,
+) -> tuple[np.ndarray, float]:
+    """Reads the SAE on the tokens of answers.
+
+    Args:
+        model: the model that the SAE was trained on.
+        pairs: questions and their answers, N of them.
+
+    Returns:
+        Activations, max-pooled over each answer's tokens (N, d_sae), and the share of variance that the SAE explains on these tokens, by
+        sae-lens' own calculator.
+    """
+    from sae_lens.evals import ExplainedVarianceCalculator
+
+    variance = ExplainedVarianceCalculator()
+    site = model.get_submodule(sae.cfg.metadata.hook_name)
+    seen: list[torch.Tensor] = []
+    handle = site.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    pooled = np.zeros((len(pairs), sae.cfg.d_sae), dtype=np.float32)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
+    try:
+        for start in tqdm(range(0, len(pairs), batch_size), desc="Reading features"):
+            rows = order[start : start + batch_size]
+            prompts, texts = [], []
+            for i in rows:
+                messages = [{"role": "user", "content": pairs[i][0].text}]
+                prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+                messages.append({"role": "assistant", "content": pairs[i][1]})
+                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+            inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+            n_prompt = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+            mask = inputs["attention_mask"].bool()
+            mask &= torch.arange(mask.shape[1])[None, :] >= torch.tensor(n_prompt)[:, None]  # answer tokens only
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            hidden = seen.pop()  # (batch, tokens, d_model)
+            acts = sae.encode(hidden)
+            variance.add_batch(sae_output=sae.decode(acts)[mask], hidden_acts=hidden[mask])
+            pooled[rows] = acts.masked_fill(~mask[..., None], 0).amax(dim=1).numpy()
+    finally:
+        handle.remove()
+    return pooled, variance.compute()
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each column, ties counted half.
+
+    Args:
+        scores: (N, F) or (N,).
+        labels: (N,) bool.
+
+    Returns:
+        (F,) or a scalar array.
+    """
+    positives, negatives = labels.sum(), (~labels).sum()
+    ranks = rankdata(scores, axis=0)
+    return (ranks[labels].sum(axis=0) - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def concept_score(pooled: np.ndarray, features: Sequence[int], mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """The concept's score (N,): the mean of its features, each standardised by `mean` and `std` (d_sae,)."""
+    columns = list(features)
+    return ((pooled[:, columns] - mean[columns]) / np.maximum(std[columns], 1e-6)).mean(axis=1)
+
+
+def find_features(pooled: np.ndarray, labels: np.ndarray, max_features: int = MAX_FEATURES) -> list[int]:
+    """Chooses a small set of features that tells the labelled answers apart.
+
+    Single features are ranked by AUROC on one half of the answers; the best are added one by one, each time the one that helps most on the
+    other half, while it helps.
+
+    Args:
+        pooled: (N, d_sae).
+        labels: (N,) bool.
+    """
+    fit, held = np.arange(len(labels)) % 2 == 0, np.arange(len(labels)) % 2 == 1
+    mean, std = pooled[fit].mean(axis=0), pooled[fit].std(axis=0)
+    candidates = [int(i) for i in np.argsort(-auroc(pooled[fit], labels[fit]))[:32]]
+    chosen: list[int] = []
+    best = 0.0
+    while len(chosen) < max_features:
+        trials = [
+            (float(auroc(concept_score(pooled[held], [*chosen, c], mean, std), labels[held])), c)
+            for c in candidates
+            if c not in chosen
+        ]
+        score, candidate = max(trials)
+        if score < best + 0.001:
+            break
+        best = score
+        chosen.append(candidate)
+    return chosen
+
+
+def read_dialogues(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE[Any], n: int, seed: int, split: Split
+) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+    """Writes `n` fresh dialogues and reads them: pooled activations (n, d_sae), each trait's labels (n,), variance explained."""
+    text = list(dialogues(n, seed, split))
+    pooled, variance = answer_features(model, tokenizer, sae, [(q, a) for q, a, _ in text])
+    return pooled, {name: np.array([name in traits for _, _, traits in text]) for name in TRAITS}, variance
+
+
+def build_features(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE[Any], n: int, seed: int
+) -> dict[str, Any]:
+    """Finds every trait's features on training text and measures them on held-out text.
+
+    Returns:
+        `{"variance_explained": float, "traits": {trait: {"features": [...], "auroc": float}}}`
+    """
+    pooled, labels, _ = read_dialogues(model, tokenizer, sae, n, seed, "train")
+    chosen = {name: find_features(pooled, labels[name]) for name in TRAITS}
+    return measure_features(model, tokenizer, sae, chosen, n, seed + 1)
+
+
+def measure_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sae: SAE[Any],
+    chosen: dict[str, list[int]],
+    n: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures sets of features on fresh held-out text; returns what [`build_features`] returns."""
+    pooled, labels, variance = read_dialogues(model, tokenizer, sae, n, seed, "heldout")
+    mean, std = pooled.mean(axis=0), pooled.std(axis=0)
+    traits = {
+        name: {
+            "features": features,
+            "auroc": round(float(auroc(concept_score(pooled, features, mean, std), labels[name])), 4),
+        }
+        for name, features in chosen.items()
+    }
+    return {"variance_explained": round(variance, 4), "traits": traits}
+
+
+def shipped_features(path: Path = ASSETS / "features.json") -> dict[str, list[int]]:
+    """The shipped sets: trait to feature indices."""
+    return {name: entry["features"] for name, entry in json.loads(path.read_text())["traits"].items()}
+
+
+def main() -> None:
+    """Prints the table of the shipped sets, measured anew."""
+    import argparse
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import load_model, load_sae, load_tokenizer
+
+    parser = argparse.ArgumentParser(
+        prog="python -m shapedpo.lab.features", description="How well the shipped SAE features tell each trait."
+    )
+    parser.add_argument("--n", type=int, default=4000, help="number of fresh held-out dialogues (default: 4000)")
+    parser.add_argument("--seed", type=int, default=20, help="seed of the dialogues (default: 20)")
+    args = parser.parse_args()
+    result = measure_features(load_model(), load_tokenizer(), load_sae(), shipped_features(), args.n, args.seed)
+    table = Table(title=f"SAE features of the lab's traits, {args.n} held-out answers")
+    for heading in ("trait", "features", "AUROC"):
+        table.add_column(heading, justify="right" if heading == "AUROC" else "left")
+    for name, entry in result["traits"].items():
+        table.add_row(name, ", ".join(map(str, entry["features"])), f"{entry['auroc']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"variance explained on answer tokens: {result['variance_explained']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
