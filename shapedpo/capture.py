@@ -287,14 +287,15 @@ def _find_module(base: nn.Module, name: str) -> nn.Module | None:
         return None
     if (module := _submodule(base, name)) is not None:
         return module
+    backbone = base.get_submodule(_find_layers(base)[0].rpartition(".")[0])
     parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        parts = parts[1:]
-        backbone = base.get_submodule(_find_layers(base)[0].rpartition(".")[0])
+    while True:
         for root in (base, backbone):
             if (module := _submodule(root, ".".join(parts))) is not None:
                 return module
-    return None
+        if len(parts) == 1 or parts[0] not in _WRAPPERS:
+            return None
+        parts = parts[1:]
 
 
 def _hidden_size(base: nn.Module) -> int:

@@ -108,7 +108,7 @@ class SAEReader(ActivationReader):
     def _reduce(self, x: Tensor, inside: Tensor) -> Tensor:
         # A maximum starts from -inf, a sum from 0.
         start = -torch.inf if self.pooling == "max" else 0.0
-        out = torch.full((len(x), self.n_features), start, device=x.device)
+        out = torch.full((len(x), self.n_features), start, dtype=torch.float32, device=x.device)
         if self._linear:
             self._reduce_linear(x, inside, out)
         else:
@@ -121,8 +121,10 @@ class SAEReader(ActivationReader):
         """Reduce features that stand alone into `out`, a chunk of them at a time."""
         x = self._sae.process_sae_in(x)
         width = min(self.n_features, _CHUNK)
-        tiles = list(_tiles(inside, max_elements(x.device) // width))
-        scratch = x.new_empty(max((len(x[tile].flatten(0, 1)) for tile in tiles), default=0) * width)
+        size = max_elements(x.device) // width
+        tiles = list(_tiles(inside, size))
+        # One buffer for all chunks: a fresh one each time would cost more in page faults than the activation function.
+        scratch = x.new_empty(min(inside.numel(), size) * width)
         for first in range(0, self.n_features, width):
             features = slice(first, first + width)
             weight = self._sae.W_enc[:, features]  # (d_in, F')
