@@ -1,0 +1,113 @@
+"""The command line: `shapedpo train | demo | concepts`.
+
+Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
+when it runs and `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .scripts.errors import UserError
+
+
+TRAIN_HELP = """\
+Train with ShapedDPOTrainer. Everything is in one YAML file (a recipe), and every key of it can be given on the command line
+instead, which then has the last word:
+
+  shapedpo train --config recipes/goblin_lab.yaml
+  shapedpo train --config recipes/goblin_lab.yaml --learning_rate 1e-4 --output_dir runs/second --max_steps 50
+  accelerate launch --config_file accelerate_configs/zero2.yaml -m shapedpo train --config recipes/llama31_8b_scope.yaml
+
+keys of a recipe, the most used:
+  model_name_or_path      a local folder, a name on the Hugging Face hub, or `lab` (the model that ships with shapedpo)
+  dataset_name            a name on the hub, a folder saved by `save_to_disk`, a .json, .jsonl, .parquet or .csv file (also
+                          .gz), or `lab:goblin_world`
+  concepts                a list of concepts, or the path of a YAML file with one
+  output_dir              where checkpoints and the trained model go
+  resume_from_checkpoint  `true` for the last checkpoint in output_dir, or a checkpoint's folder
+  use_peft, lora_r, ...   LoRA, as in TRL's ModelConfig; load_in_4bit, load_in_8bit for quantisation
+  env                     environment variables, set before anything is imported
+
+and every field of TRL's DPOConfig (beta, loss_type, learning_rate, ...): `shapedpo train --help-all` lists them all.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line. Of `train`'s arguments it knows only those that are not a recipe's keys."""
+    parser = argparse.ArgumentParser(
+        prog="shapedpo",
+        description="DPO that reads which concepts each preference pair teaches, and shapes what the model learns.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"shapedpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train from a recipe",
+        description=TRAIN_HELP,
+        usage="shapedpo train [--config RECIPE] [--KEY VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", metavar="RECIPE", help="the YAML file")
+    train.add_argument("--help-all", action="store_true", help="list every key of a recipe (takes some seconds)")
+
+    demo = commands.add_parser(
+        "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
+    )
+    demo.add_argument("--output-dir", default="runs/demo", help="where the models and the W&B run go (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the data and of both trainings (%(default)s)")
+
+    concepts = commands.add_parser("concepts", help="look at the concepts of a file", allow_abbrev=False)
+    actions = concepts.add_subparsers(dest="concepts_command", metavar="command", required=True)
+    show = actions.add_parser("show", help="check a file of concepts, or a recipe, and show them", allow_abbrev=False)
+    show.add_argument("file", help="a YAML file")
+    show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 where the user's input is at fault (one message, no traceback).
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return _run(args, rest)
+    except UserError as error:
+        if os.environ.get("SHAPEDPO_TRACEBACK", "0") not in ("", "0"):
+            raise
+        # Every process of a distributed run meets the same error: one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"shapedpo: error: {error}", file=sys.stderr)
+            if error.__cause__ is not None:
+                print("(SHAPEDPO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    if args.command == "train":
+        from .scripts import train
+
+        return train.main(args.config, rest, help_all=args.help_all)
+    if args.command == "demo":
+        from . import demo
+
+        demo.run(output_dir=args.output_dir, seed=args.seed)
+        return 0
+    from .scripts import concepts
+
+    return concepts.show(args.file, load=args.load)

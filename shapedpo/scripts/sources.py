@@ -1,0 +1,195 @@
+"""What a recipe's names stand for: a model, preference pairs, concepts; local, of the embedded lab, or on the hub.
+
+Local paths are looked at before anything else: without a network the hub client retries for half a minute before it says
+that it cannot find a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
+
+from .errors import UserError, as_user_error, suggest
+from .recipe import read_yaml
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, IterableDatasetDict
+    from trl import DatasetMixtureConfig, ScriptArguments
+
+    from ..concept import Concept
+
+
+# How `load_dataset` calls the reader of a file, by the file's suffix (compressed files: by the suffix before).
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only be a path: it exists, begins like one, or ends like a data file."""
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or _builder(name) is not None
+
+
+def _builder(name: str) -> str | None:
+    path = Path(name)
+    if path.suffix in _COMPRESSED:
+        path = path.with_suffix("")
+    return _BUILDERS.get(path.suffix)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def model_source(name: str | None) -> str:
+    """What `from_pretrained` takes for a recipe's `model_name_or_path`.
+
+    Raises:
+        UserError: If there is none, or it is a path where nothing is.
+    """
+    if name is None:
+        raise UserError("`model_name_or_path` is missing: a local folder, a name on the hub, or `lab`.")
+    if name == "lab":
+        from .. import lab
+
+        return str(lab.model_path())
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if looks_local(name):
+        raise UserError(f"model_name_or_path: there is no folder {name!r}.")
+    return name
+
+
+# --- the data ----------------------------------------------------------------------------------------------------------
+
+
+def load_preferences(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
+    """The splits that a recipe names: by TRL's `datasets` (a mixture) if given, else by `dataset_name`.
+
+    Raises:
+        UserError: If nothing is named, or what is named is a path where nothing is.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if mixture.datasets:
+        for part in mixture.datasets:
+            local = local_source(part.path)
+            if local is not None and part.data_files is None:
+                files = local["data_files"]
+                if part.split not in files:
+                    raise UserError(f"datasets: {part.path!r} has no split {part.split!r}; it has {', '.join(files)}.")
+                part.path, part.data_files = local["path"], files
+        with as_user_error(ValueError, FileNotFoundError, prefix="datasets: "):
+            return get_dataset(mixture)
+    name = script.dataset_name
+    if name is None:
+        raise UserError("There is no data: give `dataset_name`, or a list of `datasets` (a mixture).")
+    if name.startswith("lab:"):
+        return lab_preferences(name.removeprefix("lab:"))
+    source = local_source(name) or {"path": str(Path(name).expanduser()) if looks_local(name) else name}
+    with as_user_error(ValueError, FileNotFoundError, ConnectionError, prefix=f"dataset_name: cannot load {name!r}: "):
+        return load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def local_source(name: str) -> dict[str, Any] | None:
+    """What `load_dataset` takes for a local path that it does not understand by itself.
+
+    Args:
+        name: A data file, or a folder made by `save_to_disk`.
+
+    Returns:
+        `path` (the name of a reader) and `data_files` (split to files), or `None` for anything else: names on the hub, and folders
+        of data files, which `load_dataset` takes as they are.
+
+    Raises:
+        UserError: If `name` can only be a path and nothing is there, or it is a file that no reader takes.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        builder = _builder(name)
+        if builder is None:
+            raise UserError(f"Cannot tell how to read {name!r}: expected a file ending in {', '.join(_BUILDERS)}.")
+        return {"path": builder, "data_files": {"train": [str(path)]}}
+    if not path.exists():
+        if looks_local(name):
+            raise UserError(f"There is no file or folder {name!r}.")
+        return None
+    if (path / "dataset_dict.json").is_file():
+        splits = {part.name: part for part in sorted(path.iterdir()) if (part / "state.json").is_file()}
+    elif (path / "state.json").is_file():
+        splits = {"train": path}
+    else:
+        return None
+    return {
+        "path": "arrow",
+        "data_files": {split: [str(file) for file in sorted(part.glob("*.arrow"))] for split, part in splits.items()},
+    }
+
+
+def lab_preferences(world: str) -> DatasetDict:
+    """Preference pairs of a world of the lab, and a test split drawn with another seed.
+
+    Args:
+        world: A world's name, with its arguments as a query: `goblin_world` or `goblin_world?n=200&seed=1`.
+
+    Raises:
+        UserError: If there is no such world, or it takes no such argument.
+    """
+    from datasets import DatasetDict
+
+    from ..lab import worlds
+
+    name, _, query = world.partition("?")
+    known = [entry for entry in vars(worlds) if entry.endswith("_world")]
+    if name not in known:
+        raise UserError(f"dataset_name: the lab has no world {name!r}.{suggest(name, known)} It has {', '.join(known)}.")
+    with as_user_error(ValueError, TypeError, prefix=f"dataset_name: lab:{world}: "):
+        options = {key: int(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
+        train = getattr(worlds, name)(**options)
+        test = getattr(worlds, name)(**{**options, "seed": train.seed + 10_000, "n": max(train.n // 10, 1)})
+        return DatasetDict(train=train.dataset(), test=test.dataset())
+
+
+# --- the concepts ------------------------------------------------------------------------------------------------------
+
+
+def concepts_from(source: Any) -> list[Concept]:
+    """The concepts of a recipe's `concepts`: a list of mappings, or the path of a file with one.
+
+    Beyond what [`resolve_concepts`] takes, a readout can be `{type: lab, trait: goblin}`: the features of the shipped SAE that
+    read one of the lab's traits.
+
+    Raises:
+        UserError: If one does not fit, or a file is not there or holds none.
+    """
+    if isinstance(source, str):
+        content, _ = read_yaml(source)
+        listed = content.get("concepts") if isinstance(content, Mapping) else content
+        if isinstance(listed, str):  # a recipe that names a file
+            return concepts_from(listed)
+        if not isinstance(listed, list) or not listed:
+            raise UserError(f"{source}: expected a list of at least one concept under `concepts:`, found {listed!r}.")
+        with as_user_error(UserError, prefix=f"{source}: "):
+            return concepts_from(listed)
+    if not isinstance(source, list):
+        raise UserError(f"`concepts` must be a list of concepts or the path of a YAML file, got {source!r}.")
+    from ..concept import resolve_concepts
+
+    with as_user_error(ValueError, TypeError):
+        return resolve_concepts([_expand_lab(concept) for concept in source])
+
+
+def _expand_lab(concept: Any) -> Any:
+    readout = concept.get("readout") if isinstance(concept, Mapping) else None
+    if not isinstance(readout, Mapping) or readout.get("type") != "lab":
+        return concept
+    from .. import lab
+
+    options = {key: value for key, value in readout.items() if key not in ("type", "trait")}
+    if "trait" not in readout:
+        raise UserError(f"Concept {concept.get('name')!r}: a readout of type 'lab' needs a `trait`.")
+    found = lab.concept(readout["trait"]).readout.to_dict()
+    return {**concept, "readout": {**found, **options}}
