@@ -81,7 +81,7 @@ def resolve_site(model: nn.Module, hook_name: str) -> Site:
     for name, side in _sides(hook_name):
         module = _find_module(base, name)
         if module is not None:
-            return Site(module, side, _width(base, module, side, name))
+            return Site(module, side, _width(base, module, side))
     raise ValueError(_not_found(base, hook_name))
 
 
@@ -120,16 +120,14 @@ def _lens_site(base: nn.Module, hook_name: str, layer: int, hook: str) -> Site:
     if hook == "hook_resid_post":
         return Site(block, "output", hidden)
     if hook == "hook_attn_out":
-        return Site(
-            _child(block, ("post_attention_layernorm",) if norms_out else _ATTENTION, hook_name), "output", hidden
-        )
+        names = ("post_attention_layernorm",) if norms_out else _ATTENTION
+        return Site(_child(block, names, hook_name), "output", hidden)
     if hook == "hook_mlp_out":
-        return Site(
-            _child(block, ("post_feedforward_layernorm",) if norms_out else ("mlp",), hook_name), "output", hidden
-        )
+        names = ("post_feedforward_layernorm",) if norms_out else ("mlp",)
+        return Site(_child(block, names, hook_name), "output", hidden)
     if hook == "attn.hook_z":
         projection = _child(_child(block, _ATTENTION, hook_name), _PROJECTION, hook_name)
-        return Site(projection, "input", _width(base, projection, "input", ""))
+        return Site(projection, "input", _width(base, projection, "input"))
     if hook == "hook_resid_mid" and not getattr(block, "use_parallel_residual", False):
         # The first thing that sees the stream after attention: a norm, or the MLP itself in OLMo 2 and 3.
         names = ("pre_feedforward_layernorm", "mlp" if norms_out else "post_attention_layernorm", "ln_2")
@@ -181,7 +179,7 @@ def _hidden_size(base: nn.Module) -> int:
     return int(getattr(config, "text_config", config).hidden_size)
 
 
-def _width(base: nn.Module, module: nn.Module, side: Side, name: str) -> int:
+def _width(base: nn.Module, module: nn.Module, side: Side) -> int:
     # From attributes, not from the weight, which is empty under ZeRO-3 and packed if quantised.
     attributes = ("in_features", "nx") if side == "input" else ("out_features", "nf")  # nn.Linear, GPT-2's Conv1D
     for attribute in attributes:

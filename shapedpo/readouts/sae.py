@@ -136,7 +136,10 @@ def _load_folder(path: Path, dtype: str) -> SAE[Any]:
             f"The folder '{path}' lacks {' and '.join(missing)}, so it is not an SAE saved by sae-lens (`save_model`). "
             f"It holds {found}."
         )
-    sae = SAE.load_from_disk(path, device="cpu", dtype=dtype)
+    try:
+        sae = SAE.load_from_disk(path, device="cpu", dtype=dtype)
+    except Exception as error:  # whatever a damaged or foreign file makes sae-lens stumble over
+        raise ValueError(f"Cannot load the SAE in '{path}' ({type(error).__name__}: {error}).") from error
     if sae.cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
         # sae-lens folds these into the weights when it saves a finished SAE; what is not folded, `encode` leaves out.
         warnings.warn(

@@ -112,7 +112,8 @@ class SAEReader(ActivationReader):
         if self._linear:
             self._reduce_linear(x, inside, out)
         else:
-            for rows, tokens in _tiles(inside, max_elements(x.device) // self._sae.W_dec.shape[0]):
+            size = max(1, max_elements(x.device) // self._sae.W_dec.shape[0])
+            for rows, tokens in _tiles(inside, size):
                 part = reduce_tokens(self.encode(x[rows, tokens]), inside[rows, tokens], self.pooling)
                 _accumulate(out[rows], part, self.pooling)
         return out
@@ -121,7 +122,7 @@ class SAEReader(ActivationReader):
         """Reduce features that stand alone into `out`, a chunk of them at a time."""
         x = self._sae.process_sae_in(x)
         width = min(self.n_features, _CHUNK)
-        size = max_elements(x.device) // width
+        size = max(1, max_elements(x.device) // width)
         tiles = list(_tiles(inside, size))
         # One buffer for all chunks: a fresh one each time would cost more in page faults than the activation function.
         scratch = x.new_empty(min(inside.numel(), size) * width)
@@ -160,10 +161,10 @@ def _accumulate(out: Tensor, part: Tensor, pooling: str) -> None:
 
 
 def _tiles(inside: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a batch, `(N, T)`, into pieces of at most `size` tokens (at least 1)."""
+    """Cut a batch, `(N, T)`, into pieces of at most `size` tokens."""
     n, t = inside.shape
-    tokens = max(1, min(t, size))
-    rows = max(1, size // tokens)
+    tokens = min(t, size)
+    rows = size // tokens
     for row in range(0, n, rows):
         for token in range(0, t, tokens):
             yield slice(row, row + rows), slice(token, token + tokens)
