@@ -1,0 +1,165 @@
+"""Calibration: what a score means, by the reference's scores on a sample of the training data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .concept import Concept
+from .reading import ConceptReader, RawScores, Statistics
+from .shapers import ConceptSignal
+
+
+FILE_NAME = "concepts.safetensors"
+"""Name of the file in a checkpoint."""
+
+
+class Calibration(NamedTuple):
+    """What standardisation and data-wide thresholds need.
+
+    Attributes:
+        statistics: Mean and standard deviation of each raw score.
+        deltas: `(N, C)`, the concepts' deltas on the sample.
+        gates: `(N, C)`, their gates on it.
+    """
+
+    statistics: Statistics
+    deltas: Tensor
+    gates: Tensor
+
+    def signal(self, concept: int) -> ConceptSignal:
+        """The sample's deltas and gates of one concept."""
+        return ConceptSignal(torch.empty(0), self.deltas[:, concept], self.gates[:, concept])
+
+    def to(self, device: torch.device) -> Calibration:
+        return Calibration(self.statistics.to(device), self.deltas.to(device), self.gates.to(device))
+
+
+def calibrate(
+    reader: ConceptReader, raw: RawScores, valid: Tensor, gates: Tensor, keep: int = 8192
+) -> tuple[Calibration, list[str]]:
+    """Statistics of raw scores.
+
+    Args:
+        reader: The concepts' reader.
+        raw: Raw scores of the sample's N pairs.
+        valid: `(N,)` bool, whether both completions have tokens; the others do not count.
+        gates: `(N, G)`, the values of the reader's gate columns.
+        keep: How many pairs' deltas to keep, spread evenly over the sample.
+
+    Returns:
+        The calibration, and warnings: one for each concept that some score of which never varies.
+
+    Raises:
+        FloatingPointError: If a score is not finite; the text names the concept.
+        ValueError: If fewer than two pairs have tokens on both sides.
+    """
+    raise_non_finite(reader.concepts, reader.non_finite(raw), "the calibration sample")
+    if int(valid.sum()) < 2:
+        raise ValueError(
+            f"Of the {len(valid)} pairs of the calibration sample, {int(valid.sum())} have completion tokens on both sides "
+            "after truncation; at least 2 are needed. Raise `max_length` or `calibration_size`."
+        )
+    rows = raw.completion[valid.repeat(2)]
+    std, prompt_std = rows.std(dim=0), raw.prompt.std(dim=0)
+    warnings = []
+    for concept, columns in zip(reader.concepts, reader.columns, strict=True):
+        silent = int((std[columns] == 0).sum())
+        width = columns.stop - columns.start
+        # Of a whole SAE some features are always silent; of a chosen few, none should be.
+        if silent == width or (silent and width <= 64):
+            warnings.append(
+                f"Concept {concept.name!r}: {silent} of its {width} scores never vary on "
+                f"the calibration sample of {len(valid)} pairs, so they cannot be standardised and are taken as they are. Is the "
+                "readout right? A rare concept needs a larger `calibration_size`."
+            )
+    statistics = Statistics(rows.mean(dim=0), _or_one(std), raw.prompt.mean(dim=0), _or_one(prompt_std))
+    signals = reader.signals(raw, statistics, valid, gates)
+    kept = torch.arange(len(valid), device=valid.device)[valid]
+    kept = kept[torch.linspace(0, len(kept) - 1, min(keep, len(kept)), device=valid.device).round().long()]
+    deltas = torch.stack([signal.delta[kept] for signal in signals], dim=1)
+    gate = torch.stack([signal.gate[kept] for signal in signals], dim=1)
+    return Calibration(statistics, deltas, gate), warnings
+
+
+def raise_non_finite(concepts: list[Concept], counts: Any, where: str) -> None:
+    """Raise `FloatingPointError` naming the first concept whose count of non-finite scores is not 0."""
+    for concept, count in zip(concepts, counts, strict=True):
+        if count:
+            raise FloatingPointError(
+                f"Concept {concept.name!r}: {int(count)} of its scores on {where} are not finite. The reference model's "
+                "activations there, or the readout's weights, hold inf or nan. Nothing was updated with them; what has been "
+                "saved is as it was."
+            )
+
+
+def save_calibration(folder: str | Path, calibration: Calibration, concepts: list[Concept], fingerprint: str) -> None:
+    """Write a calibration and the concepts it belongs to into a folder, whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {**calibration.statistics._asdict(), "deltas": calibration.deltas, "gates": calibration.gates}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"concepts": json.dumps([concept.to_dict() for concept in concepts]), "fingerprint": fingerprint}
+    partial = folder / f".{FILE_NAME}.partial"
+    save_file(tensors, partial, metadata=metadata)
+    os.replace(partial, folder / FILE_NAME)
+
+
+def load_calibration(
+    folder: str | Path, concepts: list[Concept], fingerprint: str, allow_change: bool
+) -> Calibration | None:
+    """Read the calibration of a checkpoint.
+
+    Args:
+        folder: The checkpoint.
+        concepts: The concepts of this run.
+        fingerprint: Of this run's readers.
+        allow_change: Whether the concepts may differ from the checkpoint's.
+
+    Returns:
+        `None` if the checkpoint has none (one of plain `DPOTrainer`), or has one for other concepts and that is allowed.
+
+    Raises:
+        ValueError: If the concepts differ and may not; the text says what changed.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    changes = _changes(json.loads(metadata["concepts"]), [concept.to_dict() for concept in concepts])
+    if not changes and metadata["fingerprint"] != fingerprint:
+        changes = ["what a readout loads"]
+    if changes and not allow_change:
+        raise ValueError(
+            f"The concepts are not those of the checkpoint {str(folder)!r}: {'; '.join(changes)}. Use the checkpoint's "
+            "concepts, or set `allow_concept_change=True`."
+        )
+    if changes:
+        return None
+    deltas, gates = tensors.pop("deltas"), tensors.pop("gates")
+    return Calibration(Statistics(**tensors), deltas, gates)
+
+
+def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    before, after = ({concept["name"]: concept for concept in concepts} for concepts in (old, new))
+    changes = [f"{name!r} is gone" for name in before if name not in after]
+    changes += [f"{name!r} is new" for name in after if name not in before]
+    for name in before.keys() & after.keys():
+        for field in before[name].keys() | after[name].keys():
+            was, now = before[name].get(field), after[name].get(field)
+            if was != now:
+                changes.append(f"{field} of {name!r} was {was!r} and is {now!r}")
+    return sorted(changes)
+
+
+def _or_one(std: Tensor) -> Tensor:
+    return torch.where(std > 0, std, torch.ones_like(std))

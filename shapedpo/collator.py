@@ -1,0 +1,128 @@
+"""The collator around TRL's: it carries what shaping needs of a row, and scores texts, off the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .readouts import Readout, TextReader
+
+
+WEIGHT = "pair_weight"
+GATES = "concept_gates"
+TEXT = "concept_text"
+PROMPT_TEXT = "concept_prompt_text"
+CACHED = "concept_cached"
+KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
+"""What the collator may add to a batch."""
+
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class ConceptCollator:
+    """Collates pairs as the collator it wraps, and adds their weights, gates, text scores and cached scores.
+
+    The added tensors are float32 handed over as int32, since a trainer under DeepSpeed casts floating inputs to bf16 and that would
+    round the scores: see [`unpack`].
+
+    Args:
+        inner: The collator to wrap. Gets rows as TRL makes them.
+        tokenizer: Decodes completions for text readouts.
+        text_readouts: The readouts to score; completions are scored as the batch holds them, truncated.
+        prompt_text: Whether to score the prompts' texts too, for gates.
+        weight_column: Column of pair weights, if any.
+        gate_columns: Columns that gate concepts.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        tokenizer: Any,
+        text_readouts: Sequence[Readout] = (),
+        prompt_text: bool = False,
+        weight_column: str | None = None,
+        gate_columns: Sequence[str] = (),
+    ) -> None:
+        self.inner = inner
+        self.tokenizer = tokenizer
+        self.text_readouts = list(text_readouts)
+        self.prompt_text = prompt_text
+        self.weight_column = weight_column
+        self.gate_columns = list(gate_columns)
+        self._readers: list[TextReader] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Readers may hold what cannot be pickled; a worker process loads its own.
+        return {**self.__dict__, "_readers": None}
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows, cached = split_cached(examples)
+        batch = self.inner(rows)
+        if self.weight_column is not None:
+            batch[WEIGHT] = pack([[check_weight(example, self.weight_column)] for example in examples])
+        if self.gate_columns:
+            batch[GATES] = pack([[check_gate(example, column) for column in self.gate_columns] for example in examples])
+        if cached is not None:
+            batch[CACHED] = cached
+        elif self.text_readouts:
+            completion = batch["completion_mask"].bool()
+            batch[TEXT] = self._score(batch["input_ids"], completion)
+            if self.prompt_text:
+                pairs = len(examples)
+                prompt = batch["attention_mask"].bool() & ~completion
+                batch[PROMPT_TEXT] = self._score(batch["input_ids"][:pairs], prompt[:pairs])
+        return batch
+
+    def _score(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        if self._readers is None:
+            self._readers = [
+                reader for readout in self.text_readouts if isinstance(reader := readout.load(), TextReader)
+            ]
+        ids = [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return torch.stack([reader.score(texts) for reader in self._readers], dim=1).view(torch.int32)
+
+
+def pack(rows: list[list[float]]) -> Tensor:
+    """`(B, n)` float32, handed over as int32."""
+    return torch.tensor(rows, dtype=torch.float32).view(torch.int32)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Back to float32."""
+    return packed.view(torch.float32)
+
+
+def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """Take cached scores out of precomputed rows.
+
+    With `precompute_ref_log_probs`, TRL's column of a reference log-probability holds a list: that number, and behind it the row's
+    scores.
+
+    Returns:
+        The rows with the bare log-probabilities, and the scores `(2B, n)` float32 as int32, or `None` if there are none.
+    """
+    if not isinstance(examples[0].get(REF_COLUMNS[0]), Sequence):
+        return examples, None
+    cached = [example[column][1:] for column in REF_COLUMNS for example in examples]
+    rows = [{**example, **{column: example[column][0] for column in REF_COLUMNS}} for example in examples]
+    return rows, pack(cached)
+
+
+def check_weight(example: dict[str, Any], column: str) -> float:
+    """A pair's weight. Raises `ValueError` unless it is finite and not negative."""
+    weight = example[column]
+    if weight is None or not 0 <= float(weight) < float("inf"):
+        raise ValueError(f"Column {column!r}: a pair's weight must be finite and not negative, got {weight!r}.")
+    return float(weight)
+
+
+def check_gate(example: dict[str, Any], column: str) -> float:
+    """A row's gate. Raises `ValueError` unless it is boolean or between 0 and 1."""
+    gate = example[column]
+    if isinstance(gate, str) or gate is None or not 0 <= float(gate) <= 1:
+        raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {gate!r}.")
+    return float(gate)

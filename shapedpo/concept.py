@@ -1,0 +1,242 @@
+"""A concept is data: a name, what reads it, and what is to be done about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .readouts import Readout, TextFunction, readout_from_dict
+from .shapers import Shaper, shaper_from_config
+from .shapers.base import check_number
+
+
+ACTIONS = ("watch", "suppress", "amplify")
+"""What can be done about a concept: read and log it only, or also teach less or more of it than the data does."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where a concept is shaped: on the rows that pass.
+
+    Args:
+        column: A column of the dataset, boolean or between 0 and 1; a row's value is how much of the shaping it gets.
+        concept: The name of another concept of the list, read on the **prompt**. Rows pass where its score is above the threshold.
+        threshold: In standard deviations of the prompts' scores.
+
+    Raises:
+        ValueError: Unless exactly one of `column` and `concept` is given and the threshold is finite.
+
+    Source: gated reward shaping, Bergen et al. (arXiv 2606.12360).
+    """
+
+    column: str | None = None
+    concept: str | None = None
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.column is None) == (self.concept is None):
+            raise ValueError(
+                "A gate takes either `column` (of the dataset) or `concept` (the name of another concept, read on the "
+                f"prompt); got column={self.column!r} and concept={self.concept!r}."
+            )
+        check_number("A gate", "threshold", self.threshold)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something that completions can show, what reads it, and what is to be done about it.
+
+    Args:
+        name: Letters, digits, spaces and `_ - .`. Metrics are logged under `concepts/<name>/`.
+        readout: What reads it: [`SAEFeatures`], [`Direction`], [`Regex`], or any function from text to number.
+        action: `"watch"` reads and logs only; `"suppress"` and `"amplify"` shape the training signal.
+        method: How, by name (`"reward"`, `"reweight"`, `"mask"`, `"project"`) or with options (`Mask(fraction=0.05)`, in YAML
+            `{name: mask, fraction: 0.05}`).
+        strength: How strongly, positive either way; in nats of reward margin per standard deviation of the score. Needed by
+            `reward` and `reweight`, taken by no other method.
+        gate: Where it is shaped. Everywhere by default.
+
+    Raises:
+        ValueError: If a field does not fit; the text names the concept, what was found and what is expected.
+
+    Example:
+        ```python
+        Concept("goblin", SAEFeatures("path/to/sae", features=[412, 77]), action="suppress", strength=2.0)
+        ```
+    """
+
+    name: str
+    readout: Readout | Callable[[str], float]
+    action: str = "watch"
+    method: str | Mapping[str, Any] | Shaper = "reward"
+    strength: float | None = None
+    gate: Gate | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
+            raise ValueError(f"A concept's name must be letters, digits, spaces or any of `_-.`; got {self.name!r}.")
+        with _Blame(f"Concept {self.name!r}"):
+            if not isinstance(self.readout, Readout):
+                if not callable(self.readout):
+                    raise ValueError(
+                        f"`readout` must be a readout such as SAEFeatures(...) or a function of text, got {self.readout!r}."
+                    )
+                object.__setattr__(self, "readout", TextFunction(self.readout))
+            if self.action not in ACTIONS:
+                raise ValueError(f"unknown action {self.action!r}. Actions are {', '.join(ACTIONS)}.")
+            object.__setattr__(self, "method", shaper_from_config(self.method))
+            if isinstance(self.gate, Mapping):
+                object.__setattr__(self, "gate", _from_mapping(Gate, self.gate, "gate"))
+            self._check_shaping()
+
+    def _check_shaping(self) -> None:
+        if self.action == "watch":
+            if self.strength is not None or self.gate is not None:
+                field = "strength" if self.strength is not None else "gate"
+                raise ValueError(
+                    f"`{field}` is given, but the action is 'watch', which shapes nothing. Set action='suppress' or "
+                    f"'amplify', or leave `{field}` out."
+                )
+            return
+        if self.action not in self.shaper.actions:
+            raise ValueError(
+                f"method {self.shaper.name!r} cannot {self.action}. It can {' or '.join(self.shaper.actions)}."
+            )
+        if self.shaper.needs_strength:
+            if self.strength is None:
+                raise ValueError(
+                    f"method {self.shaper.name!r} needs a `strength`, a positive number; 0.5 to 5 is the usual range."
+                )
+            check_number("method " + repr(self.shaper.name), "strength", self.strength, above=0)
+        elif self.strength is not None:
+            raise ValueError(f"method {self.shaper.name!r} takes no `strength`, got {self.strength!r}. Leave it out.")
+
+    @property
+    def shaper(self) -> Shaper:
+        """The method as an object."""
+        assert isinstance(self.method, Shaper)  # by __post_init__
+        return self.method
+
+    @property
+    def shapes(self) -> bool:
+        """Whether the concept changes the training signal."""
+        return self.action != "watch"
+
+    @property
+    def signed_strength(self) -> float:
+        """Positive to suppress, negative to amplify; of size 1 where the method takes no strength."""
+        size = 1.0 if self.strength is None else float(self.strength)
+        return -size if self.action == "amplify" else size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The concept as plain data, as YAML has it."""
+        assert isinstance(self.readout, Readout)  # by __post_init__
+        data: dict[str, Any] = {"name": self.name, "readout": self.readout.to_dict(), "action": self.action}
+        if self.shapes:
+            data["method"] = self.shaper.to_config()
+        if self.strength is not None:
+            data["strength"] = float(self.strength)
+        if isinstance(self.gate, Gate):
+            data["gate"] = (
+                {"column": self.gate.column}
+                if self.gate.column is not None
+                else {"concept": self.gate.concept, "threshold": self.gate.threshold}
+            )
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Concept:
+        """Build a concept from plain data.
+
+        Raises:
+            ValueError: If a field is missing, unknown or does not fit.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"A concept must be a mapping with a `name` and a `readout`, got {data!r}.")
+        fields = dict(data)
+        with _Blame(f"Concept {fields.get('name')!r}"):
+            if "readout" not in fields:
+                raise ValueError("`readout` is missing, for example {type: regex, pattern: 'https?://'}.")
+            if not isinstance(fields["readout"], Readout):
+                fields["readout"] = readout_from_dict(fields["readout"])
+        return _from_mapping(cls, fields, f"Concept {fields.get('name')!r}")
+
+
+class _Blame:
+    """Context manager: puts the name of what is at fault before the text of a `ValueError`."""
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValueError) and not str(error).startswith(self.owner):
+            raise ValueError(f"{self.owner}: {error}") from error
+
+
+def _from_mapping(cls: type[Any], fields: Mapping[str, Any], owner: str) -> Any:
+    unknown = [name for name in fields if name not in cls.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"{owner}: unknown field {unknown[0]!r}. Fields are {', '.join(cls.__dataclass_fields__)}.")
+    return cls(**fields)
+
+
+def resolve_concepts(concepts: str | Path | Iterable[Concept | Mapping[str, Any]] | None) -> list[Concept]:
+    """Concepts from any of the forms a user may give: a list of concepts or mappings, or a YAML file.
+
+    Raises:
+        ValueError: If one does not fit, two have one name, a gate names a concept that is not there, or the list is empty where
+            a file was to hold one.
+    """
+    if concepts is None:
+        return []
+    if isinstance(concepts, str | Path):
+        return load_concepts(concepts)
+    if isinstance(concepts, Concept | Mapping):
+        raise ValueError("`concepts` must be a list of concepts, got a single one. Put it into a list.")
+    resolved = [concept if isinstance(concept, Concept) else Concept.from_dict(concept) for concept in concepts]
+    _check_together(resolved)
+    return resolved
+
+
+def load_concepts(path: str | Path) -> list[Concept]:
+    """Read the concepts of a YAML file: a list, or a mapping with a list under `concepts`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML (the text has the line), holds no concept, or one does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of concepts at {str(path)!r}.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    concepts = data.get("concepts") if isinstance(data, Mapping) else data
+    if not isinstance(concepts, Sequence) or isinstance(concepts, str) or not concepts:
+        raise ValueError(f"{path}: expected a list of at least one concept under `concepts:`, found {concepts!r}.")
+    with _Blame(str(path)):
+        return resolve_concepts(concepts)
+
+
+def _check_together(concepts: Sequence[Concept]) -> None:
+    names = [concept.name for concept in concepts]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Concept {name!r} is there {names.count(name)} times. Each needs a name of its own.")
+    for concept in concepts:
+        if isinstance(concept.gate, Gate) and concept.gate.concept is not None and concept.gate.concept not in names:
+            raise ValueError(
+                f"Concept {concept.name!r}: its gate names the concept {concept.gate.concept!r}, which is not in the list. "
+                f"There are {', '.join(names)}; add it with action: watch."
+            )

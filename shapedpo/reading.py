@@ -1,0 +1,239 @@
+"""Reading a list of concepts on a batch of pairs: from hidden states and texts to one score per concept and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .capture import CapturePass, resolve_site
+from .concept import Concept, Gate
+from .readouts import ActivationReader, LoadedReadout, Readout, TextReader, family_mismatch
+from .readouts.base import fingerprint
+from .shapers import ConceptSignal
+
+
+class RawScores(NamedTuple):
+    """Pooled, not yet standardised scores of B pairs, float32.
+
+    Attributes:
+        completion: `(2B, F)`, chosen completions first; the columns of all concepts side by side.
+        prompt: `(B, P)`, the same on the prompts, for the concepts that gate others.
+    """
+
+    completion: Tensor
+    prompt: Tensor
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each raw score under the reference on the training data, float32.
+
+    Attributes:
+        mean: `(F,)`.
+        std: `(F,)`, 1 where a score never varied.
+        prompt_mean: `(P,)`.
+        prompt_std: `(P,)`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    prompt_mean: Tensor
+    prompt_std: Tensor
+
+    def to(self, device: torch.device) -> Statistics:
+        return Statistics(*(tensor.to(device) for tensor in self))
+
+
+class ConceptReader:
+    """Loads the readouts of a list of concepts and reads them together.
+
+    Args:
+        concepts: The concepts.
+
+    Raises:
+        ValueError: If a readout cannot be loaded; the text names the concept.
+    """
+
+    def __init__(self, concepts: Sequence[Concept]) -> None:
+        self.concepts = list(concepts)
+        gating = {concept.gate.concept for concept in concepts if isinstance(concept.gate, Gate)}
+        self.readers = [_load(concept) for concept in concepts]
+        self.columns = _slices([reader.n_features for reader in self.readers])
+        self.prompt_index = [index for index, concept in enumerate(concepts) if concept.name in gating]
+        self.prompt_columns = _slices([self.readers[index].n_features for index in self.prompt_index])
+        self.gate_columns = sorted(
+            {concept.gate.column for concept in concepts if isinstance(concept.gate, Gate) and concept.gate.column}
+        )
+
+    @property
+    def n_columns(self) -> int:
+        """Number of raw scores of a completion, F."""
+        return sum(reader.n_features for reader in self.readers)
+
+    @property
+    def n_prompt_columns(self) -> int:
+        """Number of raw scores of a prompt, P."""
+        return sum(self.readers[index].n_features for index in self.prompt_index)
+
+    @property
+    def text_readouts(self) -> list[Readout]:
+        """The readouts of text, in the concepts' order: the collator scores them (see [`~shapedpo.collator.ConceptCollator`])."""
+        return [
+            concept.readout
+            for concept, reader in zip(self.concepts, self.readers, strict=True)
+            if isinstance(reader, TextReader) and isinstance(concept.readout, Readout)
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that changes a raw score."""
+        return fingerprint(*(reader.fingerprint for reader in self.readers), str(self.prompt_index))
+
+    def check_model(self, model: nn.Module, config: Any) -> list[str]:
+        """Check that every hook point is there and as wide as its reader.
+
+        Returns:
+            Warnings, one for each concept whose weights name another model family.
+
+        Raises:
+            ValueError: If one does not fit; the text names the concept.
+        """
+        warnings = []
+        for concept, reader in zip(self.concepts, self.readers, strict=True):
+            if not isinstance(reader, ActivationReader):
+                continue
+            try:
+                site = resolve_site(model, reader.hook_name)
+            except ValueError as error:
+                raise ValueError(f"Concept {concept.name!r}: {error}") from error
+            if site.width != reader.d_in:
+                raise ValueError(
+                    f"Concept {concept.name!r}: its readout is {reader.d_in} wide, but {reader.hook_name!r} of "
+                    f"{type(model).__name__} is {site.width} wide. Was it made for another model?"
+                )
+            if mismatch := family_mismatch(reader.model_name, config):
+                warnings.append(f"Concept {concept.name!r}: {mismatch}")
+        return warnings
+
+    def capture(self, model: nn.Module, completion: Tensor, prompt: Tensor) -> CapturePass:
+        """A context that reads all activation scores in the one forward pass that runs inside it.
+
+        Args:
+            model: The model that is going to run, unwrapped.
+            completion: `(2B, T)` bool, the completion tokens to read.
+            prompt: `(2B, T)` bool, the prompt tokens to read.
+        """
+        jobs = [(reader, completion) for reader in self.readers] + [
+            (self.readers[index], prompt) for index in self.prompt_index
+        ]
+        jobs = [(reader, mask) for reader, mask in jobs if isinstance(reader, ActivationReader)]
+        return CapturePass(model, [reader for reader, _ in jobs], [mask for _, mask in jobs])  # type: ignore[misc]
+
+    def assemble(self, captured: Sequence[Tensor], text: Tensor | None, prompt_text: Tensor | None) -> RawScores:
+        """Put what was captured and what the collator scored side by side, in the concepts' order.
+
+        Args:
+            captured: The scores of a `capture`, each `(2B, F_i)`.
+            text: `(2B, n)` scores of the completions' texts, one column for each text readout.
+            prompt_text: `(B, n)`, the same of the prompts'.
+        """
+        activations, texts = iter(captured), _columns(text)
+        prompt_texts = dict(zip(self._text_indices(), _columns(prompt_text), strict=False))
+        completion = [
+            next(activations) if isinstance(reader, ActivationReader) else next(texts) for reader in self.readers
+        ]
+        pairs = len(completion[0]) // 2
+        # Both rows of a pair have the prompt: the chosen one's is read.
+        prompt = [
+            next(activations)[:pairs] if isinstance(self.readers[index], ActivationReader) else prompt_texts[index]
+            for index in self.prompt_index
+        ]
+        device = completion[0].device
+        return RawScores(
+            torch.cat(completion, dim=1), torch.cat(prompt, dim=1) if prompt else torch.zeros(pairs, 0, device=device)
+        )
+
+    def signals(self, raw: RawScores, statistics: Statistics, valid: Tensor, gates: Tensor) -> list[ConceptSignal]:
+        """Standardise, average a concept's features, and gate.
+
+        Args:
+            raw: The raw scores of B pairs.
+            statistics: What to standardise by.
+            valid: `(B,)` bool, whether both completions have tokens.
+            gates: `(B, G)` the values of `gate_columns`.
+
+        Returns:
+            One for each concept.
+        """
+        scores = self._standardise(raw.completion, statistics.mean, statistics.std, self.columns)  # (2B, C)
+        scores = scores * valid.repeat(2)[:, None]
+        prompt = self._standardise(raw.prompt, statistics.prompt_mean, statistics.prompt_std, self.prompt_columns)
+        names = [self.concepts[index].name for index in self.prompt_index]
+        signals = []
+        for concept, score in zip(self.concepts, scores.unbind(dim=1), strict=True):
+            gate = torch.ones(len(valid), device=score.device)
+            if isinstance(concept.gate, Gate):
+                if concept.gate.column is not None:
+                    gate = gates[:, self.gate_columns.index(concept.gate.column)].float()
+                else:
+                    gate = (prompt[:, names.index(concept.gate.concept or "")] > concept.gate.threshold).float()
+            chosen, rejected = score.chunk(2)
+            signals.append(ConceptSignal(score, chosen - rejected, gate))
+        return signals
+
+    def non_finite(self, raw: RawScores) -> Tensor:
+        """`(C,)` float32: for each concept, how many of its raw scores are not finite."""
+        bad = (~torch.isfinite(raw.completion)).float().sum(dim=0)
+        return torch.stack([bad[columns].sum() for columns in self.columns])
+
+    def _text_indices(self) -> list[int]:
+        return [index for index, reader in enumerate(self.readers) if isinstance(reader, TextReader)]
+
+    @staticmethod
+    def _standardise(raw: Tensor, mean: Tensor, std: Tensor, columns: Sequence[slice]) -> Tensor:
+        """`(N, F)` raw scores to `(N, C)`: each column standardised, each concept the mean of its columns."""
+        if not columns:
+            return raw
+        # Concept by concept, so that no second tensor as wide as a whole SAE is made for all of them.
+        return torch.stack([((raw[:, part] - mean[part]) / std[part]).mean(dim=1) for part in columns], dim=1)
+
+
+def reading_masks(
+    inputs: dict[str, Tensor], bos_token_id: int | None, eos_token_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are read.
+
+    A sequence's first token and the BOS token are left out: their activations are outliers by orders of magnitude, and most SAEs
+    were not trained on them. Where BOS and EOS are one token, only the first position is.
+
+    Args:
+        inputs: A batch of TRL's collator, `(2B, T)` each.
+
+    Returns:
+        `(2B, T)` bool each: the completions' tokens, and the prompts'.
+    """
+    attended = inputs["attention_mask"].bool()
+    readable = attended & (attended.cumsum(dim=1) > 1)
+    if bos_token_id is not None and bos_token_id != eos_token_id:
+        readable = readable & (inputs["input_ids"] != bos_token_id)
+    completion = inputs["completion_mask"].bool()
+    return readable & completion, readable & ~completion
+
+
+def _load(concept: Concept) -> LoadedReadout:
+    assert isinstance(concept.readout, Readout)  # by Concept
+    try:
+        return concept.readout.load()
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"Concept {concept.name!r}: {error}") from error
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = [sum(widths[: index + 1]) for index in range(len(widths))]
+    return [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
+
+
+def _columns(scores: Tensor | None) -> Any:
+    return iter(()) if scores is None else iter(scores.split(1, dim=1))

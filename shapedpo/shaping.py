@@ -1,0 +1,210 @@
+"""Carries what the shapers ask for to the openings of TRL's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Calibration
+from .capture import decoder_layers
+from .concept import Concept
+from .readouts import ActivationReader, LoadedReadout
+from .shapers import ConceptSignal, Project
+from .shapers.pairs import hand_pair_weights
+from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
+
+
+# Losses that sort a batch and compare ranks: its pairs have no losses of their own.
+SORTING_LOSSES = ("aot", "aot_unpaired")
+
+
+class Shaping:
+    """What a list of concepts does to one batch.
+
+    Args:
+        concepts: All concepts; those that only watch are passed over.
+        beta: DPO's beta.
+    """
+
+    def __init__(self, concepts: Sequence[Concept], beta: float) -> None:
+        self.beta = beta
+        self.active = [(index, concept) for index, concept in enumerate(concepts) if concept.shapes]
+
+    def tilt(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
+        """What to subtract from the reference's log-probabilities, in nats: `(2B,)`, or `None` if there is nothing."""
+        rewards = [
+            reward
+            for index, concept in self.active
+            if (reward := concept.shaper.reward(signals[index], concept.signed_strength)) is not None
+        ]
+        return torch.stack(rewards).sum(dim=0) / self.beta if rewards else None
+
+    def pair_weights(
+        self, signals: Sequence[ConceptSignal], calibration: Calibration | None, column: Tensor | None
+    ) -> Tensor | None:
+        """Product of all methods' pair weights and the dataset's weight column: `(B,)`, or `None` if there is nothing."""
+        weights = [] if column is None else [column]
+        for index, concept in self.active:
+            if concept.shaper.per_pair:
+                assert calibration is not None  # there is one where there are concepts
+                weight = concept.shaper.pair_weight(signals[index], concept.signed_strength, calibration.signal(index))
+                weights.append(weight if weight is not None else torch.ones_like(signals[index].delta))
+        return torch.stack(weights).prod(dim=0) if weights else None
+
+    def projected_deltas(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
+        """Deltas of the concepts projected in pair space: `(B, C')`, or `None` if there are none."""
+        deltas = [
+            signals[index].delta * signals[index].gate for index, concept in self.active if _projects(concept, "pair")
+        ]
+        return torch.stack(deltas, dim=1) if deltas else None
+
+    def residual_projection(self, model: nn.Module, readers: Sequence[LoadedReadout]) -> AbstractContextManager[Any]:
+        """A context for forward and backward in which the residual stream's gradient is projected.
+
+        Args:
+            model: The policy, unwrapped.
+            readers: All concepts' readers.
+
+        Raises:
+            ValueError: If a layer is not there or a readout has no direction in the residual stream.
+        """
+        chosen = [(index, concept) for index, concept in self.active if _projects(concept, "residual")]
+        if not chosen:
+            return nullcontext()
+        layers = decoder_layers(model)
+        directions: dict[int, list[Tensor]] = {}
+        for index, concept in chosen:
+            reader, shaper = readers[index], concept.shaper
+            assert isinstance(reader, ActivationReader)  # by check_methods
+            assert isinstance(shaper, Project)
+            for layer in range(len(layers)) if shaper.layers is None else shaper.layers:
+                if layer >= len(layers):
+                    raise ValueError(
+                        f"Concept {concept.name!r}: method 'project' names layer {layer}, but the model has {len(layers)} "
+                        f"(0 to {len(layers) - 1})."
+                    )
+                directions.setdefault(layer, []).append(reader.directions())
+        return ResidualProjection(
+            [(layers[layer], orthonormal_basis(torch.cat(rows))) for layer, rows in sorted(directions.items())]
+        )
+
+
+def shape_policy(
+    outputs: Any,
+    completion_mask: Tensor,
+    weights: Tensor | None,
+    deltas: Tensor | None,
+    wpo: bool,
+    ld_alpha: float | None,
+    reduce: Callable[[Tensor], Tensor],
+) -> None:
+    """Write pair weights and pair-space projection into the policy's output, before TRL's loss reads it.
+
+    Args:
+        outputs: The policy's output, with `log_probs` `(2B, T')`.
+        completion_mask: `(2B, T)`.
+        weights: `(B,)` of [`Shaping.pair_weights`].
+        deltas: `(B, C')` of [`Shaping.projected_deltas`].
+        wpo: Whether the user asked for WPO weighting.
+        ld_alpha: LD-DPO's weight of the tail.
+        reduce: Sums a tensor over processes.
+    """
+    if weights is not None:
+        hand_pair_weights(outputs, weights, completion_mask, wpo)
+    if deltas is not None and outputs.log_probs.requires_grad:
+        mask = completion_mask[:, 1:]
+        token_weight = _token_weights(mask, ld_alpha)
+
+        def project(grad: Tensor) -> Tensor:
+            real = grad[:, -mask.shape[1] :]  # prompt-learning PEFT puts virtual tokens before
+            projected = project_pairs(real, deltas, mask, token_weight, reduce)
+            return torch.cat([grad[:, : -mask.shape[1]], projected], dim=1)
+
+        outputs.log_probs.register_hook(project)
+
+
+def check_methods(
+    concepts: Sequence[Concept], readers: Sequence[LoadedReadout], args: Any, weight_column: str | None, pairs: int
+) -> list[str]:
+    """Check that every method has a meaning for the run's loss.
+
+    Args:
+        concepts: All concepts.
+        readers: Their readers.
+        args: The trainer's arguments.
+        weight_column: Column of pair weights in use, if any.
+        pairs: Pairs of one forward batch over all processes.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: If a method has none; the text names the concept, the method and the loss type.
+    """
+    losses = list(args.loss_type)
+    warnings = []
+    users = [
+        (f"Concept {concept.name!r}: method {concept.shaper.name!r}", concept) for concept in concepts if concept.shapes
+    ]
+    weighing = [owner for owner, concept in users if concept.shaper.per_pair]
+    if weight_column is not None:
+        weighing.append(f"The weight column {weight_column!r}")
+    for owner in weighing:
+        if unfit := [loss for loss in losses if loss in (*SORTING_LOSSES, "sft")]:
+            why = (
+                "TRL's 'sft' loss takes no pair weights (it fails with `use_weighting`)"
+                if unfit[0] == "sft"
+                else "it sorts the batch, so that a pair has no loss of its own to weight"
+            )
+            raise ValueError(f"{owner} has no meaning for the loss type {unfit[0]!r}: {why}. Use another loss type.")
+    for owner, concept in users:
+        if set(losses) == {"sft"} and not _projects(concept, "residual"):
+            raise ValueError(
+                f"{owner} has no meaning for the loss type 'sft' alone, which compares no pairs and reads no reference."
+            )
+        if _projects(concept, "pair") and (unfit := [loss for loss in losses if loss in SORTING_LOSSES]):
+            raise ValueError(
+                f"{owner} in pair space has no meaning for the loss type {unfit[0]!r}, which sorts the batch: a pair has "
+                "no coefficient of its own. Use another loss type, or space: residual."
+            )
+        if _projects(concept, "residual"):
+            index = concepts.index(concept)
+            reader = readers[index]
+            if not isinstance(reader, ActivationReader):
+                raise ValueError(
+                    f"{owner} in the residual stream needs a readout with a direction (SAEFeatures or Direction); a readout of "
+                    "text has none. Use space: pair."
+                )
+            if concept.gate is not None:
+                raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
+        if args.beta == 0 and concept.shaper.name == "reward":
+            raise ValueError(f"{owner} divides by `beta`, which is 0.")
+    projected = sum(_projects(concept, "pair") for _, concept in users)
+    if projected and pairs <= projected:
+        raise ValueError(
+            f"Method 'project' in pair space, with {projected} concept(s) on forward batches of {pairs} pair(s) over all processes, "
+            "would leave nothing of the gradient. Raise `per_device_train_batch_size` (accumulation does not help)."
+        )
+    if projected and pairs < 4 * projected:
+        warnings.append(
+            f"Method 'project' in pair space takes {projected} of {pairs} directions from each forward batch's gradient. Larger "
+            "batches lose less."
+        )
+    return warnings
+
+
+def _projects(concept: Concept, space: str) -> bool:
+    return isinstance(concept.shaper, Project) and concept.shaper.space == space
+
+
+def _token_weights(mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """How much each token counts in its sequence's log-probability: LD-DPO (arXiv 2409.06411) discounts the longer one's tail."""
+    weight = mask.float()
+    if ld_alpha is None:
+        return weight
+    shared = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)[:, None]
+    return torch.where(mask.cumsum(dim=1) > shared, ld_alpha * weight, weight)
