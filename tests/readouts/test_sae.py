@@ -210,15 +210,22 @@ class TestPrecision:
         assert not reader.directions().requires_grad
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation gives."""
+class Watch(TorchDispatchMode):
+    """Records the largest tensor that any operation gives, and what an accelerator would have to wait for."""
+
+    waits = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
 
     def __init__(self) -> None:
         super().__init__()
         self.numel = 0
+        self.waited: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        boolean = name == "aten::index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in self.waits or boolean:
+            self.waited.append(name)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self.numel = max(self.numel, leaf.numel())
@@ -233,9 +240,9 @@ class TestMemory:
         make_sae(kind, d_in=8, d_sae=d_sae).save_model(tmp_path)
         reader = SAEFeatures(str(tmp_path), "all", pooling=pooling).load()
         x, mask = torch.randn(n, t, 8), torch.ones(n, t, dtype=torch.bool)
-        with LargestTensor() as largest:
+        with Watch() as watch:
             reader.pooled(x, mask)
-        assert largest.numel <= 2**20 < n * t * d_sae / 16
+        assert watch.numel <= 2**20 < n * t * d_sae / 16
 
     @pytest.mark.parametrize("kind", ["jumprelu", "gated"])
     def test_only_watched_columns_stay(self, kind, batch, tmp_path):
@@ -246,9 +253,19 @@ class TestMemory:
             for tensor in reader._sae.parameters()
         }
         assert sum(held.values()) <= 4 * (2 * len(FEATURES) * D_IN + 3 * len(FEATURES) + D_IN)
-        with LargestTensor() as largest:
+        with Watch() as watch:
             reader.pooled(*batch)
-        assert largest.numel <= batch[0].numel()
+        assert watch.numel <= batch[0].numel()
+
+    @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk"])
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    def test_nothing_waits_for_the_device(self, kind, pooling, batch, tmp_path):
+        make_sae(kind).save_model(tmp_path)
+        reader = SAEFeatures(str(tmp_path), FEATURES, pooling=pooling).load()
+        with Watch() as watch:
+            reader.pooled(*batch)
+        # One wait, for the longest completion, which an accelerator leaves out (see `gather_tokens`).
+        assert watch.waited == ["aten::_local_scalar_dense"]
 
     def test_to_does_nothing_when_there(self, tmp_path):
         make_sae("jumprelu").save_model(tmp_path)
