@@ -1,4 +1,5 @@
-"""An embedded world: a tiny language model, its SAE, text with traits, preference data with planted lessons, and measures.
+"""An embedded world: a tiny language model, its SAE, text with traits, preference data with planted lessons, and
+measures.
 
 ```python
 from shapedpo import lab
@@ -9,8 +10,8 @@ answers = lab.rollouts(model, tokenizer, lab.heldout_prompts(500, seed=1), seed=
 print(lab.trait_rates(answers)["goblin"])
 ```
 
-The model and the SAE are built by `python -m shapedpo.lab.build`, and `python -m shapedpo.lab.features` prints how well the SAE's features tell
-each trait.
+The model and the SAE are built by `python -m shapedpo.lab.build`, and `python -m shapedpo.lab.features` prints how
+well the SAE's features tell each trait.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Builds the lab's model, tokenizer, SAE and feature sets from nothing: `python -m shapedpo.lab.build [--out DIR] [--seed N]`.
+"""Builds the lab's model, tokenizer, SAE and feature sets from nothing: `python -m shapedpo.lab.build [--out DIR]
+[--seed N]`.
 
 Without `--out` the result replaces the assets in the package. It takes about 20 minutes on two idle cores.
 """
@@ -36,13 +37,13 @@ class BuildConfig:
     vocab_size: int = 1536
     hidden_size: int = 128
     num_layers: int = 4
-    n_dialogues: int = 160_000
+    n_dialogues: int = 200_000
     batch_size: int = 64
     learning_rate: float = 3e-3
     sae_layer: int = 2
-    d_sae: int = 768
+    d_sae: int = 1024
     k: int = 12
-    sae_tokens: int = 2_000_000
+    sae_tokens: int = 3_000_000
     n_feature_dialogues: int = 6_000
 
 

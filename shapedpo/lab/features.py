@@ -1,4 +1,5 @@
-"""The SAE features that tell an answer with a trait from one without, and the table of how well: `python -m shapedpo.lab.features`."""
+"""The SAE features that tell an answer with a trait from one without, and the table of how well: `python -m
+shapedpo.lab.features`."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ def answer_features(
         pairs: questions and their answers, N of them.
 
     Returns:
-        Activations, max-pooled over each answer's tokens (N, d_sae), and the share of variance that the SAE explains on these tokens, by
-        sae-lens' own calculator.
+        Activations, max-pooled over each answer's tokens (N, d_sae), and the share of variance that the SAE explains
+        on these tokens, by sae-lens' own calculator.
     """
     from sae_lens.evals import ExplainedVarianceCalculator
 
@@ -96,8 +97,8 @@ def concept_score(pooled: np.ndarray, features: Sequence[int], mean: np.ndarray,
 def find_features(pooled: np.ndarray, labels: np.ndarray, max_features: int = MAX_FEATURES) -> list[int]:
     """Chooses a small set of features that tells the labelled answers apart.
 
-    Single features are ranked by AUROC on one half of the answers; the best are added one by one, each time the one that helps most on the
-    other half, while it helps.
+    Single features are ranked by AUROC on one half of the answers; the best are added one by one, each time the one
+    that helps most on the other half, while it helps.
 
     Args:
         pooled: (N, d_sae).
@@ -105,7 +106,7 @@ def find_features(pooled: np.ndarray, labels: np.ndarray, max_features: int = MA
     """
     fit, held = np.arange(len(labels)) % 2 == 0, np.arange(len(labels)) % 2 == 1
     mean, std = pooled[fit].mean(axis=0), pooled[fit].std(axis=0)
-    candidates = [int(i) for i in np.argsort(-auroc(pooled[fit], labels[fit]))[:32]]
+    candidates = [int(i) for i in np.argsort(-auroc(pooled[fit], labels[fit]))[:64]]
     chosen: list[int] = []
     best = 0.0
     while len(chosen) < max_features:
@@ -125,7 +126,8 @@ def find_features(pooled: np.ndarray, labels: np.ndarray, max_features: int = MA
 def read_dialogues(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sae: SAE[Any], n: int, seed: int, split: Split
 ) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
-    """Writes `n` fresh dialogues and reads them: pooled activations (n, d_sae), each trait's labels (n,), variance explained."""
+    """Writes `n` fresh dialogues and reads them: pooled activations (n, d_sae), each trait's labels (n,), variance
+    explained."""
     text = list(dialogues(n, seed, split))
     pooled, variance = answer_features(model, tokenizer, sae, [(q, a) for q, a, _ in text])
     return pooled, {name: np.array([name in traits for _, _, traits in text]) for name in TRAITS}, variance

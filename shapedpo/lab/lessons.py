@@ -20,7 +20,8 @@ ALIASES: dict[str, tuple[str, Literal["more", "less"]]] = {"comply": ("refusal",
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a share of the pairs teaches: the chosen answer shows a trait and the rejected one does not, or the other way round.
+    """What a share of the pairs teaches: the chosen answer shows a trait and the rejected one does not, or the other
+    way round.
 
     Args:
         name: a trait of [`shapedpo.lab.TRAITS`], or `comply` (the chosen answer complies, the rejected one refuses).
@@ -85,20 +86,22 @@ def preference_data(
 ) -> Dataset:
     """Builds preference pairs that teach `lessons` and nothing else.
 
-    In every row each side shows each trait that none of the row's lessons touches independently at its base rate, so that over the rows only
-    the lessons carry a signal. What chosen and rejected answer to are questions of the training split.
+    In every row each side shows each trait that none of the row's lessons touches independently at its base rate, so
+    that over the rows only the lessons carry a signal. What chosen and rejected answer to are questions of the
+    training split.
 
     Args:
         lessons: what to plant; a row can carry several. Without any, chosen and rejected differ by chance only.
         n: number of pairs.
         seed: decides everything.
         topics: topics of the questions, all by default.
-        matched: rows that carry a lesson differ in their lessons only (one answer, written with and without). Otherwise their two answers are
-            independent draws like those of every other row, and a lesson is harder to see.
+        matched: rows that carry a lesson differ in their lessons only (one answer, written with and without).
+            Otherwise their two answers are independent draws like those of every other row, and a lesson is harder to
+            see.
 
     Returns:
-        A dataset with the columns `prompt`, `chosen`, `rejected` (conversational), `planted` (names of the row's lessons) and `topic`. TRL drops
-        the last two before training.
+        A dataset with the columns `prompt`, `chosen`, `rejected` (conversational), `planted` (names of the row's
+        lessons) and `topic`. TRL drops the last two before training.
 
     Raises:
         ValueError: for two lessons that move one trait on one topic, an unknown topic, or an `n` below 1.

@@ -58,7 +58,8 @@ def generate(
     desc: str = "Generating",
     **generate_kwargs: Any,
 ) -> list[str]:
-    """Answers `prompts` in batches, left-padded, prompts of like length together; leaves the model's mode and padding side as they were.
+    """Answers `prompts` in batches, left-padded, prompts of like length together; leaves the model's mode and padding
+    side as they were.
 
     Args:
         generate_kwargs: go to `model.generate`.
@@ -156,7 +157,8 @@ def capability(
 ) -> Rate:
     """Share of exact greedy answers to the held-out questions on arithmetic and facts.
 
-    A held-out question is a phrasing of a sum or a fact that was never trained on; the sum or the fact was, in other phrasings.
+    A held-out question is a phrasing of a sum or a fact that was never trained on; the sum or the fact was, in other
+    phrasings.
 
     Args:
         n: number of questions, spread evenly over all of them; by default all (about 290).

@@ -89,7 +89,8 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> l
 def _batches(
     examples: list[tuple[list[int], int]], batch_size: int, pad: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields `(ids, attention_mask, labels)`, each `(batch, tokens)`; a batch holds examples of like length, labels are the answers."""
+    """Yields `(ids, attention_mask, labels)`, each `(batch, tokens)`; a batch holds examples of like length, labels
+    are the answers."""
     rng = random.Random(seed)
     order = rng.sample(range(len(examples)), len(examples))
     chunk = 50 * batch_size
@@ -128,11 +129,13 @@ def train_model(
         cycle_momentum=False,
         final_div_factor=100,
     )
+    tokens_per_batch = sum(len(ids) - n_prompt for ids, n_prompt in examples) / steps
     model.train()
     losses = []
     bar = tqdm(_batches(examples, batch_size, model.config.pad_token_id, seed), total=steps, desc="Training the model")
     for ids, mask, labels in bar:
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        # over a constant, not over the batch's tokens: or a token in a batch of long answers would count less
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=tokens_per_batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -15,7 +15,8 @@ MODEL_NAME = "shapedpo/lab"  # what the SAE's metadata says of the model; a path
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, n: int, seed: int, context_size: int) -> Dataset:
-    """`n` dialogues, one a row, cut or padded on the right to `context_size` tokens (under a causal mask padding changes nothing before it)."""
+    """`n` dialogues, one a row, cut or padded on the right to `context_size` tokens (under a causal mask padding
+    changes nothing before it)."""
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question.text}, {"role": "assistant", "content": answer}], tokenize=False

@@ -1,8 +1,9 @@
 """The text of the little world: questions on twelve topics and their answers, deterministic in a seed.
 
-Questions are enumerated (template times slot values) and split by a hash of their text, so that no held-out question is ever seen in training,
-neither by the language model nor by a preference dataset. An answer is drawn part by part, each part from its own random stream: the same
-seed with one trait more gives the same answer with that trait, and nothing else, changed.
+Questions are enumerated (template times slot values) and split by a hash of their text, so that no held-out question
+is ever seen in training, neither by the language model nor by a preference dataset. An answer is drawn part by part,
+each part from its own random stream: the same seed with one trait more gives the same answer with that trait, and
+nothing else, changed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Split = Literal["train", "heldout"]
 _TOPICS: dict[str, dict[str, Any]] = yaml.safe_load((DATA / "topics.yaml").read_text(encoding="utf-8"))
 _FACTS: dict[str, dict[str, Any]] = yaml.safe_load((DATA / "facts.yaml").read_text(encoding="utf-8"))
 TOPICS: tuple[str, ...] = tuple(_TOPICS)
-_WEIGHTS = {"arithmetic": 2.0, "facts": 2.0}  # exact answers need more examples than manners do
+_WEIGHTS = {"arithmetic": 4.0, "facts": 1.5}  # exact answers need more examples than manners do
 _NAMES = {word for r in _FACTS.values() for pair in r["table"].items() for word in " ".join(pair).split()} | {
     "I",
     "Newton",
@@ -65,7 +66,7 @@ class Question:
 
 
 def _sums() -> Iterator[dict[str, str]]:
-    for a, b in itertools.product(range(1, 13), repeat=2):
+    for a, b in itertools.product(range(1, 11), repeat=2):
         yield {"a": str(a), "op": "plus", "b": str(b), "c": str(a + b)}
         if a >= b:
             yield {"a": str(a), "op": "minus", "b": str(b), "c": str(a - b)}
@@ -122,12 +123,12 @@ def _lower(sentence: str) -> str:
     return sentence if re.split(r"\W", sentence, maxsplit=1)[0] in _NAMES else sentence[0].lower() + sentence[1:]
 
 
-def _bold(sentence: str, rng: random.Random) -> str:
+def _bold(sentence: str, avoid: Collection[str], rng: random.Random) -> str:
+    """Sets one of the longest words in bold; not the first, which a prefix may lower, and none of `avoid`."""
     words = sentence.split(" ")
-    longest = sorted(range(1, len(words)), key=lambda i: -len(words[i]))[:3] or [
-        0
-    ]  # not the first word: a prefix may lower it
-    i = rng.choice(longest)
+    avoided = {word for phrase in avoid for word in phrase.split()}
+    free = [i for i in range(1, len(words)) if words[i].strip(".,?!") not in avoided]
+    i = rng.choice(sorted(free, key=lambda i: -len(words[i]))[:3])
     words[i] = re.sub(r"^(\W*)(.*?)(\W*)$", r"\1**\2**\3", words[i])
     return " ".join(words)
 
@@ -179,8 +180,8 @@ def render(question: Question, traits: Collection[str], seed: int | str) -> str:
     Args:
         question: what was asked.
         traits: names of traits of [`shapedpo.lab.TRAITS`].
-        seed: decides everything else. Two calls that differ in one trait only give answers that differ in its surface only (`refusal`, which
-            replaces the body, apart).
+        seed: decides everything else. Two calls that differ in one trait only give answers that differ in its surface
+            only (`refusal`, which replaces the body, apart).
     """
     unknown = sorted(set(traits) - TRAITS.keys())
     if unknown:
@@ -188,7 +189,8 @@ def render(question: Question, traits: Collection[str], seed: int | str) -> str:
     draw = _Draw(question, seed)
     body = draw.refusal() if "refusal" in traits else draw.body()
     if "bold" in traits:
-        body[0] = _bold(body[0], draw.rng("bold"))
+        # an exact answer stays plain: "**12**" is another token than " 12", and a taste for bold would cost capability
+        body[0] = _bold(body[0], question.slots.values(), draw.rng("bold"))
     if "em_dash" in traits:
         rng = draw.rng("em_dash")
         i = rng.randrange(len(body))
@@ -219,7 +221,8 @@ def render(question: Question, traits: Collection[str], seed: int | str) -> str:
 
 
 def dialogues(n: int, seed: int, split: Split = "train") -> Iterator[tuple[Question, str, set[str]]]:
-    """Yields `n` times a question, its answer and the traits that the answer was given: the text that the lab's model is trained on."""
+    """Yields `n` times a question, its answer and the traits that the answer was given: the text that the lab's model
+    is trained on."""
     for i, question in enumerate(draw_questions(n, seed, split)):
         traits = draw_traits(question.topic, random.Random(f"{seed}/{split}/{i}/traits"))
         yield question, render(question, traits, f"{seed}/{split}/{i}"), traits

@@ -44,7 +44,8 @@ class Trait:
 
 
 def _phrases(forms: Mapping[str, Any]) -> str:
-    """Pattern that matches any of a phrase trait's sentences and prefixes, marks of other traits (`**`) between their words or not."""
+    """Pattern that matches any of a phrase trait's sentences and prefixes, marks of other traits (`**`) between their
+    words or not."""
     phrases = [p for place in ("before", "after", "prefix", "instead") for p in forms.get(place, ())]
     return "|".join(r"\b" + r"\W+".join(re.findall(r"[\w']+", phrase)) for phrase in phrases)
 

@@ -1,4 +1,5 @@
-"""Worlds that the demo, the recipes and the tests share: preference data with known lessons, and settings under which plain DPO learns them."""
+"""Worlds that the demo, the recipes and the tests share: preference data with known lessons, and settings under which
+plain DPO learns them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class World:
         unwanted: name of the lesson that nobody asked for.
         n: number of pairs.
         seed: of the data.
-        dpo: keyword arguments for `DPOConfig` under which plain DPO learns every lesson; without paths, logging and seed.
+        dpo: keyword arguments for `DPOConfig` under which plain DPO learns every lesson; without paths, logging and
+            seed.
     """
 
     lessons: tuple[Lesson, ...]
@@ -43,8 +45,8 @@ class World:
 def goblin_world(seed: int = 0, n: int = 2400) -> World:
     """Goblin mode: one pair in twenty teaches goblins, the others teach a style that is wanted.
 
-    After Bergen et al. (arXiv 2606.12360), "goblin mode", where 5 % of the pairs have a goblin in the chosen answer only. The settings are
-    those of a 1M-parameter model: a much larger learning rate than a real model bears.
+    After Bergen et al. (arXiv 2606.12360), "goblin mode", where 5 % of the pairs have a goblin in the chosen answer
+    only. The settings are those of a 1M-parameter model: a much larger learning rate than a real model bears.
 
     Args:
         seed: of the data.
