@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,6 +93,35 @@ def calibrate(
     return Calibration(statistics, deltas, gate), warnings
 
 
+def read_sample(
+    examples: Sequence[Any],
+    batch_size: int,
+    read: Callable[[list[Any]], Tensor],
+    accelerator: Accelerator,
+) -> Tensor:
+    """Read a sample of rows, dealt out over processes.
+
+    Args:
+        examples: The rows, the same on all processes.
+        batch_size: Rows read at once by a process.
+        read: Gives each row's numbers, `(batch_size, columns)`.
+        accelerator: The run's.
+
+    Returns:
+        `(N, columns)`, in the order of `examples`, the same on all processes.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    # Wrapped around to full rounds, repeats cut off: all processes make as many passes, or sharded models would wait in vain.
+    rounds = -(-len(examples) // (batch_size * world))
+    dealt = np.resize(np.arange(len(examples)), (rounds, world, batch_size))[:, rank]
+    # A reference with dropout would draw random numbers that the run must not miss.
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        table = torch.stack([read([examples[i] for i in rows]) for rows in tqdm(dealt, desc="Calibrating concepts")])
+    if world > 1:
+        table = accelerator.gather(table).unflatten(0, (world, rounds)).transpose(0, 1)
+    return table.reshape(-1, table.shape[-1])[: len(examples)]
+
+
 def raise_non_finite(concepts: list[Concept], counts: Any, where: str) -> None:
     """Raise `FloatingPointError` naming the first concept whose count of non-finite scores is not 0."""
     for concept, count in zip(concepts, counts, strict=True):
@@ -100,7 +133,9 @@ def raise_non_finite(concepts: list[Concept], counts: Any, where: str) -> None:
             )
 
 
-def save_calibration(folder: str | Path, calibration: Calibration, concepts: list[Concept], fingerprint: str) -> None:
+def save_calibration(
+    folder: str | os.PathLike[str], calibration: Calibration, concepts: list[Concept], fingerprint: str
+) -> None:
     """Write a calibration and the concepts it belongs to into a folder, whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +148,7 @@ def save_calibration(folder: str | Path, calibration: Calibration, concepts: lis
 
 
 def load_calibration(
-    folder: str | Path, concepts: list[Concept], fingerprint: str, allow_change: bool
+    folder: str | os.PathLike[str], concepts: list[Concept], fingerprint: str, allow_change: bool
 ) -> Calibration | None:
     """Read the calibration of a checkpoint.
 

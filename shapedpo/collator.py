@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
+from .concept import Concept, Gate
+from .openings import REF_COLUMNS
 from .readouts import Readout, TextReader
 
 
@@ -18,8 +21,6 @@ PROMPT_TEXT = "concept_prompt_text"
 CACHED = "concept_cached"
 KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
 """What the collator may add to a batch."""
-
-REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class ConceptCollator:
@@ -110,6 +111,45 @@ def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
     cached = [example[column][1:] for column in REF_COLUMNS for example in examples]
     rows = [{**example, **{column: example[column][0] for column in REF_COLUMNS}} for example in examples]
     return rows, pack(cached)
+
+
+def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the collator added to a batch, unpacked, and what TRL knows of it."""
+    extras = {key: unpack(value) for key, value in inputs.items() if key in KEYS}
+    return extras, {key: value for key, value in inputs.items() if key not in KEYS}
+
+
+def check_columns(concepts: Sequence[Concept], weight_column: str | None, dataset: Any) -> str | None:
+    """Check the columns that weights and gates are taken from.
+
+    Args:
+        concepts: The concepts.
+        weight_column: Column of pair weights. `"weight"`, the default, may be missing.
+        dataset: The training data.
+
+    Returns:
+        The weight column, if the data has it.
+
+    Raises:
+        ValueError: If a column is missing, or holds what it cannot.
+    """
+    row = next(iter(dataset))
+    for concept in concepts:
+        column = concept.gate.column if isinstance(concept.gate, Gate) else None
+        if column is not None:
+            if column not in row:
+                raise ValueError(
+                    f"Concept {concept.name!r}: the dataset has no gate column {column!r}. Its columns are "
+                    f"{', '.join(row)}."
+                )
+            check_gate(row, column)
+    if weight_column is None or (weight_column == "weight" and weight_column not in row):
+        return None
+    if weight_column not in row:
+        raise ValueError(f"The dataset has no weight column {weight_column!r}. Its columns are {', '.join(row)}.")
+    for weight in dataset.unique(weight_column) if isinstance(dataset, Dataset) else [row[weight_column]]:
+        check_weight({weight_column: weight}, weight_column)
+    return weight_column
 
 
 def check_weight(example: dict[str, Any], column: str) -> float:

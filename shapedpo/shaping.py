@@ -14,7 +14,6 @@ from .capture import decoder_layers
 from .concept import Concept
 from .readouts import ActivationReader, LoadedReadout
 from .shapers import ConceptSignal, Project
-from .shapers.pairs import hand_pair_weights
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
 
 
@@ -93,38 +92,30 @@ class Shaping:
         )
 
 
-def shape_policy(
-    outputs: Any,
+def project_policy(
+    log_probs: Tensor,
+    deltas: Tensor,
     completion_mask: Tensor,
-    weights: Tensor | None,
-    deltas: Tensor | None,
-    wpo: bool,
     ld_alpha: float | None,
     reduce: Callable[[Tensor], Tensor],
 ) -> None:
-    """Write pair weights and pair-space projection into the policy's output, before TRL's loss reads it.
+    """Register the pair-space projection on the gradient of the policy's token log-probabilities.
 
     Args:
-        outputs: The policy's output, with `log_probs` `(2B, T')`.
-        completion_mask: `(2B, T)`.
-        weights: `(B,)` of [`Shaping.pair_weights`].
+        log_probs: `(2B, T')`, part of the graph.
         deltas: `(B, C')` of [`Shaping.projected_deltas`].
-        wpo: Whether the user asked for WPO weighting.
+        completion_mask: `(2B, T)`.
         ld_alpha: LD-DPO's weight of the tail.
         reduce: Sums a tensor over processes.
     """
-    if weights is not None:
-        hand_pair_weights(outputs, weights, completion_mask, wpo)
-    if deltas is not None and outputs.log_probs.requires_grad:
-        mask = completion_mask[:, 1:]
-        token_weight = _token_weights(mask, ld_alpha)
+    mask = completion_mask[:, 1:]
+    token_weight = _token_weights(mask, ld_alpha)
 
-        def project(grad: Tensor) -> Tensor:
-            real = grad[:, -mask.shape[1] :]  # prompt-learning PEFT puts virtual tokens before
-            projected = project_pairs(real, deltas, mask, token_weight, reduce)
-            return torch.cat([grad[:, : -mask.shape[1]], projected], dim=1)
+    def project(grad: Tensor) -> Tensor:
+        virtual, real = grad.split([grad.shape[1] - mask.shape[1], mask.shape[1]], dim=1)  # prompt-learning PEFT's
+        return torch.cat([virtual, project_pairs(real, deltas, mask, token_weight, reduce)], dim=1)
 
-        outputs.log_probs.register_hook(project)
+    log_probs.register_hook(project)
 
 
 def check_methods(

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import tqdm
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
-from trl.trainer import utils as trl_utils
 from trl.trainer.utils import get_config_model_id
 
-from . import collator as batch_keys
-from .calibration import Calibration, calibrate, load_calibration, raise_non_finite, save_calibration
-from .collator import REF_COLUMNS, ConceptCollator, check_gate, check_weight, unpack
+from . import collator as keys
+from .calibration import Calibration, calibrate, load_calibration, read_sample, save_calibration
+from .collator import ConceptCollator, check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
+from .metrics import Pairs, concept_metrics, unshaped_rewards
+from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
 from .reading import ConceptReader, RawScores, reading_masks
-from .shapers import ConceptSignal
-from .shaping import Shaping, check_methods, shape_policy
+from .shaping import Shaping, check_methods, project_policy
 
 
 logger = get_logger(__name__)
-
-TRL_VERSIONS = ">=1.15,<1.17"
-"""The releases of TRL that have the openings of its loss that we use."""
 
 MAX_CACHED_SCORES = 4096
 """With precomputed reference log-probabilities every completion's scores are cached; a whole SAE's are too many."""
@@ -95,7 +89,7 @@ class ShapedDPOTrainer(DPOTrainer):
         peft_config: Any = None,
         concepts: str | Iterable[Concept | Mapping[str, Any]] | None = None,
     ) -> None:
-        _check_trl()
+        check_trl()
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ShapedDPOConfig(f"{model_name.split('/')[-1]}-DPO")
@@ -105,7 +99,9 @@ class ShapedDPOTrainer(DPOTrainer):
         self.concepts = resolve_concepts(configured if concepts is None else concepts)
         if isinstance(args, ShapedDPOConfig):
             args.concepts = self.concepts or None  # so that the run's config has them wherever they were given
-        self._check_columns(args, train_dataset, eval_dataset)
+        self._weight_column: str | None = None
+        if isinstance(train_dataset, Dataset | IterableDataset):  # else TRL says what is wrong with it
+            self._weight_column = check_columns(self.concepts, getattr(args, "weight_column", None), train_dataset)
         self._reader = ConceptReader(self.concepts)
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
@@ -119,6 +115,7 @@ class ShapedDPOTrainer(DPOTrainer):
         self._calibration: Calibration | None = None
         self._empty_pairs = 0
         self._reading_ready = False
+        self._precomputing = False
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -135,38 +132,15 @@ class ShapedDPOTrainer(DPOTrainer):
         )
         self._prepare_reading()
         if self.concepts and self.precompute_ref_logps:
-            self._calibrate_from_cache()
+            self._calibrate()  # nothing needs to run for it
 
     # ------------------------------------------------------------------ data
-
-    def _check_columns(self, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
-        """Find the weight column and check that the columns that gates name are there, and what they hold."""
-        self._weight_column: str | None = None
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            return  # TRL says what is wrong with it
-        row = next(iter(train_dataset))
-        weight_column = getattr(args, "weight_column", None)
-        if weight_column in row:
-            self._weight_column = weight_column
-            logger.info(f"Column {weight_column!r} weights the pairs' losses.")
-        elif weight_column not in (None, "weight"):
-            raise ValueError(f"The dataset has no weight column {weight_column!r}. Its columns are {', '.join(row)}.")
-        for concept in self.concepts:
-            column = getattr(concept.gate, "column", None)
-            if column is not None and column not in row:
-                raise ValueError(
-                    f"Concept {concept.name!r}: the dataset has no gate column {column!r}. Its columns are {', '.join(row)}."
-                )
-            if column is not None:
-                check_gate(row, column)
-        if self._weight_column is not None and isinstance(train_dataset, Dataset):
-            for weight in train_dataset.unique(self._weight_column):
-                check_weight({self._weight_column: weight}, self._weight_column)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         extra = [*self._reader.gate_columns, *([self._weight_column] if self._weight_column else [])]
-        self._signature_columns += [column for column in extra if column not in self._signature_columns]
+        columns: Any = self._signature_columns
+        columns += [column for column in extra if column not in columns]
 
     def _prepare_reading(self) -> None:
         """Check the concepts against the model and wrap the collator, once; before the first batch is made."""
@@ -174,12 +148,8 @@ class ShapedDPOTrainer(DPOTrainer):
             return
         self._reading_ready = True
         reader = self._reader
-        if (
-            reader.text_readouts
-            or reader.gate_columns
-            or self._weight_column
-            or (self.concepts and self.precompute_ref_logps)
-        ):
+        cached = bool(self.concepts) and self.precompute_ref_logps
+        if reader.text_readouts or reader.gate_columns or self._weight_column or cached:
             self.data_collator = ConceptCollator(
                 self.data_collator,
                 self._tokenizer,
@@ -190,53 +160,16 @@ class ShapedDPOTrainer(DPOTrainer):
             )
         if not self.concepts:
             return
-        # Before `train`, neither model is wrapped by DDP or an engine, but for a reference that DeepSpeed has.
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        model = self.accelerator.unwrap_model(self._reference())
         for warning in reader.check_model(model, model.config.get_text_config()):
             logger.warning(warning)
-        self._residual_projection = self._shaping.residual_projection(self.model, reader.readers)
+        policy: Any = self.model
+        self._residual_projection = self._shaping.residual_projection(policy, reader.readers)
 
     # --------------------------------------------------- the reference reads
 
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """TRL's, for a batch that may carry our keys.
-
-        While precomputing, each completion's scores ride behind its log-probability, so that TRL's own code gathers and caches
-        them beside it.
-        """
-        extras, inputs = _split(inputs)
-        if not self._precomputing:
-            return super().compute_ref_log_probs(model, inputs)
-        logps, raw = self._reference_pass(model, inputs, extras)
-        valid = _valid_pairs(inputs["completion_mask"]).float()
-        columns = [
-            torch.cat([logp[:, None].float(), valid[:, None], scores, raw.prompt], dim=1)
-            for logp, scores in zip(logps, raw.completion.chunk(2), strict=True)
-        ]
-        return tuple(columns)
-
-    _precomputing = False
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        self._prepare_reading()
-        if not self.concepts:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        if self._reader.n_columns > MAX_CACHED_SCORES:
-            widest = max(zip(self.concepts, self._reader.readers, strict=True), key=lambda pair: pair[1].n_features)
-            raise ValueError(
-                f"Concept {widest[0].name!r} reads {widest[1].n_features} features. With `precompute_ref_log_probs=True` all "
-                f"scores are cached for every completion, and {self._reader.n_columns} are more than {MAX_CACHED_SCORES}. "
-                "Read fewer features, or set `precompute_ref_log_probs=False`."
-            )
-        model_hash = self._precompute_model_hash
-        # Other concepts, other cache.
-        self._precompute_model_hash = (model_hash, self._reader.fingerprint)
-        self._precomputing = True
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precomputing = False
-            self._precompute_model_hash = model_hash
+    def _reference(self) -> Any:
+        return self.ref_model if self.ref_model is not None else self.model
 
     def _reference_pass(
         self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]
@@ -245,218 +178,203 @@ class ShapedDPOTrainer(DPOTrainer):
         completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         with self._reader.capture(self.accelerator.unwrap_model(model), completion, prompt) as capture:
             logps = super().compute_ref_log_probs(model, inputs)
-        text, prompt_text = extras.get(batch_keys.TEXT), extras.get(batch_keys.PROMPT_TEXT)
-        return logps, self._reader.assemble(capture.scores, text, prompt_text)
+        return logps, self._reader.assemble(capture.scores, extras.get(keys.TEXT), extras.get(keys.PROMPT_TEXT))
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, for a batch that may carry our keys.
+
+        While precomputing, a completion's scores ride behind its log-probability, so that TRL's own code gathers and
+        caches them beside it.
+        """
+        extras, inputs = split_batch(inputs)
+        if not self._precomputing:
+            return super().compute_ref_log_probs(model, inputs)
+        logps, raw = self._reference_pass(model, inputs, extras)
+        valid = _valid_pairs(inputs["completion_mask"]).float()
+        return tuple(
+            torch.cat([logp[:, None].float(), valid[:, None], scores, raw.prompt], dim=1)
+            for logp, scores in zip(logps, raw.completion.chunk(2), strict=True)
+        )
 
     def _cached_scores(self, cached: Tensor) -> RawScores:
-        """Raw scores from rows as `compute_ref_log_probs` lays them out while precomputing: `(2B, 1 + F + P)`."""
+        """Raw scores from what `compute_ref_log_probs` laid behind the log-probabilities: `(2B, 1 + F + P)`."""
         _, completion, prompt = cached.split([1, self._reader.n_columns, self._reader.n_prompt_columns], dim=1)
         return RawScores(completion, prompt[: len(prompt) // 2])
 
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._prepare_reading()
+        if not self.concepts:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self._reader.n_columns > MAX_CACHED_SCORES:
+            widest = max(zip(self.concepts, self._reader.readers, strict=True), key=lambda pair: pair[1].n_features)
+            raise ValueError(
+                f"Concept {widest[0].name!r} reads {widest[1].n_features} features. With `precompute_ref_log_probs=True` "
+                f"all scores are cached for every completion, and {self._reader.n_columns} are more than "
+                f"{MAX_CACHED_SCORES}. Read fewer features, or set `precompute_ref_log_probs=False`."
+            )
+        with restored(self, "_precompute_model_hash", "_precomputing"):
+            self._precomputing = True
+            # Part of the cache's name: other concepts, other cache.
+            self._precompute_model_hash: Any = (self._precompute_model_hash, self._reader.fingerprint)
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
     # ------------------------------------------------------------ calibration
 
-    def _calibrate_from_cache(self) -> None:
-        rows = self.train_dataset.with_format("torch", columns=[*REF_COLUMNS, *self._reader.gate_columns])[:]
-        cached = torch.cat([torch.as_tensor(rows[column], dtype=torch.float32)[:, 1:] for column in REF_COLUMNS])
-        pairs = len(cached) // 2
-        gates = [torch.as_tensor(rows[column], dtype=torch.float32) for column in self._reader.gate_columns]
-        self._set_calibration(
-            self._cached_scores(cached),
-            cached[:pairs, 0] > 0,
-            torch.stack(gates, dim=1) if gates else torch.zeros(pairs, 0),
-        )
-
     def _calibrate(self) -> None:
-        """Read the reference on a sample of the training data. All ranks do the same number of passes."""
-        args, world, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
-        size = args.per_device_train_batch_size
-        examples = self._calibration_examples(getattr(args, "calibration_size", 512))
-        # Rows are dealt out to ranks and wrapped around, for ranks must not wait for each other in vain; repeats are cut off.
-        rounds = -(-len(examples) // (size * world))
-        dealt = np.resize(np.arange(len(examples)), (rounds, world, size))[:, rank]
-        parts = []
-        with torch.random.fork_rng(enabled=self.accelerator.device.type in ("cpu", "cuda")):
-            for indices in tqdm(dealt, desc="Calibrating concepts"):
-                inputs = self._prepare_inputs(self.data_collator([examples[index] for index in indices]))
-                extras, inputs = _split(inputs)
-                raw = self._reference_pass(self._reference(), inputs, extras)[1]
-                chosen, rejected = raw.completion.chunk(2)
-                gates = extras.get(batch_keys.GATES, torch.zeros(size, 0, device=chosen.device))
-                valid = _valid_pairs(inputs["completion_mask"])[:, None].float()
-                parts.append(torch.cat([chosen, rejected, raw.prompt, gates, valid], dim=1))
-        table = torch.stack(parts)  # (rounds, size, columns)
-        if world > 1:
-            table = self.accelerator.gather(table).unflatten(0, (world, -1)).transpose(0, 1)
-        table = table.reshape(-1, table.shape[-1])[: len(examples)]
-        f, p, g = self._reader.n_columns, self._reader.n_prompt_columns, len(self._reader.gate_columns)
-        chosen, rejected, prompt, gates, valid = table.split([f, f, p, g, 1], dim=1)
-        self._set_calibration(RawScores(torch.cat([chosen, rejected]), prompt), valid[:, 0] > 0, gates)
-
-    def _calibration_examples(self, size: int) -> list[dict[str, Any]]:
-        if isinstance(self.train_dataset, IterableDataset):
-            rows: Iterator[Any] = iter(self.train_dataset.take(size))
+        """Read the reference on a sample of the training data, or take all of it from the cache."""
+        reader = self._reader
+        if self.precompute_ref_logps:
+            table = self._cached_table()
         else:
-            order = np.random.default_rng(self.args.seed).permutation(len(self.train_dataset))[:size]
-            rows = iter(self.train_dataset.select(sorted(order)))
-        self._set_signature_columns_if_needed()
-        keep = self._signature_columns if self.args.remove_unused_columns else None
-        return [{key: row[key] for key in row if keep is None or key in keep} for row in rows]
-
-    def _set_calibration(self, raw: RawScores, valid: Tensor, gates: Tensor) -> None:
-        calibration, warnings = calibrate(self._reader, raw, valid, gates)
+            examples = self._calibration_examples(getattr(self.args, "calibration_size", 512))
+            table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
+        f, p, g = reader.n_columns, reader.n_prompt_columns, len(reader.gate_columns)
+        chosen, rejected, prompt, valid, gates = table.split([f, f, p, 1, g], dim=1)
+        raw = RawScores(torch.cat([chosen, rejected]), prompt)
+        calibration, warnings = calibrate(reader, raw, valid[:, 0] > 0, gates)
         for warning in warnings:
             logger.warning(warning)
         self._calibration = calibration.to(self.accelerator.device)
 
-    def _reference(self) -> Any:
-        return self.ref_model if self.ref_model is not None else self.model
+    def _read_rows(self, examples: list[Any]) -> Tensor:
+        extras, inputs = split_batch(self._prepare_inputs(self.data_collator(examples)))
+        _, raw = self._reference_pass(self._reference(), inputs, extras)
+        valid = _valid_pairs(inputs["completion_mask"])[:, None].float()
+        gates = extras.get(keys.GATES, valid[:, :0])
+        return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)
+
+    def _cached_table(self) -> Tensor:
+        """The same columns as `_read_rows`, of the whole training data."""
+        columns = [*REF_COLUMNS, *self._reader.gate_columns]
+        rows: Any = self.train_dataset
+        rows = {name: torch.as_tensor(np.asarray(rows[name][:], np.float32)) for name in columns}
+        raw = self._cached_scores(torch.cat([rows[name][:, 1:] for name in REF_COLUMNS]))
+        gates = [rows[name][:, None] for name in self._reader.gate_columns]
+        return torch.cat([*raw.completion.chunk(2), raw.prompt, rows[REF_COLUMNS[0]][:, 1:2], *gates], dim=1)
+
+    def _calibration_examples(self, size: int) -> list[dict[str, Any]]:
+        dataset: Any = self.train_dataset
+        if isinstance(dataset, IterableDataset):
+            rows = dataset.take(size)
+        else:
+            order = np.random.default_rng(self.args.seed).permutation(len(dataset))[:size]
+            rows = dataset.select(sorted(order))
+        self._set_signature_columns_if_needed()
+        keep: Any = self._signature_columns if self.args.remove_unused_columns else rows.column_names
+        return [{name: value for name, value in row.items() if keep is None or name in keep} for row in rows]
 
     # --------------------------------------------------------------- the step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Around the backward pass too: gradient checkpointing runs the layers again there.
         if not self.concepts:
             return super().training_step(*args, **kwargs)
+        # Around the backward pass too: gradient checkpointing runs the layers again there.
         with self._residual_projection:
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        extras, inputs = _split(inputs)
+        extras, inputs = split_batch(inputs)
         if not self.concepts and not extras:
             return super()._compute_loss(model, inputs, return_outputs)
         if self.concepts and self._calibration is None:
             self._calibrate()
         batch = _Batch(extras, inputs)
-        with self._restored("precompute_ref_logps", "use_weighting"):
+        with restored(self, "precompute_ref_logps", "use_weighting"), batch.loss_context:
             loss = super()._compute_loss(self._policy(model, batch), inputs, return_outputs)
-        self._log_concepts(batch)
+        # After TRL's metrics: their `.item()` calls have made the host wait for the device already.
+        self._log_batch(batch)
         return loss
 
     def _policy(self, model: Any, batch: _Batch) -> Callable[..., Any]:
-        """The policy as TRL's loss is to see it: after its forward pass the reference is read and the signal shaped.
+        """The policy as TRL's loss is to see it: after its forward pass, the reference is read and the signal shaped.
 
-        In this order, and not the reference first, because it is TRL's, and dropout draws from one stream of random numbers.
+        In this order, because it is TRL's, and dropout draws from one stream of random numbers.
         """
 
         def policy(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
-            if kwargs.get("fused_lm_head"):
-                self._shape(outputs, batch)
+            if kwargs.get("fused_lm_head"):  # not in the extra pass for `compute_metrics`
+                if self.concepts:
+                    self._read(outputs, batch)
+                if self._training:
+                    self._shape(outputs, batch)  # evaluation is plain DPO's
             return outputs
 
         return policy
 
+    def _read(self, outputs: Any, batch: _Batch) -> None:
+        """Make the reference pass, or take its results from the cache, and hand them to TRL."""
+        inputs, mask = batch.inputs, batch.inputs["completion_mask"]
+        if self.precompute_ref_logps:
+            ref_logps, raw = tuple(inputs[name] for name in REF_COLUMNS), self._cached_scores(batch.extras[keys.CACHED])
+        else:
+            ref_logps, raw = self._reference_pass(self._reference(), inputs, batch.extras)
+            self.precompute_ref_logps = True  # until the loss is computed: TRL takes what the batch holds
+            inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
+        valid = _valid_pairs(mask)
+        assert self._calibration is not None  # by _compute_loss
+        gates = batch.extras.get(keys.GATES, raw.prompt[:, :0])
+        batch.pairs = Pairs(
+            policy_logps=super().compute_ref_log_probs(Computed(outputs.log_probs.detach()), inputs),
+            ref_logps=ref_logps,
+            signals=self._reader.signals(raw, self._calibration.statistics, valid, gates),
+            non_finite=self._reader.non_finite(raw),
+            empty=~valid,
+            weights=None,
+        )
+
     def _shape(self, outputs: Any, batch: _Batch) -> None:
-        inputs, extras = batch.inputs, batch.extras
-        mask = inputs["completion_mask"]
-        if self.concepts:
-            if self.precompute_ref_logps:
-                batch.ref_logps = (inputs[REF_COLUMNS[0]], inputs[REF_COLUMNS[1]])
-                raw = self._cached_scores(extras[batch_keys.CACHED])
-            else:
-                batch.ref_logps, raw = self._reference_pass(self._reference(), inputs, extras)
-                self.precompute_ref_logps = True  # until the loss is done: TRL then takes what the batch holds
-            assert self._calibration is not None  # by _compute_loss
-            gates = extras.get(batch_keys.GATES, torch.zeros(len(mask) // 2, 0))
-            batch.bad = self._reader.non_finite(raw)
-            batch.signals = self._reader.signals(raw, self._calibration.statistics, _valid_pairs(mask), gates)
-            batch.policy_logps = super().compute_ref_log_probs(_Computed(outputs.log_probs.detach()), inputs)
-            inputs.update(zip(REF_COLUMNS, batch.ref_logps, strict=True))
-        if not self.model.training:
-            return  # evaluation is plain DPO's
-        if (tilt := self._shaping.tilt(batch.signals)) is not None:
+        inputs, mask = batch.inputs, batch.inputs["completion_mask"]
+        signals = batch.pairs.signals if batch.pairs is not None else []
+        if (tilt := self._shaping.tilt(signals)) is not None:
             batch.tilted = True
-            chosen, rejected = tilt.chunk(2)
-            inputs[REF_COLUMNS[0]] = batch.ref_logps[0] - chosen
-            inputs[REF_COLUMNS[1]] = batch.ref_logps[1] - rejected
-        batch.weights = self._shaping.pair_weights(
-            batch.signals, self._calibration, extras[batch_keys.WEIGHT][:, 0] if batch_keys.WEIGHT in extras else None
-        )
-        shape_policy(
-            outputs,
-            mask,
-            batch.weights,
-            self._shaping.projected_deltas(batch.signals),
-            wpo=self.use_weighting,
-            ld_alpha=self.ld_alpha,
-            reduce=self._sum,
-        )
-        if batch.weights is not None:
-            self.use_weighting = True  # until the loss is done
+            for name, offset in zip(REF_COLUMNS, tilt.chunk(2), strict=True):
+                inputs[name] = inputs[name] - offset
+        column = batch.extras[keys.WEIGHT][:, 0] if keys.WEIGHT in batch.extras else None
+        weights = self._shaping.pair_weights(signals, self._calibration, column)
+        if weights is not None:
+            hand_pair_weights(outputs, weights, mask, wpo=self.use_weighting)
+            self.use_weighting = True  # until the loss is computed
+            batch.loss_context.enter_context(mutable_losses())
+            batch.pairs = batch.pairs._replace(weights=weights) if batch.pairs is not None else None
+        deltas = self._shaping.projected_deltas(signals)
+        if deltas is not None and outputs.log_probs.requires_grad:
+            project_policy(outputs.log_probs, deltas, mask, self.ld_alpha, self._sum)
+
+    @property
+    def _training(self) -> bool:
+        model: Any = self.model
+        return bool(model.training)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum") if self.accelerator.num_processes > 1 else tensor
 
-    @contextmanager
-    def _restored(self, *names: str) -> Iterator[None]:
-        values = {name: getattr(self, name) for name in names}
-        try:
-            yield
-        finally:
-            for name, value in values.items():
-                setattr(self, name, value)
-
-    # ---------------------------------------------------------------- logging
-
-    def _log_concepts(self, batch: _Batch) -> None:
-        """Add the concepts' metrics of a batch, over all processes, to those that TRL averages and logs.
-
-        Comes after TRL's own metrics, whose `.item()` calls have made the host wait for the device already.
-        """
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        if not self.concepts:
+    def _log_batch(self, batch: _Batch) -> None:
+        """Add a batch's concept metrics to those that TRL averages and logs."""
+        if batch.pairs is None:
             return
-        (chosen, rejected), (ref_chosen, ref_rejected) = batch.policy_logps, batch.ref_logps
-        apart = (chosen - ref_chosen) - (rejected - ref_rejected)  # (B,), unshaped log-ratio of the pair
-        push = torch.sigmoid(-self.beta * apart.float())
-        rows = []
-        for signal, bad in zip(batch.signals, batch.bad, strict=True):
-            d = signal.delta
-            rows.append(torch.stack([(apart * d).sum() / 4, (push * d).sum(), d.sum(), bad]))
-        valid = _valid_pairs(batch.inputs["completion_mask"])
-        weights = batch.weights if batch.weights is not None else torch.zeros_like(push)
-        counts = torch.stack([torch.ones_like(push).sum(), (~valid).float().sum(), weights.sum(), push.new_zeros(())])
-        totals = self._sum(torch.stack([*rows, counts]).float()).tolist()
-        (pairs, empty, weight, _) = totals.pop()
-        raise_non_finite(self.concepts, [row[3] for row in totals], f"the batch of step {self.state.global_step}")
-        for concept, (amplification, pressure, delta, _) in zip(self.concepts, totals, strict=True):
-            prefix = f"concepts/{concept.name}"
-            metrics[f"{prefix}/amplification"].append(amplification / pairs)
-            metrics[f"{prefix}/pressure"].append(pressure / pairs)
-            metrics[f"{prefix}/delta"].append(delta / pairs)
-            metrics[f"{prefix}/strength"].append(abs(concept.signed_strength) if concept.shapes else 0.0)
-        if batch.weights is not None:
-            metrics["concepts/pair_weight"].append(weight / pairs)
-        if self.model.training:
-            self._empty_pairs += int(empty)
-            metrics["concepts/empty_pairs"] = [self._empty_pairs]
+        where = f"a batch of step {self.state.global_step}"
+        metrics, empty = concept_metrics(batch.pairs, self.concepts, self.beta, self._sum, where)
+        logged = self._metrics["train" if self._training else "eval"]
+        for name, value in metrics.items():
+            logged[name].append(value)
+        if self._training:
+            self._empty_pairs += empty
+            logged["concepts/empty_pairs"] = [self._empty_pairs]
         if batch.tilted:
-            self._unshape_rewards(metrics, batch)
-
-    def _unshape_rewards(self, metrics: dict[str, list[float]], batch: _Batch) -> None:
-        """TRL has logged rewards against the tilted reference: put those against the reference in their place."""
-        rewards = [self.beta * (logps - ref) for logps, ref in zip(batch.policy_logps, batch.ref_logps, strict=True)]
-        chosen, rejected = self.accelerator.gather(torch.stack(rewards, dim=1)).unbind(dim=1)
-        unshaped = {
-            "chosen": chosen,
-            "rejected": rejected,
-            "accuracies": (chosen > rejected).float(),
-            "margins": chosen - rejected,
-        }
-        for name, values in unshaped.items():
-            metrics[f"rewards/{name}"][-1] = values.mean().item()
+            for name, value in unshaped_rewards(batch.pairs, self.beta, self.accelerator.gather).items():
+                logged[name][-1] = value  # TRL's own is against the tilted reference
 
     # ------------------------------------------------------------ checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`]. A checkpoint's calibration is taken over.
 
         Raises:
             ValueError: If the checkpoint was made with other concepts and `allow_concept_change` is not set.
         """
-        checkpoint = (
-            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
+        folder: Any = self.args.output_dir
+        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
         if self.concepts and isinstance(checkpoint, str | os.PathLike):
             allow = getattr(self.args, "allow_concept_change", False)
             calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
@@ -468,65 +386,30 @@ class ShapedDPOTrainer(DPOTrainer):
         """As [`~transformers.Trainer.save_model`], with the concepts and their calibration beside the model."""
         super().save_model(output_dir, _internal_call)
         if self._calibration is not None and self.args.should_save:
-            folder = output_dir if output_dir is not None else self.args.output_dir
+            folder: Any = output_dir if output_dir is not None else self.args.output_dir
             save_calibration(folder, self._calibration, self.concepts, self._reader.fingerprint)
 
 
 class _Batch:
-    """What is known of the batch whose loss is being computed."""
+    """The batch whose loss is being computed.
+
+    Attributes:
+        extras: What the collator added, unpacked.
+        inputs: What TRL knows of it.
+        pairs: What was read of it, if there are concepts.
+        tilted: Whether TRL was handed a tilted reference.
+        loss_context: Open until TRL has computed the loss.
+    """
 
     def __init__(self, extras: dict[str, Tensor], inputs: dict[str, Any]) -> None:
         self.extras = extras
         self.inputs = inputs
-        self.ref_logps: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # (B,) each, never tilted
-        self.policy_logps: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
-        self.signals: list[ConceptSignal] = []
-        self.bad = torch.empty(0)  # (C,), numbers of scores that are not finite
-        self.weights: Tensor | None = None
+        self.pairs: Pairs | None = None
         self.tilted = False
-
-
-class _Computed(NamedTuple):
-    """A model that has run already: lets TRL reduce the policy's token log-probabilities as it does the reference's."""
-
-    log_probs: Tensor
-
-    def __call__(self, **kwargs: Any) -> _Computed:
-        return self
-
-
-def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Our keys of a batch, unpacked, and TRL's."""
-    extras = {key: unpack(value) for key, value in inputs.items() if key in batch_keys.KEYS}
-    return extras, {key: value for key, value in inputs.items() if key not in batch_keys.KEYS}
+        self.loss_context = ExitStack()
 
 
 def _valid_pairs(completion_mask: Tensor) -> Tensor:
     """`(B,)` bool: whether both completions have a token that the loss predicts."""
     chosen, rejected = (completion_mask[:, 1:].sum(dim=1) > 0).chunk(2)
     return chosen & rejected
-
-
-def _check_trl() -> None:
-    """Raise `ImportError` if the installed TRL lacks an opening of its loss that we use."""
-    missing = []
-    for name, parameters in {
-        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
-        "compute_ref_log_probs": ["self", "model", "inputs"],
-        "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
-        "_set_signature_columns_if_needed": ["self"],
-    }.items():
-        method = getattr(DPOTrainer, name, None)
-        if method is None or list(inspect.signature(method).parameters) != parameters:
-            missing.append(f"DPOTrainer.{name}({', '.join(parameters)})")
-    fused = getattr(trl_utils, "FusedCausalLMOutput", None)
-    missing += [
-        f"FusedCausalLMOutput.{field}"
-        for field in ("log_probs", "log_sum_sq_probs")
-        if field not in getattr(fused, "__dataclass_fields__", {})
-    ]
-    if missing:
-        raise ImportError(
-            f"trl {version('trl')} lacks {', '.join(missing)}, through which ShapedDPOTrainer enters the loss. The versions that "
-            f"have it are trl{TRL_VERSIONS}: pip install 'trl{TRL_VERSIONS}'."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,28 +78,3 @@ class Mask(Shaper):
         assert self.fraction is not None  # by __post_init__
         gated = torch.where(gate > 0, deltas, torch.nan)
         return torch.nanquantile(gated, 1 - self.fraction, interpolation="higher")
-
-
-def hand_pair_weights(outputs: Any, weights: Tensor, completion_mask: Tensor, wpo: bool) -> None:
-    """Hand pair weights to TRL's loss by way of its WPO weights.
-
-    With `use_weighting`, TRL multiplies a pair's loss by `exp(mean over tokens of (log_probs - log_sum_sq_probs))` of both its
-    completions (the WPO weight, arXiv 2406.11827). Writing a `log_sum_sq_probs` that makes this mean half the logarithm of our
-    weight on either side makes the product the weight itself, in the value of the loss as in its gradient, for each
-    loss type that TRL can weight.
-
-    Args:
-        outputs: The policy's output. Its `log_sum_sq_probs` is written.
-        weights: `(B,)`, not negative.
-        completion_mask: `(2B, T)`.
-        wpo: Whether the user asked for WPO weighting as well; the weights are then multiplied.
-    """
-    log_probs = outputs.log_probs.detach()
-    # exp(-1e4) is 0 in any float type, and no infinity meets a mask of zeros.
-    log_weights = weights.log().clamp(min=-1e4)
-    chosen_empty, rejected_empty = (completion_mask[:, 1:].sum(dim=1) == 0).chunk(2)
-    # A completion without tokens has no mean that could carry its half: the other one carries both.
-    chosen_share = torch.where(rejected_empty, 1.0, torch.where(chosen_empty, 0.0, 0.5))
-    share = torch.cat([chosen_share, 1.0 - chosen_share])  # (2B,)
-    base = outputs.log_sum_sq_probs if wpo else log_probs
-    outputs.log_sum_sq_probs = base - (share * log_weights.repeat(2))[:, None].to(base.dtype)

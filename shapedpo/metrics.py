@@ -1,0 +1,93 @@
+"""What a batch says of its concepts: amplification and pressure, and TRL's own rewards where we have shaped them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .calibration import raise_non_finite
+from .concept import Concept
+from .shapers import ConceptSignal
+
+
+class Pairs(NamedTuple):
+    """What metrics need of B pairs.
+
+    Attributes:
+        policy_logps: `(B,)` of the chosen and of the rejected completions.
+        ref_logps: The same of the reference, never tilted.
+        signals: The concepts' scores.
+        non_finite: `(C,)`, how many of a concept's raw scores are not finite.
+        empty: `(B,)` bool, whether a completion has no tokens.
+        weights: `(B,)`, the pair weights in force, or `None`.
+    """
+
+    policy_logps: tuple[Tensor, Tensor]
+    ref_logps: tuple[Tensor, Tensor]
+    signals: Sequence[ConceptSignal]
+    non_finite: Tensor
+    empty: Tensor
+    weights: Tensor | None
+
+
+def concept_metrics(
+    pairs: Pairs, concepts: list[Concept], beta: float, reduce: Callable[[Tensor], Tensor], where: str
+) -> tuple[dict[str, float], int]:
+    r"""A batch's metrics, over all processes.
+
+    With \\( l \\) a completion's log-ratio of policy and reference, \\( m = \beta(l(y^+) - l(y^-)) \\) and \\( d \\) the
+    concept's delta: amplification is the mean of \\( (l(y^+) - l(y^-))\, d/4 \\), pressure that of \\( \sigma(-m)\, d \\).
+    Both are of the unshaped margin.
+
+    Args:
+        pairs: The batch.
+        concepts: The concepts.
+        beta: DPO's.
+        reduce: Sums a tensor over processes.
+        where: What to call the batch in an error.
+
+    Returns:
+        The metrics, and the number of pairs with an empty completion.
+
+    Raises:
+        FloatingPointError: If a score is not finite, on any process; on all processes alike.
+    """
+    (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy_logps, pairs.ref_logps
+    apart = ((chosen - ref_chosen) - (rejected - ref_rejected)).float()
+    push = torch.sigmoid(-beta * apart)
+    sums = [
+        torch.stack([(apart * signal.delta).sum() / 4, (push * signal.delta).sum(), signal.delta.sum(), bad])
+        for signal, bad in zip(pairs.signals, pairs.non_finite, strict=True)
+    ]
+    weight = push.new_zeros(()) if pairs.weights is None else pairs.weights.sum()
+    count = torch.ones_like(push).sum()
+    # One reduction and one copy to the host; a spare column makes the row as long as the others.
+    totals = reduce(torch.stack([*sums, torch.stack([count, pairs.empty.float().sum(), weight, 0 * count])])).tolist()
+    size, empty, weight_sum, _ = totals.pop()
+    raise_non_finite(concepts, [row[3] for row in totals], where)
+    metrics = {}
+    for concept, (amplification, pressure, delta, _) in zip(concepts, totals, strict=True):
+        prefix = f"concepts/{concept.name}"
+        metrics[f"{prefix}/amplification"] = amplification / size
+        metrics[f"{prefix}/pressure"] = pressure / size
+        metrics[f"{prefix}/delta"] = delta / size
+        metrics[f"{prefix}/strength"] = abs(concept.signed_strength) if concept.shapes else 0.0
+    if pairs.weights is not None:
+        metrics["concepts/pair_weight"] = weight_sum / size
+    return metrics, int(empty)
+
+
+def unshaped_rewards(pairs: Pairs, beta: float, gather: Callable[[Tensor], Any]) -> dict[str, float]:
+    """TRL's `rewards/*` of a batch against the reference as it is, for a batch whose loss saw a tilted one."""
+    rewards = [beta * (logps - ref) for logps, ref in zip(pairs.policy_logps, pairs.ref_logps, strict=True)]
+    chosen, rejected = gather(torch.stack(rewards, dim=1)).unbind(dim=1)
+    values = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "accuracies": (chosen > rejected).float(),
+        "margins": chosen - rejected,
+    }
+    return {f"rewards/{name}": value.mean().item() for name, value in values.items()}

@@ -1,0 +1,108 @@
+"""The openings of TRL's loss that we use, and nothing of the loss itself.
+
+* `_compute_loss(model, ...)` calls `model` for the policy: a callable in its place sees the output and may change it.
+* Where `precompute_ref_logps` is true, the reference's log-probabilities are the batch's.
+* Where `use_weighting` is true, a pair's loss is multiplied by a weight made of `log_sum_sq_probs`.
+* `compute_ref_log_probs(model, inputs)` reduces any model's token log-probabilities as the loss does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+from trl.trainer import utils as trl_utils
+
+
+TRL_VERSIONS = ">=1.15,<1.17"
+"""The releases of TRL that have them."""
+
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""The batch's keys of the reference's log-probabilities."""
+
+_METHODS = {
+    "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+    "compute_ref_log_probs": ["self", "model", "inputs"],
+    "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+    "_set_signature_columns_if_needed": ["self"],
+}
+_OUTPUT_FIELDS = ("log_probs", "log_sum_sq_probs")
+
+
+def check_trl() -> None:
+    """Check that the installed TRL has the openings.
+
+    Raises:
+        ImportError: If it lacks one; the text has the versions that have them.
+    """
+    missing = []
+    for name, parameters in _METHODS.items():
+        method = getattr(DPOTrainer, name, None)
+        if method is None or list(inspect.signature(method).parameters) != parameters:
+            missing.append(f"DPOTrainer.{name}({', '.join(parameters)})")
+    fields = getattr(getattr(trl_utils, "FusedCausalLMOutput", None), "__dataclass_fields__", {})
+    missing += [f"FusedCausalLMOutput.{field}" for field in _OUTPUT_FIELDS if field not in fields]
+    if missing:
+        raise ImportError(
+            f"trl {version('trl')} lacks {', '.join(missing)}, through which ShapedDPOTrainer enters the loss. The "
+            f"versions that have it are trl{TRL_VERSIONS}: pip install 'trl{TRL_VERSIONS}'."
+        )
+
+
+class Computed(NamedTuple):
+    """A model that has run already: lets TRL reduce the policy's token log-probabilities as it does the reference's."""
+
+    log_probs: Tensor
+
+    def __call__(self, **kwargs: Any) -> Computed:
+        return self
+
+
+def hand_pair_weights(outputs: Any, weights: Tensor, completion_mask: Tensor, wpo: bool) -> None:
+    """Hand pair weights to TRL's loss by way of its WPO weights.
+
+    With `use_weighting`, TRL multiplies a pair's loss by `exp(mean over tokens of (log_probs - log_sum_sq_probs))` of both its
+    completions (the WPO weight, arXiv 2406.11827). Writing a `log_sum_sq_probs` that makes this mean half the logarithm of our
+    weight on either side makes the product the weight itself, in the value of the loss as in its gradient, for each
+    loss type that TRL can weight.
+
+    Args:
+        outputs: The policy's output. Its `log_sum_sq_probs` is written.
+        weights: `(B,)`, not negative.
+        completion_mask: `(2B, T)`.
+        wpo: Whether the user asked for WPO weighting as well; the weights are then multiplied.
+    """
+    log_probs = outputs.log_probs.detach()
+    # exp(-1e4) is 0 in any float type, and no infinity meets a mask of zeros.
+    log_weights = weights.log().clamp(min=-1e4)
+    chosen_empty, rejected_empty = (completion_mask[:, 1:].sum(dim=1) == 0).chunk(2)
+    # A completion without tokens has no mean that could carry its half: the other one carries both.
+    chosen_share = torch.where(rejected_empty, 1.0, torch.where(chosen_empty, 0.0, 0.5))
+    share = torch.cat([chosen_share, 1.0 - chosen_share])  # (2B,)
+    base = outputs.log_sum_sq_probs if wpo else log_probs
+    outputs.log_sum_sq_probs = base - (share * log_weights.repeat(2))[:, None].to(base.dtype)
+
+
+def mutable_losses() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which TRL may multiply a loss in place by its weights.
+
+    The hinge loss is a ReLU, whose backward pass needs its own result: autograd gets a copy, of one number a pair.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor)
+
+
+@contextmanager
+def restored(owner: Any, *names: str) -> Iterator[None]:
+    """Put attributes back to what they were, whatever happens inside."""
+    values = {name: getattr(owner, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            setattr(owner, name, value)
