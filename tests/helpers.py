@@ -7,6 +7,7 @@ transformers but neither TRL nor sae-lens; their imports, which take seconds, ar
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -195,8 +196,16 @@ def arguments(ours: bool = True, **fields: Any) -> Any:
     return (ShapedDPOConfig if ours else DPOConfig)(**fields)
 
 
+@functools.cache
+def set_libraries_aside() -> None:
+    """Each run ends with a full garbage collection: without the imported libraries' objects it takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+
+
 def build(cls: Any, args: Any = None, model: Any = None, **options: Any) -> Any:
     """A trainer of the tiny model on the little data."""
+    set_libraries_aside()
     options = {"train_dataset": pairs(), "processing_class": tokenizer(), **options}
     return cls(model=load_model() if model is None else model, args=arguments() if args is None else args, **options)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,16 +159,6 @@ CASES = {
     },
     **OPTIONS,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    # A run ends with a full garbage collection; with the imported libraries set aside it takes a tenth of the time.
-    sae_path()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache
