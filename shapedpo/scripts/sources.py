@@ -6,6 +6,7 @@ that it cannot find a folder.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def local_source(name: str) -> dict[str, Any] | None:
             raise UserError(f"There is no file or folder {name!r}.")
         return None
     if (path / "dataset_dict.json").is_file():
-        splits = {part.name: part for part in sorted(path.iterdir()) if (part / "state.json").is_file()}
+        splits = {name: path / name for name in json.loads((path / "dataset_dict.json").read_text())["splits"]}
     elif (path / "state.json").is_file():
         splits = {"train": path}
     else:
@@ -145,7 +146,9 @@ def lab_preferences(world: str) -> DatasetDict:
     name, _, query = world.partition("?")
     known = [entry for entry in vars(worlds) if entry.endswith("_world")]
     if name not in known:
-        raise UserError(f"dataset_name: the lab has no world {name!r}.{suggest(name, known)} It has {', '.join(known)}.")
+        raise UserError(
+            f"dataset_name: the lab has no world {name!r}.{suggest(name, known)} It has {', '.join(known)}."
+        )
     with as_user_error(ValueError, TypeError, prefix=f"dataset_name: lab:{world}: "):
         options = {key: int(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
         train = getattr(worlds, name)(**options)
@@ -191,5 +194,5 @@ def _expand_lab(concept: Any) -> Any:
     options = {key: value for key, value in readout.items() if key not in ("type", "trait")}
     if "trait" not in readout:
         raise UserError(f"Concept {concept.get('name')!r}: a readout of type 'lab' needs a `trait`.")
-    found = lab.concept(readout["trait"]).readout.to_dict()
+    found = lab.concept(readout["trait"]).to_dict()["readout"]
     return {**concept, "readout": {**found, **options}}

@@ -55,7 +55,7 @@ def make_parser() -> TrlParser:
 
     from ..config import ShapedDPOConfig
 
-    dataclasses = (ScriptArguments, ShapedDPOConfig, ModelConfig, DatasetMixtureConfig)
+    dataclasses: Any = (ScriptArguments, ShapedDPOConfig, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(dataclasses, prog="shapedpo train", allow_abbrev=False)
     for action in parser._actions:
         if action.dest == "concepts":
@@ -114,12 +114,15 @@ def train(
     from ..trainer import ShapedDPOTrainer
 
     model = model_source(model_args.model_name_or_path)
+    given = training_args.model_init_kwargs or {}
+    if not isinstance(given, dict):  # JSON, which the config's own checks have parsed where it is well-formed
+        raise UserError(f"`model_init_kwargs` must be a mapping, got {given!r}.")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **given,
     }
     splits = load_preferences(script_args, dataset_args)
     evaluates = str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO")
@@ -136,8 +139,9 @@ def train(
         import torch
 
         # What TRL's scripts do for models whose boolean attention buffers DDP cannot broadcast.
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        policy: Any = trainer.model
+        policy._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in policy.named_buffers() if buffer.dtype == torch.bool
         ]
 
     trainer.train(resume_from_checkpoint=_checkpoint(training_args))
@@ -164,7 +168,7 @@ def _checkpoint(training_args: ShapedDPOConfig) -> str | bool | None:
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
         return None
     if str(wanted).lower() == "true":
-        output = Path(training_args.output_dir)
+        output = Path(str(training_args.output_dir))
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
         if last is None:
             raise UserError(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(output)!r}.")
