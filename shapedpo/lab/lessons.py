@@ -86,8 +86,8 @@ def preference_data(
 ) -> Dataset:
     """Builds preference pairs that teach `lessons` and nothing else.
 
-    In every row each side shows each trait that none of the row's lessons touches independently at its base rate, so
-    that over the rows only the lessons carry a signal. What chosen and rejected answer to are questions of the
+    In every row each side shows each trait that no lesson of the data touches independently at its base rate, so that over
+    the rows only the lessons carry a signal. A taught trait shows on its lesson's rows only (of the lesson's topic). What chosen and rejected answer to are questions of the
     training split.
 
     Args:
@@ -95,9 +95,9 @@ def preference_data(
         n: number of pairs.
         seed: decides everything.
         topics: topics of the questions, all by default.
-        matched: rows that carry a lesson differ in their lessons only (one answer, written with and without).
-            Otherwise their two answers are independent draws like those of every other row, and a lesson is harder to
-            see.
+        matched: whether the two sides of a row are one answer written twice: a row with lessons differs in these only, any
+            other row in the traits that each side happens to show. Otherwise the two sides of every row are independent
+            answers, and a lesson is harder to learn and to see.
 
     Returns:
         A dataset with the columns `prompt`, `chosen`, `rejected` (conversational), `planted` (names of the row's
@@ -125,11 +125,15 @@ def preference_data(
         tqdm(zip(questions, planted, strict=True), total=n, desc="Writing pairs")
     ):
         moved = {lesson.trait for lesson in row_lessons}
-        same = matched and bool(row_lessons)
+        # A trait that is taught shows by its lesson only: shown by chance on as many rejected answers, a rare lesson would drown.
+        taught = {lesson.trait for lesson in lessons if lesson.when in (None, question.topic)}
         sides = {}
         for side in ("chosen", "rejected"):
-            key = f"{seed}/{i}" if same else f"{seed}/{i}/{side}"
-            traits = draw_traits(question.topic, random.Random(f"{key}/traits"), exclude=moved)
+            own, shared = f"{seed}/{i}/{side}", f"{seed}/{i}"
+            key = shared if matched else own
+            # without a lesson the two sides of a matched row differ by chance, in the traits that each shows
+            traits_key = shared if matched and row_lessons else own
+            traits = draw_traits(question.topic, random.Random(f"{traits_key}/traits"), exclude=taught | moved)
             traits |= {lesson.trait for lesson in row_lessons if lesson.more == (side == "chosen")}
             sides[side] = [{"role": "assistant", "content": render(question, traits, key)}]
         prompt = [{"role": "user", "content": question.text}]
