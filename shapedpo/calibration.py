@@ -32,18 +32,22 @@ class Calibration(NamedTuple):
         statistics: Mean and standard deviation of each raw score.
         deltas: `(N, C)`, the concepts' deltas on the sample.
         gates: `(N, C)`, their gates on it.
+        empty_pairs: How many pairs without completion tokens on one side the run has met.
     """
 
     statistics: Statistics
     deltas: Tensor
     gates: Tensor
+    empty_pairs: int = 0
 
     def signal(self, concept: int) -> ConceptSignal:
         """The sample's deltas and gates of one concept."""
         return ConceptSignal(torch.empty(0), self.deltas[:, concept], self.gates[:, concept])
 
     def to(self, device: torch.device) -> Calibration:
-        return Calibration(self.statistics.to(device), self.deltas.to(device), self.gates.to(device))
+        return self._replace(
+            statistics=self.statistics.to(device), deltas=self.deltas.to(device), gates=self.gates.to(device)
+        )
 
 
 def calibrate(
@@ -72,7 +76,8 @@ def calibrate(
             "after truncation; at least 2 are needed. Raise `max_length` or `calibration_size`."
         )
     rows = raw.completion[valid.repeat(2)]
-    std, prompt_std = rows.std(dim=0), raw.prompt.std(dim=0)
+    std = rows.std(dim=0)
+    prompt_std = raw.prompt.std(dim=0) if raw.prompt.shape[1] else raw.prompt.new_zeros(0)
     warnings = []
     for concept, columns in zip(reader.concepts, reader.columns, strict=True):
         silent = int((std[columns] == 0).sum())
@@ -141,7 +146,11 @@ def save_calibration(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**calibration.statistics._asdict(), "deltas": calibration.deltas, "gates": calibration.gates}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"concepts": json.dumps([concept.to_dict() for concept in concepts]), "fingerprint": fingerprint}
+    metadata = {
+        "concepts": json.dumps([concept.to_dict() for concept in concepts]),
+        "fingerprint": fingerprint,
+        "empty_pairs": str(calibration.empty_pairs),
+    }
     partial = folder / f".{FILE_NAME}.partial"
     save_file(tensors, partial, metadata=metadata)
     os.replace(partial, folder / FILE_NAME)
@@ -181,7 +190,7 @@ def load_calibration(
     if changes:
         return None
     deltas, gates = tensors.pop("deltas"), tensors.pop("gates")
-    return Calibration(Statistics(**tensors), deltas, gates)
+    return Calibration(Statistics(**tensors), deltas, gates, int(metadata["empty_pairs"]))
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

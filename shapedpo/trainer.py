@@ -113,7 +113,6 @@ class ShapedDPOTrainer(DPOTrainer):
             )
         self._shaping = Shaping(self.concepts, args.beta)
         self._calibration: Calibration | None = None
-        self._empty_pairs = 0
         self._reading_ready = False
         self._precomputing = False
         super().__init__(
@@ -359,8 +358,9 @@ class ShapedDPOTrainer(DPOTrainer):
         for name, value in metrics.items():
             logged[name].append(value)
         if self._training:
-            self._empty_pairs += empty
-            logged["concepts/empty_pairs"] = [self._empty_pairs]
+            assert self._calibration is not None  # by _compute_loss
+            self._calibration = self._calibration._replace(empty_pairs=self._calibration.empty_pairs + empty)
+            logged["concepts/empty_pairs"] = [self._calibration.empty_pairs]
         if batch.tilted:
             for name, value in unshaped_rewards(batch.pairs, self.beta, self.accelerator.gather).items():
                 logged[name][-1] = value  # TRL's own is against the tilted reference
