@@ -18,7 +18,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from shapedpo import Concept, Direction, Gate, Mask, Project, Regex, ShapedDPOConfig, ShapedDPOTrainer
 
 
-WORDS = "the cat dog sat ran on mat big red sun moon saw a goblin in rain and then".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "big",
+    "red",
+    "sun",
+    "moon",
+    "a",
+    "goblin",
+    "in",
+    "rain",
+    "then",
+]
 BETA, STRENGTH, LAYER = 0.3, 1.5, 1
 PAIRWISE = ["sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm"]
 UNPAIRED = ["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
@@ -142,7 +159,7 @@ def assert_gradients(trainer, policy, objective):
     scale = max(float(g.abs().max()) for g in expected.values())
     assert 1e-5 < scale < 1e4, f"the largest gradient is {scale}: the test says nothing"
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6 * scale, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6 * scale)
     return loss
 
 
