@@ -62,9 +62,10 @@ class ConceptCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, cached = split_cached(examples)
         batch = self.inner(rows)
-        if self.weight_column is not None:
+        # Evaluation data may lack the columns: it is neither weighted nor gated.
+        if self.weight_column is not None and self.weight_column in examples[0]:
             batch[WEIGHT] = pack([[check_weight(example, self.weight_column)] for example in examples])
-        if self.gate_columns:
+        if self.gate_columns and all(column in examples[0] for column in self.gate_columns):
             batch[GATES] = pack([[check_gate(example, column) for column in self.gate_columns] for example in examples])
         if cached is not None:
             batch[CACHED] = cached

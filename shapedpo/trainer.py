@@ -239,7 +239,7 @@ class ShapedDPOTrainer(DPOTrainer):
         extras, inputs = split_batch(self._prepare_inputs(self.data_collator(examples)))
         _, raw = self._reference_pass(self._reference(), inputs, extras)
         valid = _valid_pairs(inputs["completion_mask"])[:, None].float()
-        gates = extras.get(keys.GATES, valid[:, :0])
+        gates = extras.get(keys.GATES, valid.new_ones(len(valid), len(self._reader.gate_columns)))
         return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)
 
     def _cached_table(self) -> Tensor:
@@ -312,7 +312,7 @@ class ShapedDPOTrainer(DPOTrainer):
             inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
         valid = _valid_pairs(mask)
         assert self._calibration is not None  # by _compute_loss
-        gates = batch.extras.get(keys.GATES, raw.prompt[:, :0])
+        gates = batch.extras.get(keys.GATES, raw.prompt.new_ones(len(valid), len(self._reader.gate_columns)))
         batch.pairs = Pairs(
             policy_logps=super().compute_ref_log_probs(Computed(outputs.log_probs.detach()), inputs),
             ref_logps=ref_logps,
