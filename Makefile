@@ -26,7 +26,7 @@ DEMO_ARGS ?=
 TORCH_INDEX ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check --quiet --quiet  # errors only: each step says itself what it does
 PINNED := $(PIP) install --constraint constraints.txt
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
