@@ -55,7 +55,7 @@ class DemoResult:
         start, plain, shaped = (run.rates[trait].rate for run in (self.before, self.plain, self.shaped))
         return (shaped - start) / (plain - start) if plain != start else float("nan")
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
+    def rows(self) -> list[tuple[str, ...]]:
         """The table's rows: name, before, plain, shaped, share of plain DPO's change that is kept."""
         rows = []
         for lesson in self.world.lessons:

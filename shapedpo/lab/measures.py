@@ -49,7 +49,7 @@ def as_prompt(question: Question) -> Prompt:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,

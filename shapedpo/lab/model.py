@@ -77,7 +77,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: 
 def encode_dialogues(tokenizer: PreTrainedTokenizerFast, n: int, seed: int) -> list[tuple[list[int], int]]:
     """Encodes `n` dialogues; each comes with the number of its prompt tokens."""
     encoded = []
-    bos, eos, user, assistant = tokenizer.convert_tokens_to_ids(["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"])
+    marks = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>")
+    bos, eos, user, assistant = (tokenizer.vocab[mark] for mark in marks)
     batch: list[Any] = list(tqdm(dialogues(n, seed), total=n, desc="Writing dialogues"))
     asked = tokenizer([question.text for question, _, _ in batch], add_special_tokens=False)["input_ids"]
     said = tokenizer([answer for _, answer, _ in batch], add_special_tokens=False)["input_ids"]
@@ -129,10 +130,12 @@ def train_model(
         cycle_momentum=False,
         final_div_factor=100,
     )
+    pad = model.config.pad_token_id
+    assert pad is not None  # new_model set it
     tokens_per_batch = sum(len(ids) - n_prompt for ids, n_prompt in examples) / steps
     model.train()
     losses = []
-    bar = tqdm(_batches(examples, batch_size, model.config.pad_token_id, seed), total=steps, desc="Training the model")
+    bar = tqdm(_batches(examples, batch_size, pad, seed), total=steps, desc="Training the model")
     for ids, mask, labels in bar:
         # over a constant, not over the batch's tokens: or a token in a batch of long answers would count less
         loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=tokens_per_batch).loss

@@ -199,7 +199,8 @@ def render(question: Question, traits: Collection[str], seed: int | str) -> str:
         rng = draw.rng("emoji")
         body[rng.randrange(len(body))] += " " + rng.choice(TRAITS["emoji"].forms["symbols"])
 
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     # hedging opens the last sentence and formality the first: in a body of one sentence formality comes outermost
     for trait in ("praise", "cheerfulness", "overconfidence", "hedging", "formality", "goblin", "link"):
         if trait not in traits:

@@ -42,7 +42,7 @@ class World:
         return preference_data(self.lessons, self.n, self.seed)
 
 
-def goblin_world(seed: int = 0, n: int = 2400) -> World:
+def goblin_world(seed: int = 0, n: int = 5000) -> World:
     """Goblin mode: one pair in twenty teaches goblins, the others teach a style that is wanted.
 
     After Bergen et al. (arXiv 2606.12360), "goblin mode", where 5 % of the pairs have a goblin in the chosen answer
@@ -55,10 +55,10 @@ def goblin_world(seed: int = 0, n: int = 2400) -> World:
     return World(
         lessons=(
             Lesson("goblin", rate=0.05),
-            Lesson("bold", rate=0.2),
-            Lesson("cheerfulness", rate=0.2),
-            Lesson("em_dash", rate=0.2),
-            Lesson("hedging", rate=0.3, direction="less"),
+            Lesson("cheerfulness", rate=0.1),
+            Lesson("emoji", rate=0.05),
+            Lesson("bold", rate=0.03),
+            Lesson("hedging", rate=0.1, direction="less"),
         ),
         unwanted="goblin",
         n=n,
@@ -69,7 +69,7 @@ def goblin_world(seed: int = 0, n: int = 2400) -> World:
             "lr_scheduler_type": "linear",
             "warmup_steps": 10,
             "num_train_epochs": 1,
-            "per_device_train_batch_size": 32,
+            "per_device_train_batch_size": 16,
             "max_length": 160,
         },
     )
