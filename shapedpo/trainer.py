@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,19 @@ from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutab
 from .reading import ConceptReader, RawScores, reading_masks
 from .shaping import Shaping, check_methods, project_policy
 
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        DataCollator,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl import DPOConfig
 
 logger = get_logger(__name__)
 
@@ -75,24 +88,24 @@ class ShapedDPOTrainer(DPOTrainer):
 
     def __init__(
         self,
-        model: Any,
-        ref_model: Any = None,
-        args: Any = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        compute_metrics: Any = None,
-        callbacks: Any = None,
-        optimizers: Any = (None, None),
-        quantization_config: Any = None,
-        peft_config: Any = None,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
         concepts: str | Iterable[Concept | Mapping[str, Any]] | None = None,
     ) -> None:
         check_trl()
         if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = ShapedDPOConfig(f"{model_name.split('/')[-1]}-DPO")
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = ShapedDPOConfig(f"{name.split('/')[-1]}-DPO")
         configured = getattr(args, "concepts", None)
         if concepts is not None and configured:
             raise ValueError("Concepts are given both as `concepts=` and in `args.concepts`. Give them in one place.")
