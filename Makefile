@@ -91,7 +91,7 @@ types: install-dev  ## mypy on the package
 	@echo "== mypy"; $(PY) -m mypy
 
 pytest: install-dev  ## the tests alone
-	@echo "== pytest ($(WORKERS) workers)"; $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@echo "== pytest ($(WORKERS) workers)"; $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 format: install-dev  ## let ruff rewrite the code
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .

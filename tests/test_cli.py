@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -163,18 +162,13 @@ def test_environment_is_set_before_imports(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero3"])
-def test_accelerate_launch(config, recipe, tmp_path):
-    """Two processes train what one process trains on the same pairs."""
-    if "zero" in config:
-        pytest.importorskip("deepspeed")
-        if shutil.which("c++") is None:
-            pytest.skip("deepspeed compiles its CPU operators on first use and there is no C++ compiler")
+def test_accelerate_launch(recipe, tmp_path):
+    """Two processes train what one process trains on the same pairs, and one of them speaks."""
     from safetensors.torch import load_file
 
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    accelerate += [str(REPO / "accelerate_configs" / f"{config}.yaml"), "--main_process_port", "0", "-m", "shapedpo"]
-    path = recipe(save_strategy="no", max_grad_norm=1000.0)
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    accelerate += ["--config_file", str(REPO / "accelerate_configs" / "cpu_ddp.yaml"), "-m", "shapedpo"]
+    path = recipe(save_strategy="no")
     done = subprocess.run(
         [*accelerate, "train", "--config", str(path), "--per_device_train_batch_size", "2"],
         capture_output=True,
