@@ -56,21 +56,19 @@ class DemoResult:
         return (shaped - start) / (plain - start) if plain != start else float("nan")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's rows: name, before, plain, shaped, share of plain DPO's change that is kept."""
+        """The table's rows: name, before, plain and shaped in percent, share of plain DPO's change that is kept."""
         rows = []
         for lesson in self.world.lessons:
             trait = lesson.trait
-            note = (
-                "unwanted" if lesson.name == self.world.unwanted else "wanted, " + ("more" if lesson.more else "less")
-            )
-            cells = (str(run.rates[trait]) for run in (self.before, self.plain, self.shaped))
+            note = "unwanted" if lesson.name == self.world.unwanted else "more" if lesson.more else "less"
+            cells = (_percent(run.rates[trait]) for run in (self.before, self.plain, self.shaped))
             rows.append((f"{trait} ({note})", *cells, f"{self.kept(trait):.0%}"))
-        rows.append(("capability", *(str(run.capability) for run in (self.before, self.plain, self.shaped)), ""))
+        rows.append(("capability", *(_percent(run.capability) for run in (self.before, self.plain, self.shaped)), ""))
         rows.append(("training time", "", f"{self.plain.seconds:.0f} s", f"{self.shaped.seconds:.0f} s", ""))
         return rows
 
 
-HEADINGS = ("share of held-out rollouts [95 %]", "before", "plain DPO", "shaped DPO", "change kept")
+HEADINGS = ("% of rollouts [95 %]", "before", "plain DPO", "shaped DPO", "kept")
 
 
 def run(output_dir: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N_ROLLOUTS) -> DemoResult:
@@ -173,6 +171,10 @@ def _table(result: DemoResult) -> Table:
     for row in result.rows():
         table.add_row(*row, style="bold" if "unwanted" in row[0] else None)
     return table
+
+
+def _percent(rate: Rate) -> str:
+    return f"{100 * rate.rate:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
 
 
 def _markdown(result: DemoResult) -> str:
