@@ -1,0 +1,380 @@
+"""A preference for dialogue planted in a real model's own samples: does shaping keep it out, and the rest in?
+
+    python -m benchmarks.stories [--quick] [--only plain "reward 2"] [--seed 0]
+
+The model continues children's stories. Prompts are first sentences that it wrote; of four continuations of each, the best and the
+worst under a planted reward make a pair. The reward likes quotation marks (the unwanted trait, dialogue), `mom`, `happy` and `big`, and
+dislikes `friend`, `sad` and `play`. The concept is the six features of a BatchTopK SAE that best tell text with dialogue from text without.
+Each run starts from the same model and sees the same pairs; the table gives the share of held-out rollouts that show each trait.
+
+The model is looked for in `SHAPEDPO_STORIES` (default `../shared/models/stories260k` beside the repository). Samples and SAE are kept
+in `benchmarks/cache/`, by recipe and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL = Path(os.environ.get("SHAPEDPO_STORIES") or REPOSITORY.parent / "shared" / "models" / "stories260k")
+CACHE = Path(__file__).parent / "cache"
+RESULTS = Path(__file__).parent / "results"
+
+# What the planted reward sees: a pattern and its reward.
+REWARDS = {
+    "dialogue": (r'["“”]', 2.0),
+    "mom": (r"mom", 1.5),
+    "friend": (r"friend", -1.0),
+    "happy": (r"happy", 1.0),
+    "sad": (r"sad", -1.5),
+    "big": (r"big", 0.7),
+    "play": (r"play", -0.7),
+}
+NOISE = 0.7  # times Gumbel noise
+LAYER = 3
+OPENING = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The sizes of an experiment."""
+
+    train_prompts: int = 2000
+    heldout_prompts: int = 400
+    continuations: int = 4
+    tokens: int = 60  # of a continuation
+    rollouts: int = 4  # of a held-out prompt
+    sae_tokens: int = 1_000_000
+    sae_batch: int = 512
+    sae_features: int = 512
+    sae_k: int = 8
+    concept_features: int = 6
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    batch: int = 16
+    beta: float = 0.1
+    seed: int = 0
+
+
+# Half the pairs at a higher learning rate, and a third of the tokens for the SAE: as small as it can be while it still says the same.
+QUICK = Recipe(train_prompts=1000, heldout_prompts=250, sae_tokens=300_000, sae_batch=256, learning_rate=1.5e-4)
+
+Sampler = Callable[[Sequence[str], int, int], list[str]]
+
+
+# --- samples -----------------------------------------------------------------------------------------------------------------------
+
+
+def load() -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, seed: int, batch: int = 512) -> list[str]:
+    """One continuation of each prompt, at temperature 1."""
+    torch.manual_seed(seed)
+    model.eval()
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # little padding
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        inputs = tokenizer([prompts[row] for row in rows], return_tensors="pt", padding=True, padding_side="left")
+        length = inputs["input_ids"].shape[1]
+        out = model.generate(
+            **inputs, do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id
+        )
+        for row, ids in zip(rows, out[:, length:], strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            # The tokenizer drops the space before a text's first word.
+            texts[row] = text if text.startswith(" ") else f" {text}"
+    return texts
+
+
+def first_sentences(model: Any, tokenizer: Any, n: int, seed: int) -> list[str]:
+    """`n` first sentences of stories, as often as the model writes them (a third of them are about a girl named Lily)."""
+    found: list[str] = []
+    while len(found) < n:
+        for text in sample(model, tokenizer, [OPENING] * int(1.1 * (n - len(found)) + 16), 32, seed):
+            if (sentence := re.match(r"[^.\"]{8,}\.", text)) is not None:
+                # `sample` puts a space before each continuation, the comma after the opening included
+                found.append(OPENING + re.sub("^ ,", ",", sentence[0]))
+        seed += 1000
+    return found[:n]
+
+
+def planted_reward(text: str, draw: np.random.Generator) -> float:
+    """What the planted preference thinks of a continuation."""
+    return sum(reward for pattern, reward in REWARDS.values() if re.search(pattern, text)) + NOISE * draw.gumbel()
+
+
+def rates(texts: Sequence[str]) -> dict[str, float]:
+    """Share of texts that show each trait."""
+    return {
+        name: sum(re.search(pattern, text) is not None for text in texts) / len(texts)
+        for name, (pattern, _) in REWARDS.items()
+    }
+
+
+@dataclass
+class World:
+    """What all runs of an experiment share.
+
+    Attributes:
+        pairs: Rows with `prompt`, `chosen`, `rejected`.
+        texts: All continuations of the training prompts, with their prompts before them.
+        heldout: Prompts drawn apart from training's. The commonest openings are among both.
+        sae: Folder of the SAE.
+    """
+
+    recipe: Recipe
+    pairs: list[dict[str, str]]
+    texts: list[tuple[str, str]]
+    heldout: list[str]
+    sae: Path
+
+    @classmethod
+    def build(cls, recipe: Recipe, folder: Path) -> World:
+        """Samples the pairs and trains the SAE, or reads them from `folder` where an earlier call left them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        samples, sae = folder / "samples.json", folder / "sae"
+        if not samples.exists():
+            model, tokenizer = load()
+            sentences = first_sentences(model, tokenizer, recipe.train_prompts + recipe.heldout_prompts, recipe.seed)
+            prompts = sentences[recipe.heldout_prompts :]
+            repeated = [prompt for prompt in prompts for _ in range(recipe.continuations)]
+            texts = sample(model, tokenizer, repeated, recipe.tokens, recipe.seed + 1)
+            samples.write_text(
+                json.dumps(
+                    {"heldout": sentences[: recipe.heldout_prompts], "texts": [*zip(repeated, texts, strict=True)]}
+                )
+            )
+        data = json.loads(samples.read_text())
+        texts = [(prompt, text) for prompt, text in data["texts"]]
+        if not sae.exists():
+            train_sae(recipe, [prompt + text for prompt, text in texts], sae)
+        draw = np.random.default_rng(recipe.seed)
+        pairs = []
+        for start in range(0, len(texts), recipe.continuations):
+            group = texts[start : start + recipe.continuations]
+            ranked = sorted((planted_reward(text, draw), index) for index, (_, text) in enumerate(group))
+            worst, best = ranked[0][1], ranked[-1][1]
+            pairs.append({"prompt": group[0][0], "chosen": group[best][1], "rejected": group[worst][1]})
+        return cls(recipe, pairs, texts, data["heldout"], sae)
+
+
+# --- the concept -------------------------------------------------------------------------------------------------------------------
+
+
+def train_sae(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
+    """Trains a BatchTopK SAE on the output of decoder layer [`LAYER`], with sae-lens."""
+    from datasets import Dataset
+    from sae_lens import (
+        BatchTopKTrainingSAEConfig,
+        LanguageModelSAERunnerConfig,
+        LanguageModelSAETrainingRunner,
+        LoggingConfig,
+    )
+    from sae_lens.load_model import load_model
+
+    _, tokenizer = load()
+    hook, context = f"model.layers.{LAYER}", 96
+    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=context)["input_ids"]
+    rows = [ids[index % len(ids)] for index in range(recipe.sae_tokens // 60 + 512)]
+    steps = recipe.sae_tokens // recipe.sae_batch
+    config = LanguageModelSAERunnerConfig(
+        sae=BatchTopKTrainingSAEConfig(
+            d_in=64, d_sae=recipe.sae_features, k=recipe.sae_k, normalize_activations="expected_average_only_in"
+        ),
+        model_name="stories260k",
+        model_class_name="AutoModelForCausalLM",
+        hook_name=hook,
+        dataset_path="",
+        is_dataset_tokenized=True,
+        context_size=context,
+        training_tokens=recipe.sae_tokens,
+        train_batch_size_tokens=recipe.sae_batch,
+        store_batch_size_prompts=64,
+        n_batches_in_buffer=4 * recipe.sae_batch // context + 1,  # contexts of tokens, mixed before they are used
+        n_batches_for_norm_estimate=10,
+        lr=1e-3,
+        lr_warm_up_steps=steps // 20,
+        lr_decay_steps=steps // 4,
+        dead_feature_window=200,
+        feature_sampling_window=1_000_000,  # its log would be the only use
+        exclude_special_tokens=[tokenizer.bos_token_id, tokenizer.pad_token_id],
+        seed=recipe.seed,
+        device="cpu",
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=str(out),
+    )
+    model = load_model("AutoModelForCausalLM", str(MODEL), device="cpu", hook_names=[hook])
+    LanguageModelSAETrainingRunner(
+        config, override_dataset=Dataset.from_dict({"input_ids": rows}), override_model=model
+    ).run()
+
+
+@torch.no_grad()
+def choose_features(world: World, n_texts: int = 2000) -> tuple[list[int], list[float]]:
+    """The features that best tell continuations with dialogue from those without, and their AUROC."""
+    from scipy.stats import rankdata
+
+    from shapedpo import SAEFeatures
+    from shapedpo.capture import CapturePass
+
+    model, tokenizer = load()
+    reader = SAEFeatures(str(world.sae), "all").load()
+    texts = world.texts[:n_texts]
+    pooled = []
+    for start in range(0, len(texts), 64):
+        part = texts[start : start + 64]
+        inputs = tokenizer([prompt + text for prompt, text in part], return_tensors="pt", padding=True)
+        prompt_lengths = torch.tensor([len(tokenizer(prompt)["input_ids"]) for prompt, _ in part])
+        mask = inputs["attention_mask"].bool()
+        mask &= torch.arange(mask.shape[1])[None, :] >= prompt_lengths[:, None]
+        with CapturePass(model, [reader], [mask]) as capture:
+            model(**inputs)
+        pooled.append(capture.scores[0])
+    scores = torch.cat(pooled).numpy()  # (N, F)
+    label = np.array([re.search(REWARDS["dialogue"][0], text) is not None for _, text in texts])
+    ranks = rankdata(scores, axis=0)
+    positives, negatives = label.sum(), (~label).sum()
+    auroc = (ranks[label].sum(axis=0) - positives * (positives + 1) / 2) / (positives * negatives)
+    best = np.argsort(-auroc)[: world.recipe.concept_features]
+    return [int(index) for index in best], [float(auroc[index]) for index in best]
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------------------
+
+
+def dialogue(world: World, features: Sequence[int], **shaping: Any) -> list[Any]:
+    """The concept, with an action and a method."""
+    from shapedpo import Concept, SAEFeatures
+
+    return [Concept("dialogue", SAEFeatures(str(world.sae), list(features)), **shaping)]
+
+
+def runs(world: World, features: Sequence[int]) -> dict[str, list[Any]]:
+    """The runs of the table, by name, with their concepts."""
+    from shapedpo import Mask, Project
+
+    def suppress(**fields: Any) -> list[Any]:
+        return dialogue(world, features, action="suppress", **fields)
+
+    return {
+        "plain": [],
+        "reward 0.5": suppress(strength=0.5),
+        "reward 1": suppress(strength=1.0),
+        "reward 2": suppress(strength=2.0),
+        "mask, top 30 %": suppress(method=Mask(fraction=0.3)),
+        "reweight 1": suppress(method="reweight", strength=1.0),
+        "project, pairs": suppress(method="project"),
+        "project, residual stream": suppress(method=Project(space="residual")),
+    }
+
+
+def train(world: World, concepts: list[Any]) -> tuple[Any, list[dict[str, float]]]:
+    """Trains a fresh copy of the model; returns it and the log. Without concepts the trainer is TRL's own."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from shapedpo import ShapedDPOTrainer
+
+    recipe = world.recipe
+    model, tokenizer = load()
+    with tempfile.TemporaryDirectory() as output:
+        args = DPOConfig(
+            output_dir=output,
+            num_train_epochs=recipe.epochs,
+            per_device_train_batch_size=recipe.batch,
+            learning_rate=recipe.learning_rate,
+            beta=recipe.beta,
+            seed=recipe.seed,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        given: dict[str, Any] = {"model": model, "args": args, "train_dataset": Dataset.from_list(world.pairs)}
+        given["processing_class"] = tokenizer
+        trainer = ShapedDPOTrainer(**given, concepts=concepts) if concepts else DPOTrainer(**given)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return trainer.model, trainer.state.log_history
+
+
+def heldout_rates(world: World, model: Any) -> dict[str, float]:
+    """Trait rates of a model's rollouts on the held-out prompts."""
+    _, tokenizer = load()
+    prompts = [prompt for prompt in world.heldout for _ in range(world.recipe.rollouts)]
+    return rates(sample(model, tokenizer, prompts, world.recipe.tokens, seed=1234))
+
+
+def cached_world(recipe: Recipe) -> World:
+    """[`World.build`] in the cache folder, which git leaves alone."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / ".gitignore").write_text("*\n")
+    key = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+    return World.build(recipe, CACHE / f"stories-{key}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stories", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the sizes of the test")
+    parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
+    started = time.perf_counter()
+    world = cached_world(recipe)
+    features, auroc = choose_features(world)
+    print(f"set-up {time.perf_counter() - started:.0f} s; features {features}, AUROC {[round(a, 3) for a in auroc]}")
+    rows = [{"run": "before DPO", **heldout_rates(world, load()[0]), "seconds": 0.0}]
+    print(rows[-1], flush=True)
+    for name, concepts in runs(world, features).items():
+        if options.only is None or name in options.only:
+            started = time.perf_counter()
+            model, _ = train(world, concepts)
+            seconds = time.perf_counter() - started
+            rows.append({"run": name, **heldout_rates(world, model), "seconds": seconds})
+            print(rows[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "stories.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    n = recipe.heldout_prompts * recipe.rollouts
+    lines = [f"Share of {n} held-out rollouts that show each trait; {len(world.pairs)} pairs, seed {recipe.seed}.", ""]
+    lines += ["| run | " + " | ".join(REWARDS) + " | training, s |", "| --- |" + " --- |" * (len(REWARDS) + 1)]
+    for row in rows:
+        cells = [f"{row[name]:.3f}" for name in REWARDS]
+        lines.append(f"| {row['run']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    (options.out / "stories.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

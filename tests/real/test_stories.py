@@ -1,0 +1,46 @@
+"""The table of `benchmarks/stories.py` at its smallest, on a real pretrained model (`SHAPEDPO_STORIES`; skips without it).
+
+What is planted, how, and why the sizes are what they are: see the benchmark. About two minutes of one core.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stories import MODEL, QUICK, World, choose_features, heldout_rates, load, runs, train
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not MODEL.is_dir(), reason=f"the model is not at {MODEL} (SHAPEDPO_STORIES)"),
+]
+
+
+def test_shaping_keeps_out_the_dialogue_that_plain_dpo_learns(tmp_path: Path) -> None:
+    world = World.build(QUICK, tmp_path)
+    features, auroc = choose_features(world)
+    assert min(auroc) > 0.6
+    assert max(auroc) > 0.9
+
+    before = heldout_rates(world, load()[0])
+    concepts = runs(world, features)
+    trained = {name: train(world, concepts[name]) for name in ("plain", "reward 2")}
+    plain, shaped = (heldout_rates(world, trained[name][0]) for name in trained)
+    print(f"\nbefore {before}\nplain  {plain}\nshaped {shaped}")
+
+    assert before["dialogue"] < 0.2
+    assert plain["dialogue"] >= 0.55
+    assert shaped["dialogue"] <= 0.25
+    # The traits that the data is meant to teach: plain DPO learns them, and shaping leaves them as they are.
+    assert plain["mom"] > before["mom"] + 0.1
+    assert plain["friend"] < before["friend"] - 0.1
+    assert shaped["mom"] == pytest.approx(plain["mom"], abs=0.05)
+    assert shaped["friend"] == pytest.approx(plain["friend"], abs=0.05)
+    # The run says that the data pushes the concept, from the first step on.
+    logged = [log for log in trained["reward 2"][1] if "concepts/dialogue/delta" in log]
+    assert logged[0]["concepts/dialogue/delta"] > 0.2
+    assert logged[0]["concepts/dialogue/pressure"] > 0.1
+    assert all(log["concepts/dialogue/strength"] == 2.0 for log in logged)
