@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -176,11 +176,18 @@ def load_calibration(
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    changes = _changes(json.loads(metadata["concepts"]), [concept.to_dict() for concept in concepts])
-    if not changes and metadata["fingerprint"] != fingerprint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        was, was_fingerprint, empty_pairs = (metadata[key] for key in ("concepts", "fingerprint", "empty_pairs"))
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is not a whole file of concepts ({error}). Delete it to calibrate anew, or resume from an earlier "
+            "checkpoint."
+        ) from error
+    changes = _changes(json.loads(was), [concept.to_dict() for concept in concepts])
+    if not changes and was_fingerprint != fingerprint:
         changes = ["what a readout loads"]
     if changes and not allow_change:
         raise ValueError(
@@ -190,7 +197,7 @@ def load_calibration(
     if changes:
         return None
     deltas, gates = tensors.pop("deltas"), tensors.pop("gates")
-    return Calibration(Statistics(**tensors), deltas, gates, int(metadata["empty_pairs"]))
+    return Calibration(Statistics(**tensors), deltas, gates, int(empty_pairs))
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

@@ -143,12 +143,16 @@ def check_columns(concepts: Sequence[Concept], weight_column: str | None, datase
                     f"Concept {concept.name!r}: the dataset has no gate column {column!r}. Its columns are "
                     f"{', '.join(row)}."
                 )
-            check_gate(row, column)
+            try:
+                for gate in _values(dataset, row, column):
+                    check_gate({column: gate}, column)
+            except ValueError as error:
+                raise ValueError(f"Concept {concept.name!r}: {error}") from error
     if weight_column is None or (weight_column == "weight" and weight_column not in row):
         return None
     if weight_column not in row:
         raise ValueError(f"The dataset has no weight column {weight_column!r}. Its columns are {', '.join(row)}.")
-    for weight in dataset.unique(weight_column) if isinstance(dataset, Dataset) else [row[weight_column]]:
+    for weight in _values(dataset, row, weight_column):
         check_weight({weight_column: weight}, weight_column)
     return weight_column
 
@@ -156,7 +160,7 @@ def check_columns(concepts: Sequence[Concept], weight_column: str | None, datase
 def check_weight(example: dict[str, Any], column: str) -> float:
     """A pair's weight. Raises `ValueError` unless it is finite and not negative."""
     weight = example[column]
-    if weight is None or not 0 <= float(weight) < float("inf"):
+    if isinstance(weight, str) or weight is None or not 0 <= float(weight) < float("inf"):
         raise ValueError(f"Column {column!r}: a pair's weight must be finite and not negative, got {weight!r}.")
     return float(weight)
 
@@ -167,3 +171,8 @@ def check_gate(example: dict[str, Any], column: str) -> float:
     if isinstance(gate, str) or gate is None or not 0 <= float(gate) <= 1:
         raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {gate!r}.")
     return float(gate)
+
+
+def _values(dataset: Any, row: dict[str, Any], column: str) -> list[Any]:
+    """A column's distinct values; of a stream, the first row's."""
+    return dataset.unique(column) if isinstance(dataset, Dataset) else [row[column]]

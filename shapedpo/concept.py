@@ -92,6 +92,10 @@ class Concept:
             object.__setattr__(self, "method", shaper_from_config(self.method))
             if isinstance(self.gate, Mapping):
                 object.__setattr__(self, "gate", _from_mapping(Gate, self.gate, "gate"))
+            if not isinstance(self.gate, Gate | None):
+                raise ValueError(
+                    f"`gate` must be Gate(...) or a mapping with `column` or `concept`, got {self.gate!r}."
+                )
             self._check_shaping()
 
     def _check_shaping(self) -> None:
@@ -217,7 +221,7 @@ def load_concepts(path: str | Path) -> list[Concept]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of concepts at {str(path)!r}.")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_bytes())  # bytes, so that a wrong encoding is a YAML error too
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

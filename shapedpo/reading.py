@@ -184,9 +184,13 @@ class ConceptReader:
         return signals
 
     def non_finite(self, raw: RawScores) -> Tensor:
-        """`(C,)` float32: for each concept, how many of its raw scores are not finite."""
+        """`(C,)` float32: for each concept, how many of its raw scores, of prompts too, are not finite."""
         bad = (~torch.isfinite(raw.completion)).float().sum(dim=0)
-        return torch.stack([bad[columns].sum() for columns in self.columns])
+        counts = torch.stack([bad[columns].sum() for columns in self.columns])
+        bad = (~torch.isfinite(raw.prompt)).float().sum(dim=0)
+        for index, columns in zip(self.prompt_index, self.prompt_columns, strict=True):
+            counts[index] += bad[columns].sum()
+        return counts
 
     def _text_indices(self) -> list[int]:
         return [index for index, reader in enumerate(self.readers) if isinstance(reader, TextReader)]

@@ -174,16 +174,17 @@ def check_methods(
                 raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
         if args.beta == 0 and concept.shaper.name == "reward":
             raise ValueError(f"{owner} divides by `beta`, which is 0.")
-    projected = sum(_projects(concept, "pair") for _, concept in users)
-    if projected and pairs <= projected:
+    projected = [repr(concept.name) for _, concept in users if _projects(concept, "pair")]
+    owner = f"Concept {', '.join(projected)}: method 'project' in pair space"
+    if projected and pairs <= len(projected):
         raise ValueError(
-            f"Method 'project' in pair space, with {projected} concept(s) on forward batches of {pairs} pair(s) over all processes, "
-            "would leave nothing of the gradient. Raise `per_device_train_batch_size` (accumulation does not help)."
+            f"{owner} would leave nothing of the gradient of a forward batch, which has {pairs} pair(s) over all processes. "
+            "Raise `per_device_train_batch_size` (accumulation does not help)."
         )
-    if projected and pairs < 4 * projected:
+    if projected and pairs < 4 * len(projected):
         warnings.append(
-            f"Method 'project' in pair space takes {projected} of {pairs} directions from each forward batch's gradient. Larger "
-            "batches lose less."
+            f"{owner} takes {len(projected)} of {pairs} directions from the gradient of each forward batch. Larger batches lose "
+            "less."
         )
     return warnings
 

@@ -6,6 +6,7 @@ Usage: `python -m tests.distributed.steps MODEL_DIR DATA_DIR OUTPUT_DIR [key=val
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,13 +19,12 @@ GLOBAL_BATCH = 8
 
 
 def main(model: Path, data: Path, output: Path, settings: dict[str, object]) -> None:
-    from accelerate import PartialState
     from datasets import load_from_disk
 
     from shapedpo import Concept, Direction, Gate, Mask, Regex, ShapedDPOTrainer
 
     torch.set_num_threads(1)
-    state = PartialState(cpu=True)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.pop("zero3", False):
         import deepspeed
 
@@ -51,7 +51,7 @@ def main(model: Path, data: Path, output: Path, settings: dict[str, object]) -> 
     args = helpers.arguments(
         output_dir=str(output),
         concepts=concepts,
-        per_device_train_batch_size=GLOBAL_BATCH // state.num_processes,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
         learning_rate=1e-3,
         **settings,
     )
@@ -66,8 +66,16 @@ def main(model: Path, data: Path, output: Path, settings: dict[str, object]) -> 
         [torch.stack([t.double().sum() for t in calibration.statistics]).sum(), calibration.deltas.double().sum()]
     )
     everyone = trainer.accelerator.gather(sums[None]).tolist()
-    if state.is_main_process:
-        (output / "result.json").write_text(json.dumps({"history": trainer.state.log_history, "calibration": everyone}))
+    if trainer.accelerator.is_main_process:
+        (output / "result.json").write_text(
+            json.dumps(
+                {
+                    "history": trainer.state.log_history,
+                    "calibration": everyone,
+                    "launched": f"{trainer.accelerator.distributed_type.value} {processes}",
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def run(folder: Path, launcher: str | None, **settings):
     paths = [str(model_path()), str(data), str(folder)]
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     command = [sys.executable, *start, "tests.distributed.steps", *paths, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     name = "adapter_model.safetensors" if settings.get("lora") else "model.safetensors"
@@ -87,6 +87,7 @@ def test_two_processes_equal_one(alone, tmp_path, launcher, settings):
     expected, parameters = alone(**settings)
     extra = {"zero3": True} if launcher == "zero3" else {}
     result, found = run(tmp_path / "out", launcher, **settings, **extra)
+    assert result["launched"] == ("MULTI_CPU 2" if launcher == "ddp" else "DEEPSPEED 2")
     assert result["calibration"][0] == result["calibration"][1]
     assert result["calibration"][0] == pytest.approx(expected["calibration"][0], abs=1e-4)
     compared = 0
