@@ -399,7 +399,7 @@ class TestMethodsAndLosses:
             Concept(f"c{i}", Regex(word), "suppress", "project") for i, word in enumerate(("cat", "dog", "fox", "the"))
         ]
         for size, count in ((1, 1), (3, 3), (2, 4)):
-            text = f"'project'...{count} concept(s)...{size} pair(s)...`per_device_train_batch_size`"
+            text = f"'project'...{size} pair(s)...`per_device_train_batch_size`"
             make = lambda size=size, count=count: shaped(*concepts[:count], per_device_train_batch_size=size)  # noqa: E731
             message = refused(text, make)
             assert all(repr(concept.name) in message for concept in concepts[:count])
