@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,7 +319,7 @@ class TestTrackers:
         finally:
             wandb.finish()
         (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-        records = list(wandb_records(next(folder.glob("run-*.wandb"))))
+        records = wandb_run(next(folder.glob("run-*.wandb")))
 
         history = [
             {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -362,6 +363,17 @@ class TestTrackers:
 METRICS = ("amplification", "pressure", "delta", "strength")
 
 
+def wandb_run(path: Path, seconds: float = 30) -> list[Any]:
+    """All records of a finished run. `wandb.finish` may return before its core has written the last of them."""
+    stop = time.monotonic() + seconds
+    while True:
+        records = list(wandb_records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < stop, f"the run in {path} has no end"
+        time.sleep(0.1)
+
+
 def wandb_records(path: Path) -> Iterator[Any]:
     """The records of a `.wandb` file: protocol buffers in LevelDB's log format, behind a header of 7 bytes.
 
@@ -380,6 +392,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
             continue
         _, size, kind = header.unpack_from(data, position)
         payload = data[position + header.size : position + header.size + size]
+        if len(payload) < size:
+            return  # still being written
         position += header.size + size
         assert kind in (full, first, middle, last), kind
         parts = payload if kind in (full, first) else parts + payload
