@@ -130,9 +130,6 @@ def concept(trait: str, **kwargs: Any) -> Concept:
     ```
     """
     from ..concept import Concept
-    from ..readouts import SAEFeatures
-    from .features import shipped_features
+    from ..readouts import LabTrait
 
-    if trait not in TRAITS:
-        raise ValueError(f"unknown trait {trait!r}, expected one of {', '.join(TRAITS)}")
-    return Concept(name=trait, readout=SAEFeatures(sae=str(sae_path()), features=shipped_features()[trait]), **kwargs)
+    return Concept(name=trait, readout=LabTrait(trait), **kwargs)
