@@ -371,10 +371,11 @@ def test_concepts_show(tmp_path, capsys):
 
 
 def test_concepts_show_finds_what_only_the_weights_tell(tmp_path, capsys):
+    from shapedpo import lab
+
     path = tmp_path / "concepts.yaml"
-    path.write_text(
-        yaml.safe_dump([{"name": "goblin", "readout": {"type": "lab", "trait": "goblin", "features": [10**6]}}])
-    )
+    readout = {"type": "sae_features", "sae": str(lab.sae_path()), "features": [10**6]}
+    path.write_text(yaml.safe_dump([{"name": "goblin", "readout": readout}]))
     assert run("concepts", "show", path) == 0
     assert run("concepts", "show", path, "--load") == 2
     printed = capsys.readouterr().err
