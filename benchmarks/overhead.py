@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -291,8 +292,10 @@ def peak_memory(variant: str | None, folder: Path, size: Size, device: str) -> f
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if (status := Path("/proc/self/status")).exists():
+        # Not `ru_maxrss`: on Linux a process inherits that peak from the one that started it.
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_memory(variant: str | None, folder: Path, size: Size, device: str) -> float:
