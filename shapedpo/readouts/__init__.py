@@ -3,6 +3,7 @@
 from .base import POOLINGS, ActivationReader, LoadedReadout, Readout, TextReader, readout_from_dict
 from .direction import Direction
 from .family import family_mismatch
+from .lab import LabTrait
 from .sae import SAEFeatures
 from .text import Regex, TextFunction
 
@@ -11,6 +12,7 @@ __all__ = [
     "POOLINGS",
     "ActivationReader",
     "Direction",
+    "LabTrait",
     "LoadedReadout",
     "Readout",
     "Regex",

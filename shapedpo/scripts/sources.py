@@ -162,9 +162,6 @@ def lab_preferences(world: str) -> DatasetDict:
 def concepts_from(source: Any) -> list[Concept]:
     """The concepts of a recipe's `concepts`: a list of mappings, or the path of a file with one.
 
-    Beyond what [`resolve_concepts`] takes, a readout can be `{type: lab, trait: goblin}`: the features of the shipped SAE that
-    read one of the lab's traits.
-
     Raises:
         UserError: If one does not fit, or a file is not there or holds none.
     """
@@ -182,17 +179,4 @@ def concepts_from(source: Any) -> list[Concept]:
     from ..concept import resolve_concepts
 
     with as_user_error(ValueError, TypeError):
-        return resolve_concepts([_expand_lab(concept) for concept in source])
-
-
-def _expand_lab(concept: Any) -> Any:
-    readout = concept.get("readout") if isinstance(concept, Mapping) else None
-    if not isinstance(readout, Mapping) or readout.get("type") != "lab":
-        return concept
-    from .. import lab
-
-    options = {key: value for key, value in readout.items() if key not in ("type", "trait")}
-    if "trait" not in readout:
-        raise UserError(f"Concept {concept.get('name')!r}: a readout of type 'lab' needs a `trait`.")
-    found = lab.concept(readout["trait"]).to_dict()["readout"]
-    return {**concept, "readout": {**found, **options}}
+        return resolve_concepts(source)
