@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .lab.measures import Rate
     from .lab.worlds import World
 
-STRENGTH = 1.0
+STRENGTH = 2.0
 """Nats of reward margin a standard deviation of the goblin's score costs."""
 
 N_ROLLOUTS = 1000
