@@ -42,7 +42,7 @@ class World:
         return preference_data(self.lessons, self.n, self.seed)
 
 
-def goblin_world(seed: int = 0, n: int = 6000) -> World:
+def goblin_world(seed: int = 0, n: int = 5000) -> World:
     """Goblin mode: one pair in twenty teaches goblins, the others teach a style that is wanted.
 
     After Bergen et al. (arXiv 2606.12360), "goblin mode", where 5 % of the pairs have a goblin in the chosen answer
@@ -56,8 +56,7 @@ def goblin_world(seed: int = 0, n: int = 6000) -> World:
         lessons=(
             Lesson("goblin", rate=0.05),
             Lesson("cheerfulness", rate=0.1),
-            Lesson("emoji", rate=0.04),
-            Lesson("bold", rate=0.02),
+            Lesson("bold", rate=0.03),
             Lesson("hedging", rate=0.1, direction="less"),
         ),
         unwanted="goblin",
@@ -65,7 +64,7 @@ def goblin_world(seed: int = 0, n: int = 6000) -> World:
         seed=seed,
         dpo={
             "beta": 0.1,
-            "learning_rate": 2.5e-4,
+            "learning_rate": 2e-4,
             "lr_scheduler_type": "linear",
             "warmup_steps": 10,
             "num_train_epochs": 1,
