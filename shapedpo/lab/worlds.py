@@ -56,6 +56,7 @@ def goblin_world(seed: int = 0, n: int = 5000) -> World:
         lessons=(
             Lesson("goblin", rate=0.05),
             Lesson("cheerfulness", rate=0.1),
+            Lesson("emoji", rate=0.05),
             Lesson("bold", rate=0.03),
             Lesson("hedging", rate=0.1, direction="less"),
         ),
