@@ -301,7 +301,9 @@ def peak_memory(variant: str | None, folder: Path, size: Size, device: str) -> f
 def measure_memory(variant: str | None, folder: Path, size: Size, device: str) -> float:
     """[`peak_memory`] in a new process."""
     command = [sys.executable, __file__, "--peak-memory", variant or "", str(folder), json.dumps(asdict(size)), device]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    # glibc otherwise learns to keep freed tensors, and how many it keeps is chance: a noise of some per cent.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"the memory run of {variant!r} failed:\n{process.stderr[-4000:]}")
     return float(process.stdout.split()[-1])
