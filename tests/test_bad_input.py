@@ -135,7 +135,7 @@ class TestReadouts:
     @pytest.mark.parametrize(
         ("readout", "text"),
         [
-            ({"type": "probe"}, "'probe'...direction, function, regex, sae_features"),
+            ({"type": "probe"}, "'probe'...direction, function, lab, regex, sae_features"),
             ({"pattern": "x"}, "None...direction"),
             ({"type": "regex"}, "'pattern'"),
             ({"type": "regex", "pattern": "x", "mode": 1}, "'mode'...pattern, flags"),
