@@ -5,7 +5,6 @@ What is planted, how, and why the sizes are what they are: see the benchmark. Ab
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(not MODEL.is_dir(), reason=f"the model is not at {MODEL} (SHAPEDPO_STORIES)"),
 ]
-
-
-def apart(a: float, b: float) -> float:
-    """The least by which two rates differ, at 95 %, given the number of rollouts that they come from."""
-    rollouts = QUICK.heldout_prompts * QUICK.rollouts
-    return abs(a - b) - 1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / rollouts)
 
 
 def test_shaping_keeps_out_the_dialogue_that_plain_dpo_learns(tmp_path: Path) -> None:
@@ -44,8 +37,8 @@ def test_shaping_keeps_out_the_dialogue_that_plain_dpo_learns(tmp_path: Path) ->
     # The traits that the data is meant to teach: plain DPO learns them, and shaping leaves them as they are.
     assert plain["mom"] > before["mom"] + 0.1
     assert plain["friend"] < before["friend"] - 0.1
-    assert apart(plain["mom"], shaped["mom"]) <= 0.05
-    assert apart(plain["friend"], shaped["friend"]) <= 0.05
+    assert abs(plain["mom"] - shaped["mom"]) <= 0.05
+    assert abs(plain["friend"] - shaped["friend"]) <= 0.05
     # The run says that the data pushes the concept, from the first step on.
     logged = [log for log in trained["reward 2"][1] if "concepts/dialogue/delta" in log]
     assert logged[0]["concepts/dialogue/delta"] > 0.2
