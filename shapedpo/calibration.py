@@ -32,12 +32,14 @@ class Calibration(NamedTuple):
         statistics: Mean and standard deviation of each raw score.
         deltas: `(N, C)`, the concepts' deltas on the sample.
         gates: `(N, C)`, their gates on it.
+        thresholds: `(C,)`, the standardised score above which a completion counts as showing the concept.
         empty_pairs: How many pairs without completion tokens on one side the run has met.
     """
 
     statistics: Statistics
     deltas: Tensor
     gates: Tensor
+    thresholds: Tensor
     empty_pairs: int = 0
 
     def signal(self, concept: int) -> ConceptSignal:
@@ -45,8 +47,12 @@ class Calibration(NamedTuple):
         return ConceptSignal(torch.empty(0), self.deltas[:, concept], self.gates[:, concept])
 
     def to(self, device: torch.device) -> Calibration:
-        return self._replace(
-            statistics=self.statistics.to(device), deltas=self.deltas.to(device), gates=self.gates.to(device)
+        return Calibration(
+            self.statistics.to(device),
+            self.deltas.to(device),
+            self.gates.to(device),
+            self.thresholds.to(device),
+            self.empty_pairs,
         )
 
 
@@ -93,15 +99,46 @@ def calibrate(
     signals = reader.signals(raw, statistics, valid, gates)
     kept = torch.arange(len(valid), device=valid.device)[valid]
     kept = kept[torch.linspace(0, len(kept) - 1, min(keep, len(kept)), device=valid.device).round().long()]
-    deltas = torch.stack([signal.delta[kept] for signal in signals], dim=1)
-    gate = torch.stack([signal.gate[kept] for signal in signals], dim=1)
-    return Calibration(statistics, deltas, gate), warnings
+    deltas = _columns([signal.delta[kept] for signal in signals], kept)
+    gate = _columns([signal.gate[kept] for signal in signals], kept)
+    scores = _columns([signal.scores[valid.repeat(2)] for signal in signals], rows)
+    return Calibration(statistics, deltas, gate, dividing_scores(scores)), warnings
+
+
+def dividing_scores(scores: Tensor) -> Tensor:
+    """The score that best divides a sample into completions that show a concept and completions that do not.
+
+    It is where the variance between the two parts is largest (Otsu, "A threshold selection method from gray-level histograms",
+    IEEE Transactions on Systems, Man, and Cybernetics 9, 1979): half-way between the neighbouring scores. Where all scores are
+    equal, that score: what lies above it has not been seen yet.
+
+    Args:
+        scores: `(N, C)`, standardised.
+
+    Returns:
+        `(C,)`.
+    """
+    ordered = scores.double().sort(dim=0).values
+    n = len(ordered)
+    below = torch.arange(1, n, device=scores.device)[:, None]  # how many lie below each split
+    sums = ordered.cumsum(dim=0)
+    means = sums[:-1] / below, (sums[-1] - sums[:-1]) / (n - below)
+    between = below * (n - below) * (means[1] - means[0]).square()
+    between = torch.where(ordered[1:] > ordered[:-1], between, 0.0)  # equal scores stay together
+    best = between.argmax(dim=0, keepdim=True)
+    middle = (ordered[:-1].gather(0, best) + ordered[1:].gather(0, best)) / 2
+    return torch.where(between.amax(dim=0) > 0, middle[0], ordered[-1]).float()
+
+
+def _columns(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """`(N, C)` of C tensors, of which there may be none."""
+    return torch.stack(tensors, dim=1) if tensors else like.new_zeros(len(like), 0, dtype=torch.float32)
 
 
 def read_sample(
     examples: Sequence[Any],
     batch_size: int,
-    read: Callable[[list[Any]], Tensor],
+    read: Callable[[list[Any], Tensor], Tensor],
     accelerator: Accelerator,
 ) -> Tensor:
     """Read a sample of rows, dealt out over processes.
@@ -109,7 +146,8 @@ def read_sample(
     Args:
         examples: The rows, the same on all processes.
         batch_size: Rows read at once by a process.
-        read: Gives each row's numbers, `(batch_size, columns)`.
+        read: Gives each row's numbers, `(batch_size, columns)`. It is handed the rows, and `(batch_size,)` bool, which of them
+            are read for the first time: the last round is filled up with repeats, which do not count.
         accelerator: The run's.
 
     Returns:
@@ -118,10 +156,14 @@ def read_sample(
     world, rank = accelerator.num_processes, accelerator.process_index
     # Wrapped around to full rounds, repeats cut off: all processes make as many passes, or sharded models would wait in vain.
     rounds = -(-len(examples) // (batch_size * world))
-    dealt = np.resize(np.arange(len(examples)), (rounds, world, batch_size))[:, rank]
+    dealt = np.arange(rounds * world * batch_size).reshape(rounds, world, batch_size)[:, rank]
     # A reference with dropout would draw random numbers that the run must not miss.
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
-        table = torch.stack([read([examples[i] for i in rows]) for rows in tqdm(dealt, desc="Calibrating concepts")])
+        tables = [
+            read([examples[i % len(examples)] for i in rows], torch.from_numpy(rows < len(examples)))
+            for rows in tqdm(dealt, desc="Calibrating concepts")
+        ]
+    table = torch.stack(tables)
     if world > 1:
         table = accelerator.gather(table).unflatten(0, (world, rounds)).transpose(0, 1)
     return table.reshape(-1, table.shape[-1])[: len(examples)]
@@ -145,6 +187,7 @@ def save_calibration(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**calibration.statistics._asdict(), "deltas": calibration.deltas, "gates": calibration.gates}
+    tensors["thresholds"] = calibration.thresholds
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "concepts": json.dumps([concept.to_dict() for concept in concepts]),
@@ -181,6 +224,7 @@ def load_calibration(
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         was, was_fingerprint, empty_pairs = (metadata[key] for key in ("concepts", "fingerprint", "empty_pairs"))
+        deltas, gates, thresholds = (tensors.pop(name) for name in ("deltas", "gates", "thresholds"))
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} is not a whole file of concepts ({error}). Delete it to calibrate anew, or resume from an earlier "
@@ -196,8 +240,7 @@ def load_calibration(
         )
     if changes:
         return None
-    deltas, gates = tensors.pop("deltas"), tensors.pop("gates")
-    return Calibration(Statistics(**tensors), deltas, gates, int(empty_pairs))
+    return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs))
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

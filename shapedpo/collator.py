@@ -19,7 +19,8 @@ GATES = "concept_gates"
 TEXT = "concept_text"
 PROMPT_TEXT = "concept_prompt_text"
 CACHED = "concept_cached"
-KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
+ROW = "shapedpo_row"
+KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED, ROW)
 """What the collator may add to a batch."""
 
 
@@ -67,6 +68,8 @@ class ConceptCollator:
             batch[WEIGHT] = pack([[check_weight(example, self.weight_column)] for example in examples])
         if self.gate_columns and all(column in examples[0] for column in self.gate_columns):
             batch[GATES] = pack([[check_gate(example, column) for column in self.gate_columns] for example in examples])
+        if ROW in examples[0]:
+            batch[ROW] = torch.tensor([example[ROW] for example in examples])
         if cached is not None:
             batch[CACHED] = cached
         elif self.text_readouts:
@@ -116,7 +119,7 @@ def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
 
 def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the collator added to a batch, unpacked, and what TRL knows of it."""
-    extras = {key: unpack(value) for key, value in inputs.items() if key in KEYS}
+    extras = {key: value if key == ROW else unpack(value) for key, value in inputs.items() if key in KEYS}
     return extras, {key: value for key, value in inputs.items() if key not in KEYS}
 
 

@@ -24,6 +24,21 @@ class ShapedDPOConfig(DPOConfig):
         calibration_size (`int`, *optional*, defaults to `512`):
             Number of pairs on which the reference is read before the first step, to standardise scores. With
             `precompute_ref_log_probs` all pairs are used and nothing is read twice.
+        monitor (`"all"` or `int`, *optional*):
+            Watch every feature of an SAE beside the concepts, or that many: those that the data pushes most.
+        monitor_sae (`str`, *optional*), monitor_sae_id (`str`, *optional*):
+            The SAE to watch, as in [`SAEFeatures`]. By default that of the concepts.
+        monitor_window (`int`, *optional*, defaults to `1024`):
+            How many pairs, over all processes, the running estimates reach back: a pair that long ago counts 1/e as much.
+        feature_labels (`str`, *optional*):
+            File with labels of the SAE's features: JSON or JSON Lines, or an export of Neuronpedia.
+        probe_steps (`int`, *optional*, defaults to `0`):
+            Sample rollouts every so many steps, and at the start and end, and read them with the reference. 0 for none. The
+            prompts are the evaluation data's, or the training data's if there is none.
+        probe_prompts (`int`, *optional*, defaults to `64`):
+            Number of prompts of a probe; each is sampled twice.
+        probe_max_new_tokens (`int`, *optional*, defaults to `128`):
+            Where a rollout is cut.
         allow_concept_change (`bool`, *optional*, defaults to `False`):
             Whether a run may resume from a checkpoint that was made with other concepts.
     """
@@ -41,6 +56,25 @@ class ShapedDPOConfig(DPOConfig):
         default=512,
         metadata={"help": "Number of training pairs on which scores are standardised before the first step."},
     )
+    monitor: str | None = field(
+        default=None,
+        metadata={"help": "Watch the features of an SAE: `all`, or a number, for those that the data pushes most."},
+    )
+    monitor_sae: str | None = field(
+        default=None, metadata={"help": "Folder or release of the SAE to watch; by default that of the concepts."}
+    )
+    monitor_sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the release `monitor_sae`."})
+    monitor_window: int = field(
+        default=1024, metadata={"help": "Number of pairs, over all processes, that running estimates reach back."}
+    )
+    feature_labels: str | None = field(
+        default=None, metadata={"help": "File with labels of features: JSON, JSON Lines or a Neuronpedia export."}
+    )
+    probe_steps: int = field(
+        default=0, metadata={"help": "Sample rollouts every so many steps and at start and end; 0 for none."}
+    )
+    probe_prompts: int = field(default=64, metadata={"help": "Number of prompts of a probe; each is sampled twice."})
+    probe_max_new_tokens: int = field(default=128, metadata={"help": "Where a probe's rollout is cut, in tokens."})
     allow_concept_change: bool = field(
         default=False,
         metadata={"help": "Whether to resume from a checkpoint that was made with other concepts."},
@@ -53,6 +87,20 @@ class ShapedDPOConfig(DPOConfig):
             self.concepts = resolve_concepts(self.concepts)
         if self.calibration_size < 2:
             raise ValueError(f"`calibration_size` must be at least 2, got {self.calibration_size}.")
+        if self.monitor is not None:
+            self.monitor = str(self.monitor)
+            if self.monitor != "all" and not (self.monitor.isdecimal() and int(self.monitor) > 0):
+                raise ValueError(f"`monitor` must be 'all' or a number of features above 0, got {self.monitor!r}.")
+        elif self.monitor_sae is not None:
+            raise ValueError("`monitor_sae` is given, but `monitor` is not: say 'all', or how many features to watch.")
+        for name, least in (
+            ("monitor_window", 2),
+            ("probe_steps", 0),
+            ("probe_prompts", 2),
+            ("probe_max_new_tokens", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

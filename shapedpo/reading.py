@@ -21,10 +21,12 @@ class RawScores(NamedTuple):
     Attributes:
         completion: `(2B, F)`, chosen completions first; the columns of all concepts side by side.
         prompt: `(B, P)`, the same on the prompts, for the concepts that gate others.
+        features: `(2B, F')`, the features that are only monitored, if there are any.
     """
 
     completion: Tensor
     prompt: Tensor
+    features: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -51,13 +53,15 @@ class ConceptReader:
 
     Args:
         concepts: The concepts.
+        monitored: Features to read beside them, which belong to no concept.
 
     Raises:
         ValueError: If a readout cannot be loaded; the text names the concept.
     """
 
-    def __init__(self, concepts: Sequence[Concept]) -> None:
+    def __init__(self, concepts: Sequence[Concept], monitored: ActivationReader | None = None) -> None:
         self.concepts = list(concepts)
+        self.monitored = monitored
         gating = {concept.gate.concept for concept in concepts if isinstance(concept.gate, Gate)}
         self.readers = [_load(concept) for concept in concepts]
         self.columns = _slices([reader.n_features for reader in self.readers])
@@ -101,20 +105,23 @@ class ConceptReader:
             ValueError: If one does not fit; the text names the concept.
         """
         warnings = []
-        for concept, reader in zip(self.concepts, self.readers, strict=True):
+        named = [
+            (f"Concept {concept.name!r}", reader) for concept, reader in zip(self.concepts, self.readers, strict=True)
+        ]
+        for owner, reader in [*named, ("The monitored SAE", self.monitored)]:
             if not isinstance(reader, ActivationReader):
                 continue
             try:
                 site = resolve_site(model, reader.hook_name)
             except ValueError as error:
-                raise ValueError(f"Concept {concept.name!r}: {error}") from error
+                raise ValueError(f"{owner}: {error}") from error
             if site.width != reader.d_in:
                 raise ValueError(
-                    f"Concept {concept.name!r}: its readout is {reader.d_in} wide, but {reader.hook_name!r} of "
+                    f"{owner}: its readout is {reader.d_in} wide, but {reader.hook_name!r} of "
                     f"{type(model).__name__} is {site.width} wide. Was it made for another model?"
                 )
             if mismatch := family_mismatch(reader.model_name, config):
-                warnings.append(f"Concept {concept.name!r}: {mismatch}")
+                warnings.append(f"{owner}: {mismatch}")
         return warnings
 
     def capture(self, model: nn.Module, completion: Tensor, prompt: Tensor) -> CapturePass:
@@ -128,6 +135,8 @@ class ConceptReader:
         jobs = [(reader, completion) for reader in self.readers] + [
             (self.readers[index], prompt) for index in self.prompt_index
         ]
+        if self.monitored is not None:
+            jobs.append((self.monitored, completion))
         jobs = [(reader, mask) for reader, mask in jobs if isinstance(reader, ActivationReader)]
         return CapturePass(model, [reader for reader, _ in jobs], [mask for _, mask in jobs])  # type: ignore[misc]
 
@@ -144,15 +153,19 @@ class ConceptReader:
         completion = [
             next(activations) if isinstance(reader, ActivationReader) else next(texts) for reader in self.readers
         ]
-        pairs = len(completion[0]) // 2
+        features = captured[-1] if self.monitored is not None else None
+        some = completion[0] if completion else features
+        assert some is not None  # a reader of nothing is not asked
+        pairs = len(some) // 2
         # Both rows of a pair have the prompt: the chosen one's is read.
         prompt = [
             next(activations)[:pairs] if isinstance(self.readers[index], ActivationReader) else prompt_texts[index]
             for index in self.prompt_index
         ]
-        device = completion[0].device
         return RawScores(
-            torch.cat(completion, dim=1), torch.cat(prompt, dim=1) if prompt else torch.zeros(pairs, 0, device=device)
+            torch.cat(completion, dim=1) if completion else some.new_zeros(2 * pairs, 0),
+            torch.cat(prompt, dim=1) if prompt else some.new_zeros(pairs, 0),
+            features,
         )
 
     def signals(self, raw: RawScores, statistics: Statistics, valid: Tensor, gates: Tensor) -> list[ConceptSignal]:
@@ -167,7 +180,7 @@ class ConceptReader:
         Returns:
             One for each concept.
         """
-        scores = self._standardise(raw.completion, statistics.mean, statistics.std, self.columns)  # (2B, C)
+        scores = self.standardised(raw.completion, statistics)  # (2B, C)
         scores = scores * valid.repeat(2)[:, None]
         prompt = self._standardise(raw.prompt, statistics.prompt_mean, statistics.prompt_std, self.prompt_columns)
         names = [self.concepts[index].name for index in self.prompt_index]
@@ -183,8 +196,14 @@ class ConceptReader:
             signals.append(ConceptSignal(score, chosen - rejected, gate))
         return signals
 
+    def standardised(self, completion: Tensor, statistics: Statistics) -> Tensor:
+        """Raw scores of completions, `(N, F)`, to the concepts' standardised ones, `(N, C)`."""
+        return self._standardise(completion, statistics.mean, statistics.std, self.columns)
+
     def non_finite(self, raw: RawScores) -> Tensor:
         """`(C,)` float32: for each concept, how many of its raw scores, of prompts too, are not finite."""
+        if not self.columns:
+            return raw.completion.new_zeros(0)
         bad = (~torch.isfinite(raw.completion)).float().sum(dim=0)
         counts = torch.stack([bad[columns].sum() for columns in self.columns])
         bad = (~torch.isfinite(raw.prompt)).float().sum(dim=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .collator import ConceptCollator, check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
 from .metrics import Pairs, concept_metrics, unshaped_rewards
+from .monitor import ExcitingReader, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
 from .reading import ConceptReader, RawScores, reading_masks
 from .shaping import Shaping, check_methods, project_policy
@@ -112,10 +114,16 @@ class ShapedDPOTrainer(DPOTrainer):
         self.concepts = resolve_concepts(configured if concepts is None else concepts)
         if isinstance(args, ShapedDPOConfig):
             args.concepts = self.concepts or None  # so that the run's config has them wherever they were given
+        settings, monitored = monitor_settings(args, self.concepts)
         self._weight_column: str | None = None
         if isinstance(train_dataset, Dataset | IterableDataset):  # else TRL says what is wrong with it
             self._weight_column = check_columns(self.concepts, getattr(args, "weight_column", None), train_dataset)
-        self._reader = ConceptReader(self.concepts)
+        self._reader = ConceptReader(self.concepts, None if monitored is None else monitored.load())
+        self._reads = bool(self.concepts) or monitored is not None
+        self._monitor: RunMonitor | None = None
+        source = Source(None, None)
+        if self._reads:
+            train_dataset, source = numbered(train_dataset)
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
             logger.warning(warning)
@@ -143,14 +151,20 @@ class ShapedDPOTrainer(DPOTrainer):
             peft_config=peft_config,
         )
         self._prepare_reading()
-        if self.concepts and self.precompute_ref_logps:
-            self._calibrate()  # nothing needs to run for it
+        if self._reads:
+            run = TrainerAccess(self, source)
+            reader: Any = self._reader.monitored
+            self._monitor = RunMonitor(run, settings, reader, make_sinks(self.args))
+            self.add_callback(self._monitor)
+            if self.precompute_ref_logps:
+                self._calibrate()  # nothing needs to run for it
 
     # ------------------------------------------------------------------ data
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         extra = [*self._reader.gate_columns, *([self._weight_column] if self._weight_column else [])]
+        extra += [keys.ROW] if self._reads else []
         columns: Any = self._signature_columns
         columns += [column for column in extra if column not in columns]
 
@@ -160,8 +174,7 @@ class ShapedDPOTrainer(DPOTrainer):
             return
         self._reading_ready = True
         reader = self._reader
-        cached = bool(self.concepts) and self.precompute_ref_logps
-        if reader.text_readouts or reader.gate_columns or self._weight_column or cached:
+        if self._reads or self._weight_column:
             self.data_collator = ConceptCollator(
                 self.data_collator,
                 self._tokenizer,
@@ -170,7 +183,7 @@ class ShapedDPOTrainer(DPOTrainer):
                 weight_column=self._weight_column,
                 gate_columns=reader.gate_columns,
             )
-        if not self.concepts:
+        if not self._reads:
             return
         model = self.accelerator.unwrap_model(self._reference())
         for warning in reader.check_model(model, model.config.get_text_config()):
@@ -239,19 +252,33 @@ class ShapedDPOTrainer(DPOTrainer):
             table = self._cached_table()
         else:
             examples = self._calibration_examples(getattr(self.args, "calibration_size", 512))
+            looking = self._monitor.calibration_reader() if self._monitor is not None else None
+            reader.monitored = looking or reader.monitored
             table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
+            if looking is not None and self._monitor is not None:
+                reader.monitored = self._monitor.calibrated()
         f, p, g = reader.n_columns, reader.n_prompt_columns, len(reader.gate_columns)
         chosen, rejected, prompt, valid, gates = table.split([f, f, p, 1, g], dim=1)
         raw = RawScores(torch.cat([chosen, rejected]), prompt)
         calibration, warnings = calibrate(reader, raw, valid[:, 0] > 0, gates)
         for warning in warnings:
             logger.warning(warning)
-        self._calibration = calibration.to(self.accelerator.device)
+        if self._calibration is None:  # not one from a checkpoint, that lacked the monitored features only
+            self._calibration = calibration.to(self.accelerator.device)
 
-    def _read_rows(self, examples: list[Any]) -> Tensor:
+    def _make_ready(self) -> None:
+        """Calibrate, if that is still to be done. All processes together."""
+        if self._calibration is None or (self._monitor is not None and self._monitor.needs_calibration):
+            self._calibrate()
+
+    def _read_rows(self, examples: list[Any], fresh: Tensor) -> Tensor:
         extras, inputs = split_batch(self._prepare_inputs(self.data_collator(examples)))
         _, raw = self._reference_pass(self._reference(), inputs, extras)
-        valid = _valid_pairs(inputs["completion_mask"])[:, None].float()
+        valid = _valid_pairs(inputs["completion_mask"])
+        looking = self._reader.monitored
+        if isinstance(looking, ExcitingReader) and self._monitor is not None and raw.features is not None:
+            self._monitor.calibrate_batch(raw.features, looking, inputs["input_ids"], valid & fresh.to(valid.device))
+        valid = valid[:, None].float()
         gates = extras.get(keys.GATES, valid.new_ones(len(valid), len(self._reader.gate_columns)))
         return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)
 
@@ -286,10 +313,10 @@ class ShapedDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         extras, inputs = split_batch(inputs)
-        if not self.concepts and not extras:
+        if not self._reads and not extras:
             return super()._compute_loss(model, inputs, return_outputs)
-        if self.concepts and self._calibration is None:
-            self._calibrate()
+        if self._reads:
+            self._make_ready()
         batch = _Batch(extras, inputs)
         with restored(self, "precompute_ref_logps", "use_weighting"), batch.loss_context:
             loss = super()._compute_loss(self._policy(model, batch), inputs, return_outputs)
@@ -306,7 +333,7 @@ class ShapedDPOTrainer(DPOTrainer):
         def policy(**kwargs: Any) -> Any:
             outputs = model(**kwargs)
             if kwargs.get("fused_lm_head"):  # not in the extra pass for `compute_metrics`
-                if self.concepts:
+                if self._reads:
                     self._read(outputs, batch)
                 if self._training:
                     self._shape(outputs, batch)  # evaluation is plain DPO's
@@ -323,6 +350,7 @@ class ShapedDPOTrainer(DPOTrainer):
             ref_logps, raw = self._reference_pass(self._reference(), inputs, batch.extras)
             self.precompute_ref_logps = True  # until the loss is computed: TRL takes what the batch holds
             inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
+        batch.features = raw.features
         valid = _valid_pairs(mask)
         assert self._calibration is not None  # by _compute_loss
         gates = batch.extras.get(keys.GATES, raw.prompt.new_ones(len(valid), len(self._reader.gate_columns)))
@@ -374,6 +402,8 @@ class ShapedDPOTrainer(DPOTrainer):
             assert self._calibration is not None  # by _compute_loss
             self._calibration = self._calibration._replace(empty_pairs=self._calibration.empty_pairs + empty)
             logged["concepts/empty_pairs"] = [self._calibration.empty_pairs]
+            assert self._monitor is not None  # it is there wherever there is a reading
+            self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
         if batch.tilted:
             for name, value in unshaped_rewards(batch.pairs, self.beta, self.accelerator.gather).items():
                 logged[name][-1] = value  # TRL's own is against the tilted reference
@@ -388,12 +418,19 @@ class ShapedDPOTrainer(DPOTrainer):
         """
         folder: Any = self.args.output_dir
         checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
-        if self.concepts and isinstance(checkpoint, str | os.PathLike):
+        if self._reads and isinstance(checkpoint, str | os.PathLike):
             allow = getattr(self.args, "allow_concept_change", False)
             calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
             if calibration is not None:
                 self._calibration = calibration.to(self.accelerator.device)
+                if self._monitor is not None:
+                    self._reader.monitored = self._monitor.load_state(Path(checkpoint)) or self._reader.monitored
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.gather_state()  # on all processes, which `save_model` need not be
+        super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`], with the concepts and their calibration beside the model."""
@@ -401,6 +438,8 @@ class ShapedDPOTrainer(DPOTrainer):
         if self._calibration is not None and self.args.should_save:
             folder: Any = output_dir if output_dir is not None else self.args.output_dir
             save_calibration(folder, self._calibration, self.concepts, self._reader.fingerprint)
+            if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
+                self._monitor.save_state(Path(folder))
 
 
 class _Batch:
@@ -409,7 +448,8 @@ class _Batch:
     Attributes:
         extras: What the collator added, unpacked.
         inputs: What TRL knows of it.
-        pairs: What was read of it, if there are concepts.
+        pairs: What was read of it, if anything is read.
+        features: Raw scores of the monitored features, `(2B, F)`, if there are any.
         tilted: Whether TRL was handed a tilted reference.
         loss_context: Open until TRL has computed the loss.
     """
@@ -418,6 +458,7 @@ class _Batch:
         self.extras = extras
         self.inputs = inputs
         self.pairs: Pairs | None = None
+        self.features: Tensor | None = None
         self.tilted = False
         self.loss_context = ExitStack()
 

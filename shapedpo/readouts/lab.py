@@ -33,9 +33,13 @@ class LabTrait(Readout):
         if self.trait not in TRAITS:
             raise ValueError(f"unknown trait {self.trait!r}, expected one of {', '.join(TRAITS)}")
 
-    def load(self) -> ActivationReader:
-        """Load the shipped SAE's features."""
+    def features(self) -> SAEFeatures:
+        """The shipped SAE's features of the trait."""
         from ..lab import sae_path
         from ..lab.features import shipped_features
 
-        return SAEFeatures(sae=str(sae_path()), features=shipped_features()[self.trait]).load()
+        return SAEFeatures(sae=str(sae_path()), features=shipped_features()[self.trait])
+
+    def load(self) -> ActivationReader:
+        """Load the shipped SAE's features."""
+        return self.features().load()

@@ -85,6 +85,17 @@ class SAEReader(ActivationReader):
             self._columns = None if self._columns is None else self._columns.to(target)
         return self
 
+    def narrowed(self, features: list[int]) -> SAEReader:
+        """A reader of some of these features, by their indices in the SAE. This one must not be used any more.
+
+        Raises:
+            ValueError: If this reader does not read all of the SAE's features.
+        """
+        if self.features is not None:
+            raise ValueError(f"Only a reader of all features can be narrowed; this one reads {self.n_features}.")
+        device = self._sae.W_dec.device
+        return SAEReader(self._sae.to(device="cpu"), features, self.pooling, self.hook_name).to(device)
+
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -113,7 +124,7 @@ class SAEReader(ActivationReader):
             self._reduce_linear(x, inside, out)
         else:
             size = max(1, max_elements(x.device) // self._sae.W_dec.shape[0])
-            for rows, tokens in _tiles(inside, size):
+            for rows, tokens in tiles(inside, size):
                 part = reduce_tokens(self.encode(x[rows, tokens]), inside[rows, tokens], self.pooling)
                 _accumulate(out[rows], part, self.pooling)
         return out
@@ -123,13 +134,13 @@ class SAEReader(ActivationReader):
         x = self._sae.process_sae_in(x)
         width = min(self.n_features, _CHUNK)
         size = max(1, max_elements(x.device) // width)
-        tiles = list(_tiles(inside, size))
+        parts = list(tiles(inside, size))
         # One buffer for all chunks: a fresh one each time would cost more in page faults than the activation function.
         scratch = x.new_empty(min(inside.numel(), size) * width)
         for first in range(0, self.n_features, width):
             features = slice(first, first + width)
             weight = self._sae.W_enc[:, features]  # (d_in, F')
-            for rows, tokens in tiles:
+            for rows, tokens in parts:
                 tile = x[rows, tokens]  # (N', T', d_in)
                 hidden = scratch[: tile[..., 0].numel() * weight.shape[1]].view(*tile.shape[:2], -1)  # (N', T', F')
                 torch.mm(tile.flatten(0, 1), weight, out=hidden.flatten(0, 1))
@@ -160,7 +171,7 @@ def _accumulate(out: Tensor, part: Tensor, pooling: str) -> None:
         out += part
 
 
-def _tiles(inside: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+def tiles(inside: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
     """Cut a batch, `(N, T)`, into pieces of at most `size` tokens."""
     n, t = inside.shape
     tokens = min(t, size)

@@ -37,9 +37,9 @@ class Regex(Readout):
     flags: str = ""
 
     def __post_init__(self) -> None:
-        self._compile()
+        self.compiled()
 
-    def _compile(self) -> re.Pattern[str]:
+    def compiled(self) -> re.Pattern[str]:
         if not isinstance(self.pattern, str):
             raise ValueError(f"A regular expression must be a string, got {self.pattern!r}.")
         unknown = [letter for letter in self.flags if letter not in _FLAGS]
@@ -57,7 +57,7 @@ class Regex(Readout):
 
     def load(self) -> TextReader:
         """Compile the pattern."""
-        compiled = self._compile()
+        compiled = self.compiled()
         return _FunctionReader(
             lambda text: float(compiled.search(text) is not None),
             name=f"regex {self.pattern!r}",

@@ -1,0 +1,146 @@
+"""What the monitor needs of the trainer: the data, the models and the reading, under one roof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl import DPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from ..capture import CapturePass
+from ..collator import ROW, split_batch
+from ..reading import reading_masks
+from ..readouts import ActivationReader
+
+
+if TYPE_CHECKING:
+    from ..trainer import ShapedDPOTrainer
+
+
+class Source(NamedTuple):
+    """What the training data was before it was prepared.
+
+    Attributes:
+        rows: Number of rows, `None` for a stream.
+        fingerprint: Of the content, as `datasets` has it; `None` for a stream.
+    """
+
+    rows: int | None
+    fingerprint: str | None
+
+
+def numbered(dataset: Any) -> tuple[Any, Source]:
+    """Number the rows of the training data in a column that survives preparation, which may drop rows."""
+    if isinstance(dataset, Dataset):
+        source = Source(len(dataset), dataset._fingerprint)
+        return dataset.add_column(ROW, np.arange(len(dataset))), source
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, number: {ROW: number}, with_indices=True), Source(None, None)
+    return dataset, Source(None, None)
+
+
+class TrainerAccess:
+    """The trainer as the monitor sees it.
+
+    Args:
+        trainer: The trainer, constructed.
+        source: Of the training data.
+    """
+
+    def __init__(self, trainer: ShapedDPOTrainer, source: Source) -> None:
+        self._trainer = trainer
+        self.source = source
+        self.args: Any = trainer.args
+        self.concepts = trainer.concepts
+        self.accelerator = trainer.accelerator
+        self.tokenizer = trainer._tokenizer
+        self.reader = trainer._reader
+        self.beta: float = trainer.beta
+
+    @property
+    def reference(self) -> Any:
+        """The reference model, or the policy whose adapter is turned off for it."""
+        return self._trainer._reference()
+
+    def policy(self) -> AbstractContextManager[Any]:
+        """A context with the policy unwrapped and whole, for sampling."""
+        return unwrap_model_for_generation(self._trainer.model_wrapped, self.accelerator)
+
+    @property
+    def calibration(self) -> Any:
+        """What scores mean."""
+        return self._trainer._calibration
+
+    def calibrate(self) -> None:
+        """Make sure that there is a calibration; all processes together."""
+        self._trainer._make_ready()
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a prompt and its completion: of the run's `max_length` and the model's positions, the smaller."""
+        config = self.accelerator.unwrap_model(self.reference).config.get_text_config()
+        lengths = [self.args.max_length, getattr(config, "max_position_embeddings", None)]
+        return min((length for length in lengths if length), default=2**31)
+
+    @property
+    def prompts(self) -> Any:
+        """Prepared data to take prompts from: the evaluation data where there is some, else the training data."""
+        dataset: Any = self._trainer.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        return self._trainer.train_dataset if dataset is None else dataset
+
+    def texts(self, row: int) -> dict[str, str | None]:
+        """A row's `prompt`, `chosen` and `rejected` as the tokenizer gives them back; of a stream, `None` each."""
+        dataset: Any = self._trainer.train_dataset
+        names = ("prompt", "chosen", "rejected")
+        if not isinstance(dataset, Dataset):
+            return dict.fromkeys(names)
+        if len(dataset) != self.source.rows:  # preparation has dropped rows
+            if not hasattr(self, "_rows"):
+                self._rows = np.asarray(dataset[ROW][:])
+            row = int(np.searchsorted(self._rows, row))
+        example = dataset[row]
+        ids = {name: example.get(f"{name}_ids") for name in names}  # a vision data set has none
+        return {
+            name: None if row is None else self.tokenizer.decode(row, skip_special_tokens=True)
+            for name, row in ids.items()
+        }
+
+    def read(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
+        """Read pairs of completions with the reference.
+
+        Args:
+            rows: B of them, with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+        Returns:
+            The concepts' standardised scores `(2B, C)`, and the monitored features' raw ones `(2B, F)` or `None`.
+        """
+        extras, inputs = self._collated(rows)
+        _, raw = self._trainer._reference_pass(self.reference, inputs, extras)
+        return self.reader.standardised(raw.completion, self.calibration.statistics), raw.features
+
+    def read_tokens(self, rows: list[dict[str, Any]], readers: Sequence[ActivationReader]) -> tuple[Tensor, Tensor]:
+        """The same, while other readers of the completions' tokens look on.
+
+        Returns:
+            The scores `(2B, C)`, and the mask of completion tokens `(2B, T)`.
+        """
+        extras, inputs = self._collated(rows)
+        completion, _ = reading_masks(inputs, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        model = self.accelerator.unwrap_model(self.reference)
+        with CapturePass(model, readers, [completion] * len(readers)):
+            _, raw = self._trainer._reference_pass(self.reference, inputs, extras)
+        return self.reader.standardised(raw.completion, self.calibration.statistics), inputs["completion_mask"]
+
+    def _collated(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return split_batch(self._trainer._prepare_inputs(self._trainer.data_collator(rows)))
+
+    def log(self, scalars: dict[str, float]) -> None:
+        """Log scalars by themselves: past TRL's `log`, which would average and clear the step's metrics."""
+        super(DPOTrainer, self._trainer).log(scalars)

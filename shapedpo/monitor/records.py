@@ -1,0 +1,128 @@
+"""`concepts.jsonl`: the numbers of a run, one JSON object a line, which survive a crash at any step.
+
+Everything that is shown of a run, on a page or in W&B, is made from these records. A record has a `type` and a `step`:
+
+| type | when | what |
+| --- | --- | --- |
+| `run` | first | what was asked: concepts, settings, data |
+| `step` | each logging step | each concept's running estimates, `[value, standard error]`, and the strength in force |
+| `features` | each dashboard step | the most amplified and suppressed features of the SAE |
+| `pairs` | each dashboard step | the rows that contribute most to each concept |
+| `probe` | each probe | rates and scores of rollouts, their change, and what was predicted |
+| `end` | last | training ended |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+
+Record = dict[str, Any]
+FILE_NAME = "concepts.jsonl"
+"""Name of the file in the output folder."""
+
+
+class Sink(Protocol):
+    """Something that shows records. Called by the main process only."""
+
+    def open(self, records: list[Record]) -> None:
+        """Training begins. `records` are those that an earlier part of a resumed run left."""
+
+    def write(self, records: list[Record]) -> None:
+        """New records, at a dashboard step."""
+
+    def close(self) -> None:
+        """Training has ended."""
+
+
+class RecordFile:
+    """Appends records to `concepts.jsonl`, each line whole before the next.
+
+    Args:
+        path: The file. One that an earlier run left there is moved aside by [`start`], never lost.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def start(self, resume_step: int) -> list[Record]:
+        """Begin at a step.
+
+        A run that begins at step 0 moves an earlier run's file to the first free name of `concepts.1.jsonl`, `concepts.2.jsonl`, ...
+        A resumed one cuts the file back to what it held at its checkpoint, so that it ends as if it had never stopped.
+
+        Args:
+            resume_step: The checkpoint's step, or 0.
+
+        Returns:
+            The records that are kept.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept: list[Record] = []
+        if self.path.is_file():
+            if resume_step == 0:
+                number = 1
+                while (aside := self.path.with_suffix(f".{number}{self.path.suffix}")).exists():
+                    number += 1
+                self.path.rename(aside)
+            else:
+                kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
+                kept = [record for record in kept if record["type"] != "end"]
+                partial = self.path.with_name(f".{self.path.name}.partial")
+                partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+                os.replace(partial, self.path)
+        return kept
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write records, and hand them to the operating system before returning."""
+        text = "".join(_line(record) for record in records)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a file, or of the folder that has it. A last line that a crash cut short is passed over.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line before the last is not a record; the text has its number.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {FILE_NAME} at {str(path)!r}. A run of ShapedDPOTrainer with concepts or `monitor` writes it into its output folder."
+        )
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record["type"], str) or not isinstance(record["step"], int):
+                raise TypeError("type and step")
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no newline behind it: cut short
+                break
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with `type` and `step`, found {line[:80]!r}."
+            ) from error
+        records.append(record)
+    return records
+
+
+def plain(value: Any) -> Any:
+    """A number that JSON has, rounded to seven digits, or `None` for one it has not (inf, nan)."""
+    value = float(value)
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def _line(record: Record) -> str:
+    # ASCII: a lone surrogate from a tokenizer is then an escape like any other.
+    return json.dumps(record, ensure_ascii=True, allow_nan=False, separators=(",", ":")) + "\n"

@@ -1,0 +1,487 @@
+"""The monitor of a run: a callback that gathers the estimates, probes the model, and hands records to those who show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+from trl.trainer.utils import get_config_model_id
+
+from ..readouts.sae_reader import SAEReader
+from .estimates import Estimates, Window
+from .features import Exciting, ExcitingReader, load_labels, promoted_tokens
+from .pairs import TopPairs
+from .probe import Probe, Readings, choose_prompts, wilson
+from .records import FILE_NAME, Record, RecordFile, Sink, plain
+from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics, ranked
+from .settings import MonitorSettings
+from .tokens import token_activations
+
+
+if TYPE_CHECKING:
+    from ..metrics import Pairs
+    from .access import TrainerAccess
+
+logger = get_logger(__name__)
+
+STATE_NAME = "monitor.safetensors"
+"""Name of the monitor's state in a checkpoint."""
+DASHBOARDS = 50
+"""How often, at most, the dashboards of a run are drawn anew."""
+TOP_FEATURES = 20
+TOP_PAIRS = 8
+SAMPLES = 8
+TEXT_LENGTH = 1000
+"""Characters kept of a text in a record."""
+
+
+class RunMonitor(TrainerCallback):
+    """Watches a run of [`ShapedDPOTrainer`]: see the package's other files for what is watched and how.
+
+    On every process the estimates are gathered and the probes sampled; the main process writes the records and calls the sinks.
+
+    Args:
+        run: The trainer, its reading prepared.
+        settings: What to watch.
+        reader: Reads the monitored features, or `None`.
+        sinks: Who shows the records.
+
+    Raises:
+        FileNotFoundError, ValueError: If the file of feature labels cannot be read, or no prompt fits a probe.
+    """
+
+    def __init__(
+        self, run: TrainerAccess, settings: MonitorSettings, reader: SAEReader | None, sinks: Sequence[Sink]
+    ) -> None:
+        self.run = run
+        self.settings = settings
+        self.concepts = run.concepts
+        self.accelerator = run.accelerator
+        device, window = self.accelerator.device, self.settings.window
+        self.window = Window(len(self.concepts), window, device)
+        self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)
+        self.reader = reader
+        self.features: FeatureMonitor | None = None
+        self._calibration: FeatureCalibration | None = None
+        self._labels = load_labels(self.settings.labels) if self.settings.labels is not None else {}
+        self._described: dict[int, Record] = {}
+        self._strengths: dict[str, float] = {}
+        self._probe: Probe | None = None
+        self._before: Readings | None = None
+        self._loaded: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor] | None = None
+        self._file = RecordFile(Path(str(run.args.output_dir)) / FILE_NAME)
+        self._sinks = list(sinks)
+        self._pending: list[Record] = []
+        self._logged = self._drawn = -1  # the last step whose estimates were written, and were drawn
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the monitored features have no statistics yet."""
+        return self.reader is not None and self.features is None
+
+    # ------------------------------------------------------------------ the calibration pass
+
+    def calibration_reader(self) -> ExcitingReader | None:
+        """What reads the monitored features in the calibration pass."""
+        if not self.needs_calibration:
+            return None
+        assert self.reader is not None
+        self._calibration = FeatureCalibration(self.reader.n_features, self.accelerator.device)
+        return ExcitingReader(self.reader)
+
+    def calibrate_batch(self, features: Tensor, reader: ExcitingReader, input_ids: Tensor, keep: Tensor) -> None:
+        """Take a batch of the calibration pass: `(2B, F)` raw scores, `(2B, T)` ids, and `(B,)` bool, the pairs that count."""
+        assert self._calibration is not None
+        self._calibration.add(features, input_ids.gather(1, reader.positions), keep)
+
+    def calibrated(self) -> SAEReader:
+        """End the calibration pass.
+
+        Returns:
+            What reads the monitored features from now on: all of them, or the asked number that the data pushes most.
+        """
+        assert self._calibration is not None
+        assert self.reader is not None
+        statistics = self._calibration.finish(self.accelerator)
+        self._calibration = None
+        if self.settings.n_features is not None and self.settings.n_features < self.reader.n_features:
+            keep = statistics.delta.abs().topk(self.settings.n_features).indices.sort().values
+            statistics = statistics.narrowed(keep)
+        return self._watch(statistics).reader
+
+    def _watch(self, statistics: FeatureStatistics) -> FeatureMonitor:
+        assert self.reader is not None
+        if len(statistics.ids) < self.reader.n_features:
+            self.reader = self.reader.narrowed(statistics.ids.tolist())
+        self.features = FeatureMonitor(self.reader, statistics, self.settings.window)
+        return self.features
+
+    # ------------------------------------------------------------------ the step
+
+    def update(
+        self, pairs: Pairs, features: Tensor | None, rows: Tensor | None, beta: float, metrics: Mapping[str, float]
+    ) -> None:
+        """Add a training batch. Nothing here waits for the device."""
+        (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy_logps, pairs.ref_logps
+        apart = ((chosen - ref_chosen) - (rejected - ref_rejected)).float()
+        world = self.accelerator.num_processes
+        if self.concepts:
+            delta = torch.stack([signal.delta for signal in pairs.signals], dim=1)
+            self.window.update(apart, beta, delta, world)
+            if rows is not None:
+                self.pairs.update(rows, apart, beta, delta, world)
+        if self.features is not None and features is not None:
+            self.features.update(features, rows, apart, ~pairs.empty, beta, world)
+        for concept in self.concepts:
+            self._strengths[concept.name] = metrics[f"concepts/{concept.name}/strength"]
+
+    # ------------------------------------------------------------------ the trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.calibrate()
+        self.load_probe()
+        if self.accelerator.is_main_process:
+            kept = self._file.start(state.global_step)
+            for sink in self._sinks:
+                sink.open(kept)
+            if not any(record["type"] == "run" for record in kept):
+                self._write([self._run_record(args, state)])
+        if self._probe is not None and self._before is None:
+            self._run_probe(state.global_step)
+        self._show()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every = self.settings.probe_steps
+        if self._probe is not None and state.global_step % every == 0 and state.global_step < state.max_steps:
+            self._run_probe(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is None or "loss" not in logs:  # of an evaluation, a probe, or the end
+            return
+        draws = self._draws(state)
+        records = self._estimates(state, draws)
+        if self.accelerator.is_main_process:
+            self._write(records)
+            if draws:
+                self._show()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe is not None:
+            self._run_probe(state.global_step)
+        records = self._estimates(state, True)
+        if self.accelerator.is_main_process:
+            # The step that ends a run has often been logged already.
+            self._write(
+                [
+                    *(record for record in records if record["type"] != "step"),
+                    {"type": "end", "step": state.global_step},
+                ]
+            )
+            self._show()
+            for sink in self._sinks:
+                sink.close()
+
+    def _draws(self, state: Any) -> bool:
+        """Whether dashboards are drawn at this step: the first time, and then at most `DASHBOARDS` times in a run."""
+        every = max(state.max_steps // DASHBOARDS, 1)
+        steps = max(int(state.logging_steps or 1), 1)
+        return state.global_step <= steps or state.global_step // every != (state.global_step - steps) // every
+
+    def _write(self, records: list[Record]) -> None:
+        self._file.append(records)
+        self._pending += records
+
+    def _show(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        for sink in self._sinks:
+            sink.write(self._pending)
+        self._pending = []
+
+    # ------------------------------------------------------------------ records
+
+    def _run_record(self, args: Any, state: Any) -> Record:
+        thresholds = self.run.calibration.thresholds.tolist()
+        concepts = []
+        for concept, threshold in zip(self.concepts, thresholds, strict=True):
+            data = {"method": None, "strength": None, "gate": None, **concept.to_dict()}
+            concepts.append({**data, "label": concept.name, "threshold": plain(threshold)})
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        probes = self.settings.probe_steps
+        return {
+            "type": "run",
+            "version": 1,
+            "step": state.global_step,
+            "run_name": args.run_name,
+            "model": get_config_model_id(self.accelerator.unwrap_model(self.run.reference).config),
+            "concepts": concepts,
+            "settings": {
+                "beta": args.beta,
+                "learning_rate": args.learning_rate,
+                "loss_type": list(args.loss_type),
+                "batch": batch,
+                "max_steps": state.max_steps,
+                "seed": args.seed,
+                "window": self.settings.window,
+                "monitor": self.features.reader.n_features if self.features is not None else None,
+                "probe_steps": probes or None,
+            },
+            "data": self.run.source._asdict(),
+        }
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
+
+    def _merged(self, pairs: TopPairs) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return pairs.table
+        return pairs.merged(self.accelerator.gather(pairs.table[None]))
+
+    def _estimates(self, state: Any, draws: bool) -> list[Record]:
+        """The records of a logging step; all processes must ask for them together."""
+        step = self._logged = state.global_step
+        estimates = Window.estimates(self._sum(self.window.state()))
+        table = _table(estimates)
+        record: Record = {"type": "step", "step": step, "epoch": plain(state.epoch or 0), "concepts": {}}
+        for index, concept in enumerate(self.concepts):
+            strength = plain(self._strengths.get(concept.name, 0.0)) if concept.shapes else None
+            record["concepts"][concept.name] = {**table[index], "strength": strength}
+        records = [record]
+        if not draws:
+            return records
+        self._drawn = step
+        if self.features is not None:
+            records.append(self._features_record(self.features, step))
+        pairs = self._merged(self.pairs).tolist()
+        if self.accelerator.is_main_process and self.concepts:
+            found = {
+                c.name: [self._pair(pair) for pair in rows if pair[0] > 0]
+                for c, rows in zip(self.concepts, pairs, strict=True)
+            }
+            records.append({"type": "pairs", "step": step, "concepts": found})
+        return records
+
+    def _features_record(self, features: FeatureMonitor, step: int) -> Record:
+        estimates = Window.estimates(self._sum(features.window.state()))
+        amplified, suppressed = ranked(estimates.value[0], estimates.se[0], TOP_FEATURES)
+        chosen = [*amplified, *suppressed]
+        self._describe(chosen)
+        best = self._merged(features.pairs)
+        entries = []
+        if self.accelerator.is_main_process:
+            index = torch.tensor(chosen, dtype=torch.long, device=best.device)
+            table = _table(Estimates(estimates.value[:, index], estimates.se[:, index]))
+            for column, numbers, (pair,) in zip(chosen, table, best[index].tolist(), strict=True):
+                rows = [self._pair(pair)] if pair[0] > 0 else []
+                entries.append({**self._described[column], **numbers, "rows": rows})
+        return {
+            "type": "features",
+            "step": step,
+            "sae": self.settings.sae,
+            "watched": features.reader.n_features,
+            "amplified": entries[: len(amplified)],
+            "suppressed": entries[len(amplified) :],
+        }
+
+    def _describe(self, columns: Sequence[int]) -> None:
+        """Name features, once each; all processes must ask together, as the unembedding may be sharded."""
+        new = [column for column in columns if column not in self._described]
+        if not new:
+            return
+        assert self.features is not None
+        statistics, tokenizer = self.features.statistics, self.run.tokenizer
+        directions = self.features.reader.directions()[torch.tensor(new)]
+        model = self.accelerator.unwrap_model(self.run.reference)
+        promoted = promoted_tokens(directions, model)
+        for column, ids in zip(new, promoted, strict=True):
+            feature = int(statistics.ids[column])
+            tokens = [tokenizer.decode([token]).strip() for token in statistics.exciting.tokens(column)]
+            promotes = [tokenizer.decode([token]).strip() for token in ids]
+            told = ", ".join(token for token in tokens if token) or ", ".join(token for token in promotes if token)
+            label = self._labels.get(feature) or told or f"feature {feature}"
+            self._described[column] = {"feature": feature, "label": label, "tokens": tokens, "promotes": promotes}
+
+    def _pair(self, pair: Sequence[float]) -> Record:
+        """A pair of a [`TopPairs`] table as a record has it."""
+        _, row, delta, apart, contribution = pair
+        texts = self.run.texts(int(row))
+        return {
+            "row": int(row),
+            **{name: None if text is None else text[:TEXT_LENGTH] for name, text in texts.items()},
+            "delta": plain(delta),
+            "margin": plain(self.run.beta * apart),
+            "contribution": plain(contribution),
+        }
+
+    # ------------------------------------------------------------------ probe rollouts
+
+    def load_probe(self) -> None:
+        """Draw the prompts, once, and take over what an earlier part of the run read on them."""
+        if self.settings.probe_steps == 0 or self._probe is not None:
+            return
+        prompts = choose_prompts(
+            self.run.prompts,
+            self.settings.probe_prompts,
+            self.run.context_length - self.settings.probe_tokens,
+            self.run.args.seed,
+        )
+        tokenizer = self.run.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._probe = Probe(prompts, self.accelerator, self.settings.probe_tokens, pad, self.run.args.seed)
+        if "probe.scores" in self._loaded:
+            features = self._loaded.pop("probe.features", None)
+            own = torch.tensor(self._probe.own_prompts, dtype=torch.long)
+            if features is not None:
+                features = features[own].to(self.accelerator.device) if len(own) else None
+            self._before = Readings(self._loaded.pop("probe.scores").to(self.accelerator.device), features)
+
+    def _run_probe(self, step: int) -> None:
+        assert self._probe is not None
+        with self.run.policy() as model:
+            now, first = self._probe.run(model, self._read_rollouts)
+        before = self._before or now
+        self._before = before
+        n_features = self.features.reader.n_features if self.features is not None else 0
+        concepts, features = self._probe.changes(now, before, n_features)
+        samples = self._samples(first)
+        window = Window.estimates(self._sum(self.window.state()))
+        feature_window = (
+            Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
+        )
+        if features is not None and step:
+            top, bottom = ranked(features.value, features.se, TOP_FEATURES)
+            self._describe([*top, *bottom])
+        if not self.accelerator.is_main_process:
+            return
+        thresholds = self.run.calibration.thresholds
+        n = now.scores[:, :, 0].numel() if self.concepts else 2 * len(now.scores)
+        record: Record = {"type": "probe", "step": step, "prompts": len(now.scores), "rollouts": n, "concepts": {}}
+        scalars: dict[str, float] = {}
+        for index, concept in enumerate(self.concepts):
+            scores = now.scores[:, :, index]
+            rate = wilson(int((scores > thresholds[index]).sum()), n)
+            per_prompt = scores.mean(dim=1)
+            score = [plain(per_prompt.mean()), plain(per_prompt.std() / len(per_prompt) ** 0.5)]
+            change = [plain(concepts.value[index]), plain(concepts.se[index])]
+            amplification = [plain(window.value[0, index]), plain(window.se[0, index])]
+            record["concepts"][concept.name] = {
+                "rate": [plain(value) for value in rate],
+                "score": score,
+                "change": change,
+                "predicted": amplification if step else None,
+                "amplification": amplification if step else None,
+            }
+            scalars |= {f"probe/{concept.name}/rate": rate[0], f"probe/{concept.name}/score": float(per_prompt.mean())}
+            scalars[f"probe/{concept.name}/change"] = float(concepts.value[index])
+        if features is not None and feature_window is not None and step:
+            record["features"] = [
+                {
+                    "feature": self._described[column]["feature"],
+                    "label": self._described[column]["label"],
+                    "change": [plain(features.value[column]), plain(features.se[column])],
+                    "predicted": [plain(feature_window.value[0, column]), plain(feature_window.se[0, column])],
+                }
+                for column in [*top, *bottom]
+            ]
+            both = torch.stack([features.value, feature_window.value[0]]).double()
+            record["r2"] = plain(torch.corrcoef(both)[0, 1].square())
+        record["estimator"] = "amplification"
+        record["samples"] = samples
+        self._write([record])
+        self._show()
+        self.run.log(scalars)
+
+    def _read_rollouts(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
+        scores, raw = self.run.read(rows)
+        features = self.features.standardised(raw) if self.features is not None and raw is not None else None
+        return scores, features
+
+    def _samples(self, rollouts: list[list[int]]) -> list[Record]:
+        """The first prompts' rollouts with the concepts' activations; all processes must ask together."""
+        assert self._probe is not None
+        prompts = self._probe.prompts[:SAMPLES]
+        rows = [
+            {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids}
+            for prompt, ids in zip(prompts, rollouts, strict=False)
+        ]
+        read = token_activations(self.run, rows)
+        tokenizer = self.run.tokenizer
+        return [
+            {"prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)[:TEXT_LENGTH], **sample}
+            for row, sample in zip(rows, read, strict=True)
+        ]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def gather_state(self) -> None:
+        """Bring the state of all processes together, for [`save_state`]; all must call this."""
+        tensors = {"window": self._sum(self.window.state()), "pairs": self._merged(self.pairs)}
+        if self.features is not None:
+            statistics = self.features.statistics
+            tensors |= {
+                "features.window": self._sum(self.features.window.state()),
+                "features.pairs": self._merged(self.features.pairs),
+                **{
+                    f"features.{name}": tensor
+                    for name, tensor in zip(("ids", "mean", "std", "delta"), statistics[:4], strict=True)
+                },
+                **{f"features.exciting.{name}": tensor for name, tensor in statistics.exciting._asdict().items()},
+            }
+        if self._before is not None:
+            assert self._probe is not None
+            tensors["probe.scores"] = self._before.scores
+            if self.features is not None:
+                tensors["probe.features"] = self._probe.gather(self._before.features, self.features.reader.n_features)
+        self._saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save_state(self, folder: Path) -> None:
+        """Write what [`gather_state`] brought together, whole or not at all."""
+        if self._saved is not None:
+            partial = folder / f".{STATE_NAME}.partial"
+            save_file(self._saved, partial)
+            partial.replace(folder / STATE_NAME)
+
+    def load_state(self, folder: Path) -> SAEReader | None:
+        """Take over the state of a checkpoint, if it has one that fits.
+
+        Returns:
+            What reads the monitored features from now on, if they were in the state.
+        """
+        path = folder / STATE_NAME
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        device = self.accelerator.device
+        main = self.accelerator.is_main_process  # the others start from nothing: their sums are added up
+        if tensors["window"].shape[1] == len(self.concepts) + 1 and main:
+            self.window.load_state(tensors["window"])
+            self.pairs.table = tensors["pairs"].to(device)
+        self._loaded = {name: tensor for name, tensor in tensors.items() if name.startswith("probe.")}
+        if self.reader is None or "features.ids" not in tensors or self.features is not None:
+            return None
+        part = {name.removeprefix("features."): tensor.to(device) for name, tensor in tensors.items()}
+        exciting = Exciting(part["exciting.activation"], part["exciting.token"])
+        features = self._watch(FeatureStatistics(part["ids"], part["mean"], part["std"], part["delta"], exciting))
+        if main:
+            features.window.load_state(tensors["features.window"])
+            features.pairs.table = tensors["features.pairs"].to(device)
+        return features.reader
+
+
+def _table(estimates: Estimates) -> list[Record]:
+    """One mapping of `[value, standard error]` for each column of estimates."""
+    values, errors = estimates.value.T.tolist(), estimates.se.T.tolist()
+    names = ("amplification", "pressure", "delta")
+    return [
+        {name: [plain(v), plain(e)] for name, v, e in zip(names, value, error, strict=True)}
+        for value, error in zip(values, errors, strict=True)
+    ]

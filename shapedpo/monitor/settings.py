@@ -1,0 +1,84 @@
+"""What a run is asked to watch, from its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..concept import Concept
+from ..readouts import LabTrait, SAEFeatures
+
+
+class MonitorSettings(NamedTuple):
+    """What to watch: see the fields of [`ShapedDPOConfig`].
+
+    Attributes:
+        window: Pairs that the running estimates reach back.
+        n_features: How many features of the SAE are watched, `None` for all.
+        sae: What to call the SAE.
+        labels: File of feature labels.
+        probe_steps: Steps between probes, 0 for none.
+        probe_prompts: Prompts of a probe.
+        probe_tokens: Where a rollout is cut.
+    """
+
+    window: int = 1024
+    n_features: int | None = None
+    sae: str | None = None
+    labels: str | None = None
+    probe_steps: int = 0
+    probe_prompts: int = 64
+    probe_tokens: int = 128
+
+
+def monitor_settings(args: Any, concepts: Sequence[Concept]) -> tuple[MonitorSettings, SAEFeatures | None]:
+    """What the trainer's arguments ask for, and the SAE whose features are to be watched, if any are.
+
+    Args:
+        args: `ShapedDPOConfig`, or a plain `DPOConfig`, which asks for nothing.
+        concepts: The concepts, whose SAE is watched if the arguments name none.
+
+    Raises:
+        ValueError: If features are asked for and no SAE is named, or several are, or the run has no reference pass to read in.
+    """
+    fields = MonitorSettings(
+        window=getattr(args, "monitor_window", 1024),
+        labels=getattr(args, "feature_labels", None),
+        probe_steps=getattr(args, "probe_steps", 0),
+        probe_prompts=getattr(args, "probe_prompts", 64),
+        probe_tokens=getattr(args, "probe_max_new_tokens", 128),
+    )
+    monitor = getattr(args, "monitor", None)
+    if monitor is None:
+        return fields, None
+    if args.precompute_ref_log_probs:
+        raise ValueError(
+            f"`monitor={monitor!r}` reads an SAE's features in the reference pass of each step, and with "
+            "`precompute_ref_log_probs=True` there is none. Set one of the two to false or leave `monitor` out; named "
+            "concepts are read either way."
+        )
+    readout = _monitored(args, concepts)
+    sae = readout.sae if readout.sae_id is None else f"{readout.sae} {readout.sae_id}"
+    return fields._replace(n_features=None if monitor == "all" else int(monitor), sae=sae), readout
+
+
+def _monitored(args: Any, concepts: Sequence[Concept]) -> SAEFeatures:
+    if args.monitor_sae is not None:
+        return SAEFeatures(args.monitor_sae, "all", sae_id=args.monitor_sae_id)
+    found: list[SAEFeatures] = []
+    for concept in concepts:
+        readout = concept.readout.features() if isinstance(concept.readout, LabTrait) else concept.readout
+        if isinstance(readout, SAEFeatures):
+            readout = dataclasses.replace(readout, features="all", pooling="max")
+            found += [readout] if readout not in found else []
+    if len(found) != 1:
+        why = (
+            "no concept names an SAE"
+            if not found
+            else f"the concepts name {len(found)} ({', '.join(r.sae for r in found)})"
+        )
+        raise ValueError(
+            f"`monitor={args.monitor!r}` asks for the features of an SAE, but {why}. Name it in `monitor_sae` (and `monitor_sae_id`)."
+        )
+    return found[0]

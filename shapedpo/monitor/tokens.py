@@ -1,0 +1,115 @@
+"""Where in a completion a concept is read: one number for each token, for showing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..readouts import ActivationReader, Regex
+
+
+if TYPE_CHECKING:
+    from .access import TrainerAccess
+
+
+class TokenReader(ActivationReader):
+    """Reads every token of a few completions, and keeps what it reads.
+
+    Args:
+        reader: Of the concept.
+        std: `(F,)`, what the raw scores are divided by.
+    """
+
+    def __init__(self, reader: ActivationReader, std: Tensor) -> None:
+        self.reader = reader
+        self.std = std
+        self.hook_name, self.d_in, self.n_features = reader.hook_name, reader.d_in, reader.n_features
+        self.pooling = reader.pooling
+        self.tokens = torch.empty(0)
+        """`(N, T)`, after a pass: the mean of the features' standardised activations."""
+
+    def to(self, device: torch.device | str) -> TokenReader:
+        self.reader.to(device)
+        return self
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.reader.encode(x)
+
+    def directions(self) -> Tensor:
+        return self.reader.directions()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.reader.fingerprint
+
+    def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
+        # A row at a time: of a whole SAE, all tokens at once would be too many.
+        self.tokens = torch.stack([(self.encode(row) / self.std).mean(dim=-1) for row in x]) * mask
+        return super().pooled(x, mask)
+
+
+def token_activations(run: TrainerAccess, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read completions token by token, with the reference.
+
+    Args:
+        run: The trainer.
+        rows: With `prompt_ids` and `chosen_ids`; the rejected side is not looked at.
+
+    Returns:
+        For each row its `completion`, the `tokens` that make it up, the concepts' `scores` and their `activations`: for each concept one
+        number a token, in standard deviations and not negative. Concepts read by a function of text have no activations.
+    """
+    concepts, readers, columns = run.concepts, run.reader.readers, run.reader.columns
+    statistics = run.calibration.statistics
+    watched = {
+        concept.name: TokenReader(reader, statistics.std[part])
+        for concept, reader, part in zip(concepts, readers, columns, strict=True)
+        if isinstance(reader, ActivationReader)
+    }
+    scores, mask = run.read_tokens(rows, list(watched.values()))
+    found = []
+    for i, row in enumerate(rows):
+        ids = row["chosen_ids"]
+        tokens = _token_texts(run.tokenizer, ids)
+        text = "".join(tokens)
+        positions = mask[i].nonzero()[:, 0]
+        activations: dict[str, list[float]] = {}
+        for concept in concepts:
+            if concept.name in watched:
+                values = watched[concept.name].tokens[i, positions].clamp(min=0).tolist()
+                activations[concept.name] = [round(value, 3) for value in values] + [0.0] * (len(ids) - len(values))
+            elif isinstance(concept.readout, Regex):
+                activations[concept.name] = _matched(concept.readout, tokens, text)
+        found.append(
+            {
+                "completion": text,
+                "tokens": tokens,
+                "scores": {c.name: round(float(scores[i, j]), 4) for j, c in enumerate(concepts)},
+                "activations": activations,
+            }
+        )
+    return found
+
+
+def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text; together they are the text. A character of several tokens is the last one's."""
+    tokens, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        whole = text.startswith(before) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+        tokens.append(text[len(before) :] if whole else "")
+        before = text if whole else before
+    return tokens
+
+
+def _matched(readout: Regex, tokens: list[str], text: str) -> list[float]:
+    """1 for each token that a match of the pattern touches."""
+    spans = [match.span() for match in readout.compiled().finditer(text)]
+    marks, start = [], 0
+    for token in tokens:
+        end = start + len(token)
+        marks.append(float(any(start < last and first < end for first, last in spans)))
+        start = end
+    return marks
