@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | demo | concepts`.
+"""The command line: `shapedpo train | demo | concepts | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -69,6 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help="check a file of concepts, or a recipe, and show them", allow_abbrev=False)
     show.add_argument("file", help="a YAML file")
     show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
+
+    report = commands.add_parser(
+        "wandb-report",
+        help="save a W&B report of a run's concepts",
+        description="Build a report of a run's concepts in Weights & Biases, with W&B's own library (the extra `wandb-report`).",
+        allow_abbrev=False,
+    )
+    report.add_argument("run", help="ENTITY/PROJECT/RUN_ID, the address of a run's page, or a run's output folder")
+    report.add_argument("--project", help="W&B project, for an output folder")
+    report.add_argument("--entity", help="W&B user or team, for an output folder (the user's default)")
+    report.add_argument("--run-id", help="the W&B run's id, for an output folder (without it: the run of that name)")
+    report.add_argument("--dry-run", action="store_true", help="print the report's specification as JSON; no network")
     return parser
 
 
@@ -108,6 +120,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
         demo.run(output_dir=args.output_dir, seed=args.seed)
         return 0
+    if args.command == "wandb-report":
+        from .scripts import wandb_report
+
+        return wandb_report.main(
+            args.run, project=args.project, entity=args.entity, run_id=args.run_id, dry_run=args.dry_run
+        )
     from .scripts import concepts
 
     return concepts.show(args.file, load=args.load)

@@ -65,7 +65,9 @@ def recipe(tmp_path):
 # --- help ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["demo"], ["concepts"], ["concepts", "show"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["demo"], ["concepts"], ["concepts", "show"], ["wandb-report"]], ids=" ".join
+)
 def test_help_answers_at_once(command):
     start = time.perf_counter()
     done = command_line(*command, "--help")
