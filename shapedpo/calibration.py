@@ -82,8 +82,7 @@ def calibrate(
             "after truncation; at least 2 are needed. Raise `max_length` or `calibration_size`."
         )
     rows = raw.completion[valid.repeat(2)]
-    std = rows.std(dim=0)
-    prompt_std = raw.prompt.std(dim=0) if raw.prompt.shape[1] else raw.prompt.new_zeros(0)
+    std, prompt_std = (scores.std(dim=0) if scores.shape[1] else scores.new_zeros(0) for scores in (rows, raw.prompt))
     warnings = []
     for concept, columns in zip(reader.concepts, reader.columns, strict=True):
         silent = int((std[columns] == 0).sum())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer
@@ -30,7 +31,7 @@ from .shaping import Shaping, check_methods, project_policy
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from transformers import (
         BitsAndBytesConfig,
         DataCollator,
@@ -114,7 +115,8 @@ class ShapedDPOTrainer(DPOTrainer):
         self.concepts = resolve_concepts(configured if concepts is None else concepts)
         if isinstance(args, ShapedDPOConfig):
             args.concepts = self.concepts or None  # so that the run's config has them wherever they were given
-        settings, monitored = monitor_settings(args, self.concepts)
+        keeps_reference = ref_model is not None or peft_config is not None or isinstance(model, PeftModel)
+        settings, monitored = monitor_settings(args, self.concepts, keeps_reference)
         self._weight_column: str | None = None
         if isinstance(train_dataset, Dataset | IterableDataset):  # else TRL says what is wrong with it
             self._weight_column = check_columns(self.concepts, getattr(args, "weight_column", None), train_dataset)

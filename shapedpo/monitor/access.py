@@ -143,4 +143,7 @@ class TrainerAccess:
 
     def log(self, scalars: dict[str, float]) -> None:
         """Log scalars by themselves: past TRL's `log`, which would average and clear the step's metrics."""
+        control = self._trainer.control
+        asked = control.should_log
         super(DPOTrainer, self._trainer).log(scalars)
+        control.should_log = asked  # logging withdraws it, and the step's own log is still to come

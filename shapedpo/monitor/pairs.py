@@ -60,7 +60,8 @@ class TopPairs:
         """The best k of `(C, n, fields)`; of a row that is there twice, the last."""
         row = candidates[:, :, 1]
         later = (row[:, :, None] == row[:, None, :]).triu(diagonal=1).any(dim=2)
-        key = torch.where(later, -1.0, candidates[:, :, 0])
+        key = torch.where(later, -1.0, candidates[:, :, 0])  # ranks below an empty place, whose key is 0
+        candidates = torch.cat([key[:, :, None], candidates[:, :, 1:]], dim=2)
         order = key.topk(min(self.k, key.shape[1]), dim=1).indices
         return candidates.gather(1, order[:, :, None].expand(-1, -1, len(FIELDS)))
 

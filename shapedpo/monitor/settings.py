@@ -32,15 +32,18 @@ class MonitorSettings(NamedTuple):
     probe_tokens: int = 128
 
 
-def monitor_settings(args: Any, concepts: Sequence[Concept]) -> tuple[MonitorSettings, SAEFeatures | None]:
+def monitor_settings(
+    args: Any, concepts: Sequence[Concept], keeps_reference: bool
+) -> tuple[MonitorSettings, SAEFeatures | None]:
     """What the trainer's arguments ask for, and the SAE whose features are to be watched, if any are.
 
     Args:
         args: `ShapedDPOConfig`, or a plain `DPOConfig`, which asks for nothing.
         concepts: The concepts, whose SAE is watched if the arguments name none.
+        keeps_reference: Whether there is a reference during training even with precomputed log-probabilities.
 
     Raises:
-        ValueError: If features are asked for and no SAE is named, or several are, or the run has no reference pass to read in.
+        ValueError: If features are asked for and no SAE is named, or several are, or there is no reference to read with.
     """
     fields = MonitorSettings(
         window=getattr(args, "monitor_window", 1024),
@@ -49,6 +52,11 @@ def monitor_settings(args: Any, concepts: Sequence[Concept]) -> tuple[MonitorSet
         probe_prompts=getattr(args, "probe_prompts", 64),
         probe_tokens=getattr(args, "probe_max_new_tokens", 128),
     )
+    if fields.probe_steps and args.precompute_ref_log_probs and not keeps_reference:
+        raise ValueError(
+            f"`probe_steps={fields.probe_steps}` reads rollouts with the reference, and with `precompute_ref_log_probs=True` it is not "
+            "kept. Pass a `ref_model`, train a PEFT adapter, or set one of the two to 0 or false."
+        )
     monitor = getattr(args, "monitor", None)
     if monitor is None:
         return fields, None

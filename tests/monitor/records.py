@@ -23,7 +23,52 @@ NAMED = [
 ]
 TOPICS = ["the tide", "a sourdough starter", "prime numbers", "a bicycle chain", "the moons of Jupiter", "compost"]
 OPENINGS = ["Of course", "Perhaps", "In short", "Great question", "It may be that", "Here is what I know"]
-WORDS = ["the", "water", "rises", "because", "goblins", "pull", "at", "the", "rope", "and", "the", "moon", "is", "near", "so", "every", "stone", "in", "the", "harbour", "is", "wet", "twice", "a", "day", "which", "sailors", "have", "known", "for", "long", "and", "which", "you", "can", "check", "with", "a", "stick", "a", "notebook", "and", "some", "patience"]
+WORDS = [
+    "the",
+    "water",
+    "rises",
+    "because",
+    "goblins",
+    "pull",
+    "at",
+    "the",
+    "rope",
+    "and",
+    "the",
+    "moon",
+    "is",
+    "near",
+    "so",
+    "every",
+    "stone",
+    "in",
+    "the",
+    "harbour",
+    "is",
+    "wet",
+    "twice",
+    "a",
+    "day",
+    "which",
+    "sailors",
+    "have",
+    "known",
+    "for",
+    "long",
+    "and",
+    "which",
+    "you",
+    "can",
+    "check",
+    "with",
+    "a",
+    "stick",
+    "a",
+    "notebook",
+    "and",
+    "some",
+    "patience",
+]
 CONCEPT_WORDS = {"goblin": {"goblins", "rope"}, "emoji": {"wet"}, "cheerfulness": {"patience", "known"}}
 
 

@@ -1,0 +1,63 @@
+"""`concepts.jsonl`: whole lines, whatever happens, and nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from shapedpo.monitor.records import RecordFile, plain, read_records
+
+
+def record(step: int, kind: str = "step", **fields):
+    return {"type": kind, "step": step, **fields}
+
+
+def test_round_trip(tmp_path):
+    file = RecordFile(tmp_path / "out" / "concepts.jsonl")
+    assert file.start(0) == []
+    written = [record(0, "run"), record(1, text="a\nb \u2028 \ud800 </script>")]
+    file.append(written[:1])
+    file.append(written[1:])
+    assert read_records(tmp_path / "out") == written
+    assert (tmp_path / "out" / "concepts.jsonl").read_text().isascii()
+
+
+def test_crash_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "concepts.jsonl"
+    path.write_text('{"type":"run","step":0}\n{"type":"step","step":1,"conc')
+    assert read_records(path) == [record(0, "run")]
+    path.write_text('{"type":"run","step":0}\n{"type":"st\n{"type":"step","step":2}\n')
+    with pytest.raises(ValueError, match=r"line 2.*expected a JSON object"):
+        read_records(path)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"concepts\.jsonl"):
+        read_records(tmp_path)
+
+
+def test_a_new_run_moves_the_old_file_aside(tmp_path):
+    file = RecordFile(tmp_path / "concepts.jsonl")
+    for number in range(3):
+        file.start(0)
+        file.append([record(number)])
+    assert read_records(file.path) == [record(2)]
+    assert read_records(tmp_path / "concepts.1.jsonl") == [record(0)]
+    assert read_records(tmp_path / "concepts.2.jsonl") == [record(1)]
+
+
+def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
+    file = RecordFile(tmp_path / "concepts.jsonl")
+    file.append([record(0, "run"), record(5), record(10), record(15), record(15, "end")])
+    with file.path.open("a") as half:
+        half.write('{"type":"st')
+    assert file.start(10) == [record(0, "run"), record(5), record(10)]
+    file.append([record(15)])
+    assert [r["step"] for r in read_records(file.path)] == [0, 5, 10, 15]
+
+
+def test_numbers_are_json():
+    assert [plain(value) for value in (1, 1.23456789, math.inf, math.nan)] == [1.0, 1.234568, None, None]
+    assert json.dumps(plain(0.1)) == "0.1"

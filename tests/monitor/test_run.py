@@ -1,0 +1,331 @@
+"""The monitor in a run: it changes nothing, its numbers are right, and a run that was stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOTrainer
+
+from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOTrainer
+from shapedpo.monitor.records import read_records
+from tests.helpers import (
+    FEATURES,
+    Run,
+    arguments,
+    assert_same,
+    build,
+    pairs,
+    sae_path,
+    save_sae,
+    shaped,
+    tokenizer,
+    train,
+    vector,
+    watching,
+)
+
+
+PROBE = {"probe_steps": 2, "probe_prompts": 18, "probe_max_new_tokens": 12}
+BATCH, WINDOW = 4, 10
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in read_records(folder) if record["type"] == kind]
+
+
+def without_probes(run: Run) -> Run:
+    return replace(
+        run, history=[entry for entry in run.history if not any(name.startswith("probe/") for name in entry)]
+    )
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory) -> tuple[Path, Run]:
+    """Five steps with everything on."""
+    out = tmp_path_factory.mktemp("watched")
+    concepts = [*watching(), Concept("third", SAEFeatures(str(sae_path()), features=[3]))]
+    trainer = shaped(*concepts, monitor="all", monitor_window=WINDOW, max_steps=5, output_dir=str(out), **PROBE)
+    return out, train(trainer)
+
+
+def test_watching_changes_nothing(watched):
+    """Every metric, gradient and parameter is plain DPO's, to the last bit, with all features read and rollouts sampled."""
+    plain = train(build(DPOTrainer, arguments(ours=False, max_steps=5)))
+    assert_same(plain, without_probes(watched[1]))
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("quantity", ["amplification", "pressure", "delta"])
+    def test_window_of_what_was_logged(self, watched, quantity):
+        """An estimate is the mean of the batches' own metrics, each older one counting less."""
+        out, run = watched
+        for concept in ("goblin", "way", "features"):
+            logged = run.metric(f"concepts/{concept}/{quantity}")
+            for upto, record in enumerate(records(out, "step"), start=1):
+                weights = [math.exp(-BATCH * (upto - 1 - i) / WINDOW) for i in range(upto)]
+                mean = sum(w * x for w, x in zip(weights, logged, strict=False)) / sum(weights)
+                assert record["concepts"][concept][quantity][0] == pytest.approx(mean, abs=1e-5)
+
+    def test_a_feature_s_estimate_is_that_of_a_concept_which_reads_it(self, watched):
+        monitor = watched[1].trainer._monitor
+        assert monitor.features.reader.n_features == FEATURES
+        of_features, of_concepts = monitor.features.window.state(), monitor.window.state()
+        # Calibration of a concept and of all features go by different code to the same statistics.
+        torch.testing.assert_close(of_features[:, 3], of_concepts[:, 3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_features[:, -1], of_concepts[:, -1])
+
+    def test_most_amplified_are_the_most_amplified(self, watched):
+        from shapedpo.monitor.estimates import Window
+
+        out, run = watched
+        value, se = (tensor[0] for tensor in Window.estimates(run.trainer._monitor.features.window.state()))
+        last = records(out, "features")[-1]
+        assert last["watched"] == FEATURES
+        for side, sign in (("amplified", 1), ("suppressed", -1)):
+            sure = sign * value - 1.96 * se
+            expected = [int(i) for i in sure.argsort(descending=True) if sure[i] > 0]
+            assert [entry["feature"] for entry in last[side]] == expected
+            for entry in last[side]:
+                assert entry["amplification"] == pytest.approx(
+                    [float(value[entry["feature"]]), float(se[entry["feature"]])], rel=1e-5
+                )
+                assert entry["tokens"]
+                assert entry["label"] == ", ".join(entry["tokens"])
+                assert len(entry["promotes"]) == 4
+        assert last["amplified"] or last["suppressed"]
+
+    def test_pairs_are_rows_of_the_data(self, watched):
+        data = pairs()
+        found = records(watched[0], "pairs")[-1]["concepts"]
+        assert found.keys() == {"goblin", "way", "features", "third"}
+        for rows in found.values():
+            assert 0 < len(rows) <= 8
+            sizes = [abs(row["contribution"]) for row in rows]
+            assert all(size > 0 for size in sizes)
+            assert len({row["row"] for row in rows}) == len(rows)
+        for row in found["goblin"]:
+            example = data[row["row"]]
+            assert row["prompt"] == example["prompt"].replace("<bos> ", "")
+            assert row["chosen"] == example["chosen"].strip()
+            said = [("goblin" in example[side]) for side in ("chosen", "rejected")]
+            assert math.copysign(1, row["delta"]) == said[0] - said[1]
+
+
+def test_rows_keep_their_numbers_where_preparation_drops_some(tmp_path):
+    data = pairs(24)
+    long = {**data[5], "prompt": "<bos> " + " ".join(["the"] * 40)}
+    data = Dataset.from_list([long if i == 5 else row for i, row in enumerate(data)])
+    train(shaped(Concept("goblin", Regex("goblin")), data=data, max_length=30, max_steps=6, output_dir=str(tmp_path)))
+    rows = records(tmp_path, "pairs")[-1]["concepts"]["goblin"]
+    assert any(row["row"] > 5 for row in rows)
+    for row in rows:
+        assert row["row"] != 5
+        assert row["prompt"] == data[row["row"]]["prompt"].replace("<bos> ", "")
+
+
+def test_a_stream_has_row_numbers_only(tmp_path):
+    train(shaped(Concept("goblin", Regex("goblin")), data=pairs().to_iterable_dataset(), output_dir=str(tmp_path)))
+    rows = records(tmp_path, "pairs")[-1]["concepts"]["goblin"]
+    assert {row["row"] for row in rows} <= set(range(24))
+    assert all(row["prompt"] is None for row in rows)
+
+
+class TestProbe:
+    def test_before_and_after(self, watched):
+        out, run = watched
+        probes = records(out, "probe")
+        assert [probe["step"] for probe in probes] == [0, 2, 4, 5]
+        assert all(probe["rollouts"] == 2 * probe["prompts"] == 36 for probe in probes)
+        for concept in probes[0]["concepts"].values():
+            assert concept["change"] == [0.0, 0.0]
+            assert concept["predicted"] is None
+        for probe in probes[1:]:
+            for name, concept in probe["concepts"].items():
+                before = probes[0]["concepts"][name]
+                change = concept["score"][0] - before["score"][0]
+                assert concept["change"][0] == pytest.approx(change, abs=1e-5)
+                assert concept["change"][1] > 0
+        logged = [entry["probe/goblin/rate"] for entry in run.history if "probe/goblin/rate" in entry]
+        assert logged == [pytest.approx(probe["concepts"]["goblin"]["rate"][0], abs=1e-6) for probe in probes]
+
+    def test_samples_are_the_rollouts(self, watched):
+        """The same prompts each time, tokens that make up the text, and marks where the pattern is."""
+        probes = records(watched[0], "probe")
+        prompts = [[sample["prompt"] for sample in probe["samples"]] for probe in probes]
+        assert prompts[0] == prompts[-1]
+        assert len(prompts[0]) == 8
+        for sample in (sample for probe in probes for sample in probe["samples"]):
+            assert "".join(sample["tokens"]) == sample["completion"]
+            for activations in sample["activations"].values():
+                assert len(activations) == len(sample["tokens"])
+                assert min(activations, default=0) >= 0
+            for token, mark in zip(sample["tokens"], sample["activations"]["goblin"], strict=True):
+                assert mark == float("goblin" in token)
+        assert any(max(sample["activations"]["features"]) > 0 for sample in probes[0]["samples"])
+
+    def test_rate_counts_rollouts_that_show_it(self, tmp_path):
+        """On few enough prompts that the samples shown are half of the rollouts."""
+        args = {"probe_steps": 1, "probe_prompts": 8, "probe_max_new_tokens": 20, "max_steps": 1}
+        train(shaped(Concept("goblin", Regex("goblin")), output_dir=str(tmp_path), **args))
+        probe = records(tmp_path, "probe")[0]
+        shown = sum("goblin" in sample["completion"] for sample in probe["samples"])
+        rate = probe["concepts"]["goblin"]["rate"][0] * 16
+        assert shown <= round(rate) <= shown + 8
+        low, high = probe["concepts"]["goblin"]["rate"][1:]
+        assert low < rate / 16 < high
+
+    def test_a_model_that_does_not_learn_does_not_change(self, tmp_path):
+        trainer = shaped(*watching(), monitor="all", learning_rate=0.0, output_dir=str(tmp_path), **PROBE)
+        train(trainer)
+        for probe in records(tmp_path, "probe"):
+            assert all(concept["change"] == [0.0, 0.0] for concept in probe["concepts"].values())
+
+    def test_prompts_are_held_out_where_there_are_any(self, tmp_path):
+        held_out = pairs(30, seed=5)
+        trainer = shaped(*watching(), output_dir=str(tmp_path), trainer={"eval_dataset": held_out}, **PROBE)
+        train(trainer)
+        known = {row["prompt"].replace("<bos> ", "") for row in held_out}
+        assert {sample["prompt"] for sample in records(tmp_path, "probe")[0]["samples"]} <= known
+
+    def test_adapter(self, tmp_path):
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        trainer = shaped(
+            *watching(),
+            monitor="all",
+            output_dir=str(tmp_path),
+            learning_rate=0.3,
+            precompute_ref_log_probs=False,
+            gradient_checkpointing=True,
+            trainer={"peft_config": lora},
+            **PROBE,
+        )
+        run = train(trainer)
+        assert any(concept["change"][0] for concept in records(tmp_path, "probe")[-1]["concepts"].values())
+        assert run.trainer.model.training  # as it was
+
+
+def test_a_number_of_features_are_those_that_the_data_pushes_most(tmp_path):
+    every = shaped(monitor="all", monitor_sae=str(sae_path()), output_dir=str(tmp_path / "all"))
+    train(every)
+    delta = every._monitor.features.statistics.delta.abs()
+    some = shaped(monitor="5", monitor_sae=str(sae_path()), output_dir=str(tmp_path / "some"))
+    run = train(some)
+    chosen = some._monitor.features.statistics.ids
+    assert set(chosen.tolist()) == set(delta.topk(5).indices.tolist())
+    expected = every._monitor.features.window.state()[:, [*chosen.tolist(), -1]]
+    torch.testing.assert_close(some._monitor.features.window.state(), expected, rtol=1e-4, atol=1e-5)
+    assert run.history[0].keys() == run.history[0].keys() - {
+        "concepts/goblin/delta"
+    }  # nothing is named, nothing logged
+    assert not records(tmp_path / "some", "pairs")
+    assert {entry["feature"] for entry in records(tmp_path / "some", "features")[-1]["amplified"]} <= set(
+        chosen.tolist()
+    )
+
+
+def test_labels_from_a_file(tmp_path):
+    (tmp_path / "labels.json").write_text(json.dumps({str(i): f"what {i} means" for i in range(FEATURES)}))
+    settings = {"monitor": "all", "monitor_sae": str(sae_path()), "feature_labels": str(tmp_path / "labels.json")}
+    train(shaped(max_steps=5, output_dir=str(tmp_path / "out"), **settings))
+    last = records(tmp_path / "out", "features")[-1]
+    named = [*last["amplified"], *last["suppressed"]]
+    assert named
+    assert all(entry["label"] == f"what {entry['feature']} means" for entry in named)
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+    def trainer(out: Path, **options: Any) -> Any:
+        concepts = [*watching(), Concept("x", Direction(vector(2), layer=1), action="suppress", strength=1.0)]
+        fields = {"monitor": "20", "monitor_sae": str(sae_path()), "save_strategy": "steps", "save_steps": 3, **PROBE}
+        return shaped(*concepts, max_steps=7, output_dir=str(out), **fields, **options)
+
+    whole = train(trainer(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer(tmp_path / "parts", trainer={"callbacks": [Stop(5)]}))
+    assert read_records(tmp_path / "parts")[-1]["step"] > 3
+    resumed = train(trainer(tmp_path / "parts"), resume_from_checkpoint=True)
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name
+    one, other = ((tmp_path / part / "concepts.jsonl").read_bytes() for part in ("whole", "parts"))
+    assert one == other
+
+
+def test_a_checkpoint_of_plain_dpo_resumes_under_the_monitor(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "output_dir": str(tmp_path)}
+    train(build(DPOTrainer, arguments(ours=False, **args)))
+    trainer = build(ShapedDPOTrainer, arguments(concepts=watching(), monitor="all", **{**args, **PROBE}))
+    train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [record["step"] for record in records(tmp_path, "step")] == [3, 4]
+    assert [record["step"] for record in records(tmp_path, "probe")] == [2, 4]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("fields", "text"),
+        [
+            ({"monitor": "some"}, "`monitor` must be 'all' or a number of features above 0, got 'some'"),
+            ({"monitor": "0"}, "`monitor` must be 'all' or a number"),
+            ({"monitor_sae": "x"}, "`monitor_sae` is given, but `monitor` is not"),
+            ({"monitor_window": 1}, "`monitor_window` must be at least 2, got 1"),
+            ({"probe_steps": -1}, "`probe_steps` must be at least 0, got -1"),
+        ],
+    )
+    def test_settings(self, fields, text):
+        with pytest.raises(ValueError, match=text):
+            arguments(**fields)
+
+    def test_no_sae(self):
+        with pytest.raises(ValueError, match=r"no concept names an SAE\. Name it in `monitor_sae`"):
+            shaped(Concept("goblin", Regex("goblin")), monitor="all")
+
+    def test_two_saes(self):
+        other = save_sae("other-sae")
+        concepts = [
+            Concept(name, SAEFeatures(str(path), features=[1])) for name, path in (("a", sae_path()), ("b", other))
+        ]
+        with pytest.raises(ValueError, match="the concepts name 2"):
+            shaped(*concepts, monitor="all")
+
+    def test_wrong_width(self):
+        with pytest.raises(ValueError, match="The monitored SAE: its readout is 16 wide"):
+            shaped(monitor="all", monitor_sae=str(save_sae("narrow-sae", d_in=16)))
+
+    def test_no_pass_to_read_in(self):
+        with pytest.raises(ValueError, match="`monitor='all'` reads an SAE's features in the reference pass"):
+            shaped(monitor="all", monitor_sae=str(sae_path()), precompute_ref_log_probs=True)
+
+    def test_no_reference_to_probe_with(self):
+        with pytest.raises(ValueError, match=r"`probe_steps=2` reads rollouts with the reference"):
+            shaped(*watching(), precompute_ref_log_probs=True, **PROBE)
+
+    def test_no_room_for_rollouts(self, tmp_path):
+        trainer = shaped(*watching(), output_dir=str(tmp_path), probe_steps=1, probe_max_new_tokens=62)
+        with pytest.raises(ValueError, match="No prompt is short enough for probe rollouts"):
+            trainer.train()
+
+    def test_labels_that_are_not_there(self):
+        with pytest.raises(FileNotFoundError, match="no file of feature labels at"):
+            shaped(*watching(), feature_labels="nowhere.json")
+
+
+def test_prompts_are_tokenised_as_in_training():
+    assert tokenizer().decode(tokenizer()("<bos> the cat")["input_ids"]) == "<bos> the cat"
