@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | demo | concepts | wandb-report`.
+"""The command line: `shapedpo train | demo | concepts | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -70,6 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", help="a YAML file")
     show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
 
+    page = commands.add_parser(
+        "report",
+        help="make report.html of a run anew",
+        description="Make the page of a run anew from its concepts.jsonl. A run writes it by itself; this is for after a crash or an upgrade.",
+        allow_abbrev=False,
+    )
+    page.add_argument("run", help="the run's output folder, or a concepts.jsonl")
+    page.add_argument("--output", metavar="FILE", help="where the page goes (report.html beside concepts.jsonl)")
+
     report = commands.add_parser(
         "wandb-report",
         help="save a W&B report of a run's concepts",
@@ -120,6 +129,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
         demo.run(output_dir=args.output_dir, seed=args.seed)
         return 0
+    if args.command == "report":
+        from .scripts import report
+
+        return report.main(args.run, output=args.output)
     if args.command == "wandb-report":
         from .scripts import wandb_report
 

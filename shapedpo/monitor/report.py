@@ -1,0 +1,211 @@
+"""`report.html`: one self-contained page that says what a run is amplifying and suppressing, readable at any time.
+
+The page holds everything it needs, its charts' library too, and its Content-Security-Policy lets it reach nothing else: no
+network, no script or style but the ones written here, by their hashes. Texts of the dataset are escaped by Jinja where the
+template shows them and read with `textContent` where the script does.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from .report_digest import Digest, Record
+from .report_view import view
+
+
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js", "charts.js", "rollouts.js")
+
+PLOT_STYLE = """\
+:where(.plot) {
+  --plot-background: white;
+  display: block;
+  height: auto;
+  height: intrinsic;
+  max-width: 100%;
+}
+:where(.plot text),
+:where(.plot tspan) {
+  white-space: pre;
+}"""
+"""The style element that Observable Plot puts into each chart of class `plot`, word for word: the page's policy allows it."""
+
+
+def render(records: Iterable[Record]) -> str:
+    """The page of these records.
+
+    Args:
+        records: As read from `concepts.jsonl`, in the order in which they were written. Records of unknown types, unknown keys
+            and values that are missing or `null` are all right.
+
+    Returns:
+        The HTML, which can be written as UTF-8.
+    """
+    return render_digest(Digest(records))
+
+
+def render_digest(digest: Digest, written: float | None = None) -> str:
+    """The page of a digest.
+
+    Args:
+        digest: Of the records.
+        written: When, in seconds since 1970, so that the page can say how old it is.
+    """
+    values = view(digest)
+    values["data"]["written"] = written
+    return _template().render(values, data_json=json_for_script(values.pop("data")))
+
+
+def json_for_script(value: Any) -> Markup:
+    """JSON that nothing inside can end the script element of, or be taken for markup."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+class ReportSink:
+    """Keeps `report.html` up to date while a run goes.
+
+    The page is written whole or not at all. Writing it takes at most a fiftieth of the time: after a page that took a second to
+    make, the next one waits for fifty, unless a probe came or the run has ended.
+
+    Args:
+        path: Where the page goes.
+        interval: Seconds between two pages at least.
+    """
+
+    SHARE = 50
+
+    def __init__(self, path: str | Path, interval: float = 5.0) -> None:
+        self.path = Path(path)
+        self.interval = interval
+        self._digest = Digest()
+        self._next = 0.0
+
+    def open(self, records: Sequence[Record]) -> None:
+        """Start with the records that are on the disk already, and write a first page."""
+        self._digest = Digest(records)
+        self._write()
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Take in new records, and write the page where it is time to."""
+        self._digest.add(records)
+        if time.monotonic() >= self._next or any(record.get("type") in ("probe", "end") for record in records):
+            self._write()
+
+    def close(self) -> None:
+        """Write the last page."""
+        self._write()
+
+    def _write(self) -> None:
+        began = time.monotonic()
+        try:
+            write_whole(self.path, render_digest(self._digest, time.time()))
+        except (
+            Exception
+        ) as error:  # no page is worth a run: the records have the numbers, and `shapedpo report` remakes it
+            warnings.warn(
+                f"{self.path} could not be written ({type(error).__name__}: {error}). Training goes on; "
+                f"`shapedpo report {self.path.parent}` makes the page from concepts.jsonl.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        now = time.monotonic()
+        self._next = now + max(self.interval, self.SHARE * (now - began))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        half.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+# --- the template ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return (resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The page's template with its style and its scripts in it, and the policy that allows these alone."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": _signed, "plain": _plain, "percent": _percent, "whole": _whole, "exact": _exact}
+    style, scripts = _asset("page.css"), [_asset(name) for name in SCRIPTS]
+    environment.globals |= {
+        "style": Markup(style),
+        "scripts": [Markup(script) for script in scripts],
+        "policy": "; ".join(
+            [
+                "default-src 'none'",
+                f"script-src {' '.join(map(_hash, scripts))}",
+                f"style-src {_hash(style)} {_hash(PLOT_STYLE)}",
+                "img-src data:",
+                "base-uri 'none'",
+                "form-action 'none'",
+            ]
+        ),
+    }
+    return environment.get_template("page.html.jinja")
+
+
+def _hash(text: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+# --- numbers as text -------------------------------------------------------------------------------------------------
+
+
+def _plain(value: float | None, digits: int = 2) -> str:
+    """`0.31`; with a true minus sign, and in powers of ten where it is very large or small."""
+    if value is None:
+        return "–"
+    far = value != 0 and not 0.5 * 10**-digits <= abs(value) < 1e5
+    return (f"{value:.1e}" if far else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
+
+
+def _signed(value: float | None, digits: int = 2) -> str:
+    """The same with a plus sign."""
+    text = _plain(value, digits)
+    return f"+{text}" if value is not None and value > 0 else text
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _whole(value: float | None) -> str:
+    """`5,000`"""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _exact(value: float | None) -> str:
+    """What a column is sorted by; empty where unknown."""
+    return "" if value is None else repr(float(value))

@@ -1,0 +1,295 @@
+"""What the report shows, worked out of a digest of the records: plain values for the template, and the data for its charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .report_digest import Digest, Record, clean, items, mapping, number, numbers, thin
+from .report_marks import interval, scale, spark
+
+
+TEXT = 4000
+"""Characters of a text that the page holds."""
+
+EXAMPLE = 600
+"""The same for the example rows of a feature, of which there can be hundreds."""
+
+FEATURES = 200
+"""Rows of each table of features, and points of a scatter plot times a half."""
+
+COLUMNS = 8
+"""Probes that the table of rates has columns for."""
+
+
+def view(digest: Digest) -> dict[str, Any]:
+    """Everything the template needs.
+
+    Args:
+        digest: Of the records.
+
+    Returns:
+        Its variables. All texts are cleaned and cut, none is escaped: that is the template's part. `data` is what the page's
+        script gets, as JSON.
+    """
+    concepts = _concepts(digest)
+    names = [concept["name"] for concept in concepts]
+    run = digest.run
+    settings = mapping(run.get("settings"))
+    most = number(settings.get("max_steps"))
+    shown_last = digest.steps.last
+    last = mapping(shown_last[1]) if shown_last else {}
+    return {
+        "title": clean(run.get("run_name") or "a run", 200),
+        "run": {"model": clean(run.get("model"), 300), **_data(run)},
+        "known": bool(run),
+        "settings": _settings(settings),
+        "concepts": concepts,
+        "status": {
+            "finished": digest.finished,
+            "step": digest.step,
+            "most": int(most) if most and most > 0 else None,
+            "pairs": number(last.get("pairs")),
+            "epoch": number(last.get("epoch")),
+        },
+        "verdicts": {
+            v: sum(c["verdict"] == v for c in concepts) for v in ("amplified", "suppressed", "unclear", "none")
+        },
+        "has_steps": shown_last is not None,
+        "has_strength": any(concept["strength"] is not None for concept in concepts),
+        "features": _features(digest.features),
+        "rates": _rates(digest, concepts),
+        "pairs": _pairs(digest.pairs, concepts),
+        "has_samples": any(probe["samples"] for probe in digest.sampled.thinned().values()),
+        "data": _script_data(digest, names, concepts),
+    }
+
+
+def _data(run: Record) -> dict[str, Any]:
+    data = mapping(run.get("data"))
+    return {"rows": number(data.get("rows")), "fingerprint": clean(data.get("fingerprint"), 80)}
+
+
+def _settings(settings: Record) -> list[tuple[str, str]]:
+    """Name and value of each setting, in the order of the record."""
+    return [(clean(key, 80), _plain(value)) for key, value in settings.items()]
+
+
+def _plain(value: Any) -> str:
+    """A value in few words: `sigmoid, sft`, `0.0002`, `off`."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{clean(key, 80)}: {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value)
+    return clean(value, 300)
+
+
+def _concepts(digest: Digest) -> list[dict[str, Any]]:
+    """The named concepts, most amplified first; those without an estimate last."""
+    last = mapping(mapping(digest.steps.last[1]).get("concepts")) if digest.steps.last else {}
+    probe = mapping(mapping(digest.probes.last[1]).get("concepts")) if digest.probes.last else {}
+    asked = {clean(concept.get("name")): concept for concept in items(digest.run.get("concepts"))}
+    history = digest.steps.thinned()
+    names = list(dict.fromkeys([*asked, *map(clean, last), *map(clean, probe)]))
+    latest = {name: _estimates(mapping(last.get(name))) for name in names}
+    axis = scale([estimates["amplification"] for estimates in latest.values()])
+    rows = []
+    for name in names:
+        concept, estimates = asked.get(name, {}), latest[name]
+        values = [mapping(mapping(record.get("concepts")).get(name)) for record in history.values()]
+        readout = dict(mapping(concept.get("readout")))
+        gauge = interval(*estimates["amplification"], axis)
+        rows.append(
+            {
+                "name": name,
+                "label": clean(concept.get("label") or name, 200),
+                "action": clean(concept.get("action") or "watch", 40),
+                "method": _plain(concept.get("method") or ""),
+                "asked_strength": number(concept.get("strength")),
+                "readout": clean(readout.pop("type", ""), 80),
+                "reads": _plain(readout),
+                "gate": "" if concept.get("gate") is None else _plain(concept["gate"]),
+                "threshold": number(concept.get("threshold")),
+                "gauge": gauge,
+                "verdict": gauge.verdict,
+                "pressure": estimates["pressure"],
+                "delta": estimates["delta"],
+                "strength": number(mapping(last.get(name)).get("strength")),
+                "change": interval(*numbers(mapping(probe.get(name)).get("change"), 2), None),
+                "spark": spark(list(history), [numbers(v.get("amplification"), 2) for v in values]),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["gauge"].value is None, -(row["gauge"].value or 0.0)))
+
+
+def _estimates(values: Record) -> dict[str, tuple[float | None, ...]]:
+    return {key: numbers(values.get(key), 2) for key in ("amplification", "pressure", "delta")}
+
+
+def _features(record: Record) -> dict[str, Any]:
+    """The two tables of SAE features, on one scale."""
+    tables = {side: items(record.get(side))[:FEATURES] for side in ("amplified", "suppressed")}
+    axis = scale([numbers(entry.get("amplification"), 2) for entries in tables.values() for entry in entries])
+    return {
+        "known": bool(record),
+        "step": number(record.get("step")),
+        "sae": clean(record.get("sae"), 200),
+        "watched": number(record.get("watched")),
+        **{
+            side: [
+                {
+                    "feature": clean(entry.get("feature"), 40),
+                    "label": clean(entry.get("label"), 200),
+                    "tokens": _tokens(entry.get("tokens")),
+                    "promotes": _tokens(entry.get("promotes")),
+                    "gauge": interval(*numbers(entry.get("amplification"), 2), axis),
+                    "pressure": numbers(entry.get("pressure"), 2),
+                    "delta": numbers(entry.get("delta"), 2),
+                    "rows": [_pair(pair, EXAMPLE) for pair in items(entry.get("rows"))[:3]],
+                }
+                for entry in entries
+            ]
+            for side, entries in tables.items()
+        },
+    }
+
+
+def _tokens(tokens: Any) -> list[str]:
+    return [clean(token, 40) for token in tokens[:8]] if isinstance(tokens, list | tuple) else []
+
+
+def _pair(pair: Record, limit: int) -> dict[str, Any]:
+    values = {key: number(pair.get(key)) for key in ("row", "delta", "margin", "contribution")}
+    return {**values, **{key: clean(pair.get(key), limit) for key in ("prompt", "chosen", "rejected")}}
+
+
+def _pairs(record: Record, concepts: Sequence[Record]) -> dict[str, Any]:
+    """The pairs behind each concept that has any, in the concepts' order."""
+    of = {clean(name): pairs for name, pairs in mapping(record.get("concepts")).items()}
+    return {
+        "known": bool(record),
+        "step": number(record.get("step")),
+        "groups": [
+            {"name": concept["name"], "verdict": concept["verdict"], "rows": rows}
+            for concept in concepts
+            if (rows := [_pair(pair, TEXT) for pair in items(of.get(concept["name"]))])
+        ],
+    }
+
+
+def _rates(digest: Digest, concepts: Sequence[Record]) -> dict[str, Any]:
+    """Rates by probe, those before training beside the later ones."""
+    probes = digest.probes.thinned()
+    steps = thin(list(probes), COLUMNS)
+    last = probes[steps[-1]] if steps else {}
+    rows = []
+    for concept in concepts:
+        cells = []
+        for step in steps:
+            rate, low, high = numbers(
+                mapping(mapping(probes[step].get("concepts")).get(concept["name"])).get("rate"), 3
+            )
+            cells.append({"value": rate, "low": low, "high": high})
+        rows.append({"name": concept["name"], "cells": cells, "change": concept["change"]})
+    return {
+        "known": bool(probes),
+        "steps": steps,
+        "count": len(probes),
+        "rollouts": number(last.get("rollouts")),
+        "prompts": number(last.get("prompts")),
+        "rows": rows,
+    }
+
+
+def _script_data(digest: Digest, names: list[str], concepts: Sequence[Record]) -> dict[str, Any]:
+    """What the page's script draws. Concepts go by their index here."""
+    history = digest.steps.thinned()
+    return {
+        "run": [clean(digest.run.get("run_name")), clean(mapping(digest.run.get("data")).get("fingerprint"))],
+        "finished": digest.finished,
+        "steps": list(history),
+        "concepts": [
+            {
+                "name": name,
+                "label": concept["label"],
+                "verdict": concept["verdict"],
+                "amplification": _column(history, name, "amplification"),
+                "pressure": _column(history, name, "pressure"),
+                "strength": [
+                    _short(number(mapping(mapping(r.get("concepts")).get(name)).get("strength")))
+                    for r in history.values()
+                ],
+            }
+            for name, concept in zip(names, concepts, strict=True)
+        ],
+        "probes": [
+            {
+                "step": step,
+                "concepts": [_probed(mapping(mapping(probe.get("concepts")).get(name))) for name in names],
+            }
+            for step, probe in digest.probes.thinned().items()
+        ],
+        "sampled": [
+            {
+                "step": step,
+                "estimator": clean(probe["estimator"], 200),
+                "r2": _short(probe["r2"]),
+                "features": [
+                    [clean(f.get("label") or f.get("feature"), 120), *_two(f, "predicted"), *_two(f, "change")]
+                    for f in probe["features"][: 2 * FEATURES]
+                ],
+                "samples": [_sample(sample, names) for sample in probe["samples"]],
+            }
+            for step, probe in digest.sampled.thinned().items()
+        ],
+    }
+
+
+def _column(history: Mapping[int, Record], name: str, key: str) -> list[list[float | None]]:
+    return [_two(mapping(mapping(record.get("concepts")).get(name)), key) for record in history.values()]
+
+
+def _two(record: Record, key: str) -> list[float | None]:
+    """Value and standard error, short."""
+    return [_short(value) for value in numbers(record.get(key), 2)]
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits: charts need no more, and the page stays small."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _probed(probe: Record) -> dict[str, Any]:
+    rate = [_short(value) for value in numbers(probe.get("rate"), 3)]
+    return {"rate": rate, **{key: _two(probe, key) for key in ("change", "predicted")}}
+
+
+def _sample(sample: Record, names: list[str]) -> dict[str, Any]:
+    scores, activations = mapping(sample.get("scores")), mapping(sample.get("activations"))
+    tokens = sample.get("tokens")
+    texts = [clean(token) for token in tokens] if isinstance(tokens, list | tuple) else []
+    if not texts:
+        texts = [clean(sample.get("completion"))]
+    return {
+        "prompt": clean(sample.get("prompt"), TEXT),
+        "tokens": _cut(texts),
+        "scores": [_short(number(scores.get(name))) for name in names],
+        "activations": [activations.get(name, []) for name in names],
+    }
+
+
+def _cut(tokens: list[str]) -> list[str]:
+    """The tokens that fit into a text's length, and a last one that says how much is missing."""
+    room = TEXT
+    for index, token in enumerate(tokens):
+        if len(token) > room:
+            left = sum(map(len, tokens[index:])) - room
+            return [*tokens[:index], token[:room], f" … ({left:,} more characters, not in this page)"]
+        room -= len(token)
+    return tokens

@@ -1,0 +1,36 @@
+"""`shapedpo report`: make the page of a run anew from its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..monitor.records import FILE_NAME, read_records
+from ..monitor.report import render, write_whole
+from .errors import UserError, as_user_error
+
+
+def main(run: str, *, output: str | None = None) -> int:
+    """Write `report.html` of a run.
+
+    Args:
+        run: The run's output folder, or a file of records.
+        output: Where the page goes; beside the records by default.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UserError: If there are no records, or they cannot be read.
+    """
+    source = Path(run)
+    with as_user_error(ValueError, OSError):
+        records = read_records(source)
+        if not records:
+            raise UserError(
+                f"{source / FILE_NAME if source.is_dir() else source} has no records: the run has not begun."
+            )
+        folder = source if source.is_dir() else source.parent
+        target = Path(output) if output else folder / "report.html"
+        write_whole(target, render(records))
+    print(f"{target}  ({len(records):,} records, {target.stat().st_size / 1e6:.1f} MB)")
+    return 0
