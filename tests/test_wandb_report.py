@@ -135,7 +135,7 @@ def test_a_run_that_was_killed_and_text_from_data(folder, capsys):
 
 def test_says_what_is_wrong(folder, tmp_path, capsys, monkeypatch):
     assert "Expected ENTITY/PROJECT/RUN_ID" in error(capsys, "team/mine")
-    assert "has no concepts.jsonl" in error(capsys, tmp_path, "--project", "mine")
+    assert "no concepts.jsonl" in error(capsys, tmp_path, "--project", "mine")
     assert "--project" in error(capsys, folder())
     assert "no record of type 'run'" in error(capsys, folder([]), "--project", "mine")
     assert "go with an output folder" in error(capsys, "team/mine/ab12", "--run-id", "cd34")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .wandb_figures import heatmap_figure, prediction_figure, top_figure
+from .wandb_guard import Guard
 from .wandb_tables import PAIR_COLUMNS, RANKED_COLUMNS, Columns, Latest, Record, pair_rows, ranked_rows, rollouts
 
-
-logger = logging.getLogger(__name__)
 
 STEP = "train/global_step"
 """The step metric of transformers' `WandbCallback`: the x-axis of everything."""
@@ -51,8 +48,10 @@ class WandbSink:
         self._changed: set[str] = set()
         self._last: int | None = None
         self._run_id: str | None = None
-        self._failures = 0
-        self._warned = False
+        self._guard = Guard(
+            "The records are still in concepts.jsonl. W&B is tried again when the next tables are due, "
+            f"and given up after {ATTEMPTS} failures."
+        )
 
     def open(self, records: Sequence[Record]) -> None:
         """Take in what is on disk of a run that resumes. It has been logged before, so it is not logged again."""
@@ -65,13 +64,13 @@ class WandbSink:
         with self._guard("reading the monitor's records"):
             for record in records:
                 self._changed |= self._latest.update(record)
-        if self._failures < ATTEMPTS and ("end" in self._changed or "run" in self._changed or self._due()):
+        if self._guard.failures < ATTEMPTS and ("end" in self._changed or "run" in self._changed or self._due()):
             self._publish()
 
     def close(self) -> None:
         """Log what has changed since the last time."""
-        if self._failures < ATTEMPTS and self._changed - {"run", "end"}:
-            self._publish()
+        if self._guard.failures < ATTEMPTS:
+            self._publish(last=True)
 
     def _due(self) -> bool:
         if self._last is None or self._latest.step < self._last:  # a run that resumed is earlier than it was
@@ -82,7 +81,7 @@ class WandbSink:
             gap = min(gap, length / PARTS)
         return self._latest.step - self._last >= max(1.0, gap)
 
-    def _publish(self) -> None:
+    def _publish(self, *, last: bool = False) -> None:
         with self._guard("looking for the run"):
             run = self._active_run()
             if run is None:
@@ -92,14 +91,14 @@ class WandbSink:
                     self._describe(run)
                     self._run_id = run.id
                     self._changed.discard("run")
-            if not (self._changed - {"run", "end"}) or not (self._due() or "end" in self._changed):
+            if not (self._changed - {"run", "end"}) or not (self._due() or last or "end" in self._changed):
                 return
             # The clock moves on also where logging fails: a broken W&B is tried as seldom as a working one.
             self._last = self._latest.step
             with self._guard("logging the tables and charts"):
                 run.log({**self._content(), STEP: self._latest.step})
                 self._changed.clear()
-                self._failures = 0
+                self._guard.failures = 0
 
     def _active_run(self) -> Any | None:
         """The process's run, unless there is none or W&B is disabled."""
@@ -143,25 +142,6 @@ class WandbSink:
             "concepts/top": _chart(top_figure(amplified, suppressed, step)),
             "concepts/heatmap": _chart(heatmap_figure(self._latest)),
         }
-
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
-        """Keep an error in here: say it once, and go on."""
-        try:
-            yield
-        except Exception as error:
-            self._failures += 1
-            logger.debug("W&B: %s failed.", what, exc_info=True)
-            if not self._warned:
-                self._warned = True
-                logger.warning(
-                    "Weights & Biases: %s failed (%s: %s). Training goes on without it, and the records are still in concepts.jsonl. "
-                    "W&B is tried again when the next tables are due, and given up after %d failures.",
-                    what,
-                    type(error).__name__,
-                    error,
-                    ATTEMPTS,
-                )
 
 
 def config(run: Record) -> dict[str, Any]:

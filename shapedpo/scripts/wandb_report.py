@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, as_user_error
 
 
 STEP = "train/global_step"
@@ -245,27 +245,19 @@ def _source(run: str, project: str | None, entity: str | None, run_id: str | Non
 
 
 def _from_folder(folder: Path, project: str | None, entity: str | None, run_id: str | None) -> Source:
+    from ..monitor.records import read_records
     from ..monitor.wandb import config
 
-    file = folder / "concepts.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder} has no concepts.jsonl, which a run with a monitor writes into its output folder.")
     if not project:
         raise UserError(
             f"Which W&B project is the run of {folder} in? Name it with --project (and --entity for a team's)."
         )
-    record: dict[str, Any] = {}
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if isinstance(entry, dict) and entry.get("type") == "run":
-                record = entry
-    if not record:
+    with as_user_error(OSError, ValueError):
+        records = read_records(folder)
+    record = next((record for record in reversed(records) if record["type"] == "run"), None)
+    if record is None:
         raise UserError(
-            f"{file} has no record of type 'run', which a run writes first. Was it cut off before its first step?"
+            f"concepts.jsonl of {folder} has no record of type 'run', which a run writes first. Was it cut off before its first step?"
         )
     return Source(project, entity or "", run_id, record.get("run_name") or folder.name, config(record))
 

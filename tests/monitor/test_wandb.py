@@ -480,3 +480,95 @@ def test_a_resumed_run(records):
     assert cells["x"] == list(range(10, 401, 10))
     assert result.table("probe/rollouts")[0]["before"] == records[1]["samples"][0]["completion"]
     assert result.config["shapedpo"]["concepts"]
+
+
+# --- transformers' callback --------------------------------------------------------------------------------------------------
+
+TRAINER = """
+    import logging, os, signal, subprocess, sys
+    import wandb
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+    from transformers.integrations import WandbCallback
+    from shapedpo.monitor.wandb import WandbSink
+    from shapedpo.monitor.wandb_callback import GuardedWandbCallback, guard_wandb
+    from tests.monitor.records import synthetic
+
+    logging.basicConfig(format="LOG %(name)s %(message)s")
+    args = TrainingArguments(sys.argv[1], report_to="none", run_name="tiny", use_cpu=True)
+    handler = CallbackHandler([WandbCallback()], None, None, None, None)
+    guard_wandb(handler)
+    assert [type(callback) for callback in handler.callbacks if isinstance(callback, WandbCallback)] == [GuardedWandbCallback]
+    state, control = TrainerState(), TrainerControl()
+    handler.on_train_begin(args, state, control)
+    folder, sink = wandb.run.sync_dir, WandbSink()
+    sink.open([])
+    for record in synthetic(steps=6, probes=3):
+        state.global_step = record["step"]
+        if record["type"] == "step":
+            scalars = {f"concepts/{name}/amplification": entry["amplification"][0] for name, entry in record["concepts"].items()}
+            handler.on_log(args, state, control, {"loss": 0.5, **scalars})
+        sink.write([record])
+        if record["step"] == 30 and sys.argv[2] == "finish":
+            wandb.finish()
+        if record["step"] == 30 and sys.argv[2] == "kill":
+            listed = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+            (core,) = [int(line.split()[0]) for line in listed.stdout.splitlines() if "wandb" in line]
+            os.kill(core, signal.SIGKILL)
+            sys.argv[2] = "killed"
+    sink.close()
+    handler.on_train_end(args, state, control)
+    print("DONE", folder, flush=True)
+    if sys.argv[2] == "killed":
+        os._exit(0)
+    wandb.finish()
+"""
+
+
+def trained(tmp_path: Path, event: str, **environment: str) -> tuple[Written | None, list[str]]:
+    """A run with transformers' own callback and the sink, in a process of its own: what it wrote, and its warnings."""
+    own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"} | environment
+    command = [sys.executable, "-c", textwrap.dedent(TRAINER), str(tmp_path / "out"), event]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPO, env=own)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("DONE")] or pytest.fail(done.stderr)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("LOG shapedpo")]
+    return None if event == "kill" else Written(line.split(maxsplit=1)[1]), warnings
+
+
+def test_no_value_is_logged_twice(tmp_path):
+    """With transformers' callback beside it: scalars from there, the rest from here, one axis."""
+    result, warnings = trained(tmp_path, "")
+    assert warnings == []
+    scalars = [row for row in result.rows if "train/loss" in row]
+    ours = [row for row in result.rows if "train/loss" not in row]
+    assert {key for row in ours for key in row} == TABLES | CHARTS | AXIS
+    assert not any(key in row for row in scalars for key in TABLES | CHARTS)
+    assert [row["train/global_step"] for row in scalars] == [10, 20, 30, 40, 50, 60]
+    assert [row["train/concepts/goblin/amplification"] for row in scalars] == [
+        record["concepts"]["goblin"]["amplification"][0]
+        for record in synthetic(steps=6, probes=3)
+        if record["type"] == "step"
+    ]
+    assert result.metrics["train/concepts/*"] == "train/global_step"
+    assert result.config["shapedpo"]["concepts"].keys() >= {"goblin"}
+    assert "learning_rate" in result.config
+
+
+@pytest.mark.parametrize("event", ["finish", "kill"])
+def test_losing_wandb_does_not_stop_transformers_callback(event, tmp_path):
+    _, warnings = trained(tmp_path, event)
+    assert len(warnings) == 2
+    assert all("Training goes on" in warning for warning in warnings)
+    assert any("wandb_callback" in warning or "logging failed" in warning for warning in warnings)
+
+
+def test_no_network_when_training_begins(tmp_path):
+    """Nothing listens at that address: after W&B's own time limit the run goes on offline, with everything in it."""
+    address = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    result, warnings = trained(tmp_path, "", WANDB_MODE="online", **address)
+    (warning,) = warnings
+    assert "cannot be reached" in warning
+    assert "wandb sync" in warning
+    assert "offline-run" in result.folder.name
+    assert set(result.summary) >= TABLES | CHARTS
+    assert "learning_rate" in result.config
