@@ -9,4 +9,9 @@ from .records import Sink
 
 def make_sinks(args: Any) -> list[Sink]:
     """The sinks that the trainer's arguments ask for."""
-    return []
+    sinks: list[Sink] = []
+    if "wandb" in args.report_to:
+        from .wandb import WandbSink
+
+        sinks.append(WandbSink())
+    return sinks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .wandb_figures import heatmap_figure, prediction_figure, top_figure
@@ -46,6 +46,7 @@ class WandbSink:
     def __init__(self) -> None:
         self._latest = Latest()
         self._changed: set[str] = set()
+        self._shown: dict[str, Any] = {}
         self._last: int | None = None
         self._run_id: str | None = None
         self._guard = Guard(
@@ -86,19 +87,31 @@ class WandbSink:
             run = self._active_run()
             if run is None:
                 return
+            if run.id != self._run_id:
+                self._shown.clear()
             if run.id != self._run_id or "run" in self._changed:
                 with self._guard("writing the run's config and metrics"):
                     self._describe(run)
                     self._run_id = run.id
                     self._changed.discard("run")
-            if not (self._changed - {"run", "end"}) or not (self._due() or last or "end" in self._changed):
+            if not (self._due() or last or "end" in self._changed):
                 return
-            # The clock moves on also where logging fails: a broken W&B is tried as seldom as a working one.
-            self._last = self._latest.step
+            # The end of a run brings the estimates of its last step once more: what is shown already is not logged again.
+            new = {group: told for group, told in self._told().items() if group in self._changed}
+            new = {group: told for group, told in new.items() if told != self._shown.get(group)}
+            self._last = self._latest.step  # also where logging fails: a broken W&B is tried as seldom as a working one
             with self._guard("logging the tables and charts"):
-                run.log({**self._content(), STEP: self._latest.step})
+                if new:
+                    run.log({**self._content(new), STEP: self._latest.step})
                 self._changed.clear()
+                self._shown |= new
                 self._guard.failures = 0
+
+    def _told(self) -> dict[str, Any]:
+        """What the groups of tables and charts are made of."""
+        latest = self._latest
+        pairs = (latest.pairs, latest.features)
+        return {"concepts": (latest.concepts, *pairs), "pairs": pairs, "probe": latest.probe}
 
     def _active_run(self) -> Any | None:
         """The process's run, unless there is none or W&B is disabled."""
@@ -118,7 +131,7 @@ class WandbSink:
         if described:
             run.config.update({"shapedpo": described}, allow_val_change=True)
 
-    def _content(self) -> dict[str, Any]:
+    def _content(self, groups: Iterable[str]) -> dict[str, Any]:
         latest, content = self._latest, {}
         makers: dict[str, Callable[[], dict[str, Any]]] = {
             "concepts": self._concepts,
@@ -128,9 +141,8 @@ class WandbSink:
                 "probe/predicted_vs_observed": _chart(prediction_figure(latest)),
             },
         }
-        for changed, make in makers.items():
-            if changed in self._changed:
-                content.update(make())
+        for group in groups:
+            content.update(makers[group]())
         return {key: value for key, value in content.items() if value is not None}
 
     def _concepts(self) -> dict[str, Any]:
