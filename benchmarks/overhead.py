@@ -53,7 +53,14 @@ class Size:
 
 QUICK = Size(2, 32, 4, 256, 64, 2, 8, 16, 6)
 WARM_UP = 3  # steps left out: the first allocate buffers and optimiser state
-VARIANTS = ("no concepts", "16 features", "all features", "16 features, reward", "16 features, pair projection")
+VARIANTS = (
+    "no concepts",
+    "16 features",
+    "all features",
+    "16 features, reward",
+    "16 features, pair projection",
+    "monitor all features",
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -123,6 +130,7 @@ def concepts(variant: str, folder: Path, size: Size) -> list[Any]:
     some = [index * size.features // 16 for index in range(16)]
     return {
         "no concepts": lambda: [],
+        "monitor all features": lambda: [],
         "16 features": lambda: [Concept("some", SAEFeatures(sae, some))],
         "all features": lambda: [Concept("all", SAEFeatures(sae, "all"))],
         "16 features, reward": lambda: [Concept("some", SAEFeatures(sae, some), action="suppress", strength=1.0)],
@@ -137,9 +145,12 @@ def make_trainer(variant: str | None, folder: Path, size: Size, device: str, out
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
-    from shapedpo import ShapedDPOTrainer
+    from shapedpo import ShapedDPOConfig, ShapedDPOTrainer
 
-    args = DPOConfig(
+    monitors = variant == "monitor all features"
+    watching = {"monitor": "all", "monitor_sae": str(folder / "sae")} if monitors else {}
+    args = (ShapedDPOConfig if monitors else DPOConfig)(
+        **watching,
         output_dir=str(output),
         per_device_train_batch_size=size.pairs,
         max_steps=size.steps,
