@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .records import Sink
+from .report import ReportSink
 
 
 def make_sinks(args: Any) -> list[Sink]:
-    """The sinks that the trainer's arguments ask for."""
-    sinks: list[Sink] = []
+    """The sinks that the trainer's arguments ask for: the page in the output folder always, W&B if the run reports to it."""
+    sinks: list[Sink] = [ReportSink(Path(args.output_dir) / "report.html")]
     if "wandb" in args.report_to:
         from .wandb import WandbSink
 
