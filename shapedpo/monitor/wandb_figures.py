@@ -15,7 +15,7 @@ from .wandb_tables import CONCEPT, FEATURE, Item, Key, Latest, Record, Z, clip, 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-BARS, MAP_ROWS = 15, 40
+BARS, MAP_ROWS = 12, 30
 """Bars on each side of `concepts/top`; rows of `concepts/heatmap`."""
 UP, DOWN, GREY = "#d55e00", "#0072b2", "#777777"
 """Amplified and suppressed: told apart in every common form of colour blindness (Okabe and Ito)."""
@@ -47,7 +47,7 @@ def top_figure(amplified: list[Item], suppressed: list[Item], step: int) -> Figu
 
 
 def heatmap_figure(latest: Latest) -> Figure | None:
-    """Amplification of each concept at each step; features where they were among the top."""
+    """Amplification of each concept at each step; features where they were among the top, held until the next ranking."""
     steps = sorted(latest.history)
     peaks: dict[Key, float] = {}
     for values in latest.history.values():
@@ -56,12 +56,18 @@ def heatmap_figure(latest: Latest) -> Figure | None:
     keys = sorted(peaks, key=lambda key: (key[0] != CONCEPT, -peaks[key]))[:MAP_ROWS]
     if not keys:
         return None
+    columns: list[dict[Key, float]] = []
+    ranking: dict[Key, float] = {}
+    for step in steps:
+        column = latest.history[step]
+        ranking = {key: value for key, value in column.items() if key[0] == FEATURE} or ranking
+        columns.append({**ranking, **column})
     peak = _short(max(peaks[key] for key in keys)) or 1.0
     cells: Any = {
         "type": "heatmap",
         "x": steps,
         "y": list(range(len(keys))),
-        "z": [[_short(latest.history[step].get(key)) for step in steps] for key in keys],
+        "z": [[_short(column.get(key)) for column in columns] for key in keys],
         "zmin": -peak,
         "zmax": peak,
         "colorscale": [[0, DOWN], [0.5, "#f7f7f7"], [1, UP]],
@@ -133,7 +139,7 @@ def _both(entry: Record) -> tuple[float, ...]:
 def _names(labels: list[str]) -> dict[str, Any]:
     """An axis whose ticks 0, 1, ... read as these labels."""
     texts = [_escape(clip(label, LABEL)) for label in labels]
-    return {"tickvals": list(range(len(texts))), "ticktext": texts, "automargin": True}
+    return {"tickvals": list(range(len(texts))), "ticktext": texts, "tickfont": {"size": 10}, "automargin": True}
 
 
 def _figure(traces: list[Any], title: str, **layout: Any) -> Figure:

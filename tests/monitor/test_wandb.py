@@ -145,7 +145,7 @@ def test_top_chart_has_intervals(records, written):
     chart = written.values("concepts/top")[-1]
     (bars,) = chart["data"]
     amplified, suppressed = latest(records).ranked()
-    items = amplified[:15] + suppressed[:15][::-1]
+    items = amplified[:12] + suppressed[:12][::-1]
     assert bars["x"] == pytest.approx([item.value for item in items], rel=1e-3)
     assert bars["error_x"]["array"] == pytest.approx([Z * item.error for item in items], rel=1e-3)
     assert chart["layout"]["yaxis"]["ticktext"] == [item.label for item in items]
@@ -160,7 +160,15 @@ def test_heatmap_is_concept_by_step(records, written):
         expected = [record["concepts"][concept["name"]]["amplification"][0] for record in steps]
         assert cells["z"][labels.index(concept["label"])] == pytest.approx(expected, rel=1e-3)
     assert cells["zmin"] == -cells["zmax"]
-    assert any(None in row for row in cells["z"])  # features, at the steps where they were among the top
+    first, *_, last = [record for record in records if record["type"] == "features"]
+    names = {entry["feature"]: entry["label"] for entry in (*last["amplified"], *last["suppressed"])}
+    for entry in (*first["amplified"][:3], *first["suppressed"][:3]):
+        row = cells["z"][labels.index(names[entry["feature"]])]
+        known = cells["x"].index(first["step"])
+        assert row[:known] == [None] * known  # not ranked yet
+        assert row[known : known + 3] == pytest.approx(
+            [entry["amplification"][0]] * 3, rel=1e-3
+        )  # until the next ranking
 
 
 def test_predicted_against_observed(records, written):
