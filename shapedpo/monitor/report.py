@@ -156,7 +156,14 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "plain": _plain, "percent": _percent, "whole": _whole, "exact": _exact}
+    environment.filters |= {
+        "signed": _signed,
+        "plain": _plain,
+        "percent": _percent,
+        "whole": _whole,
+        "index": _index,
+        "exact": _exact,
+    }
     style, scripts = _asset("page.css"), [_asset(name) for name in SCRIPTS]
     environment.globals |= {
         "style": Markup(style),
@@ -184,11 +191,13 @@ def _hash(text: str) -> str:
 
 
 def _plain(value: float | None, digits: int = 2) -> str:
-    """`0.31`; with a true minus sign, and in powers of ten where it is very large or small."""
+    """`0.31`, `0.004`, `2.9e−05`; with a true minus sign."""
     if value is None:
         return "–"
-    far = value != 0 and not 0.5 * 10**-digits <= abs(value) < 1e5
-    return (f"{value:.1e}" if far else f"{value:.{digits}f}").replace("-", "\N{MINUS SIGN}")
+    size = abs(value)
+    small = 0 < size < 0.0995
+    text = f"{value:.1e}" if 0 < size < 0.00095 or size >= 1e5 else f"{value:.{digits + small}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _signed(value: float | None, digits: int = 2) -> str:
@@ -204,6 +213,11 @@ def _percent(value: float | None) -> str:
 def _whole(value: float | None) -> str:
     """`5,000`"""
     return "–" if value is None else f"{value:,.0f}"
+
+
+def _index(value: float | None) -> str:
+    """`5000`"""
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _exact(value: float | None) -> str:

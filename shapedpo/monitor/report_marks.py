@@ -9,7 +9,7 @@ from dataclasses import dataclass
 Z = 1.959964
 """Half the width of a 95 % interval, in standard errors."""
 
-AXIS = (120.0, 16.0)  # width and height of an interval's drawing
+AXIS = (150.0, 16.0)  # width and height of an interval's drawing
 SPARK = (120.0, 26.0)
 SPARK_POINTS = 120  # a point for each pixel of the width
 

@@ -110,7 +110,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
                 "name": name,
                 "label": clean(concept.get("label") or name, 200),
                 "action": clean(concept.get("action") or "watch", 40),
-                "method": _plain(concept.get("method") or ""),
+                "method": _method(concept.get("method")),
                 "asked_strength": number(concept.get("strength")),
                 "readout": clean(readout.pop("type", ""), 80),
                 "reads": _plain(readout),
@@ -126,6 +126,14 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: (row["gauge"].value is None, -(row["gauge"].value or 0.0)))
+
+
+def _method(method: Any) -> str:
+    """`reward`, or with options `mask (fraction: 0.05)`."""
+    if isinstance(method, Mapping) and "name" in method:
+        options = _plain({key: value for key, value in method.items() if key != "name"})
+        return f"{_plain(method['name'])} ({options})" if options else _plain(method["name"])
+    return "" if method is None else _plain(method)
 
 
 def _estimates(values: Record) -> dict[str, tuple[float | None, ...]]:
@@ -161,7 +169,10 @@ def _features(record: Record) -> dict[str, Any]:
 
 
 def _tokens(tokens: Any) -> list[str]:
-    return [clean(token, 40) for token in tokens[:8]] if isinstance(tokens, list | tuple) else []
+    """Tokens as they are read: without the space before a word, and blank ones by a sign."""
+    blank = {"": "␣", "\n": "⏎", "\t": "⇥"}
+    texts = [clean(token, 40) for token in tokens[:8]] if isinstance(tokens, list | tuple) else []
+    return [text.strip() or blank.get(text.strip(" "), "␣") for text in texts]
 
 
 def _pair(pair: Record, limit: int) -> dict[str, Any]:

@@ -5,14 +5,23 @@
 const Z = 1.959964; // half the width of a 95 % interval, in standard errors
 const known = (value) => value !== null && value !== undefined;
 
-/** Puts a titled chart into a container; `make` gets the width and returns what Plot.plot takes. */
-function chart(container, title, make, note = "") {
-  const box = element("div", "chart");
-  if (title) box.append(element("h4", "", title));
-  container.append(box);
-  const width = Math.max(200, Math.floor(box.clientWidth));
-  box.append(Plot.plot({ className: "plot", width, ariaLabel: title, ...make(width) }));
-  if (note) box.append(element("p", "", note));
+/**
+ * Draws charts into a container, each [title, what Plot.plot takes by width, note]. All boxes are there before the first is
+ * measured: they share the width.
+ */
+function drawCharts(container, charts) {
+  container.dataset.count = charts.length;
+  const boxes = charts.map(([title]) => {
+    const box = element("div", "chart");
+    box.append(element("h4", "", title));
+    return box;
+  });
+  container.replaceChildren(...boxes);
+  const widths = boxes.map((box) => Math.max(180, Math.floor(box.clientWidth)));
+  charts.forEach(([title, make, note], index) => {
+    boxes[index].append(Plot.plot({ className: "plot", width: widths[index], ariaLabel: title, ...make(widths[index]) }));
+    if (note) boxes[index].append(element("p", "", note));
+  });
 }
 
 // --- one concept over the steps
@@ -40,7 +49,7 @@ function line(points, color, label) {
 function drawHistory() {
   const container = byId("history");
   if (!container || !data.concepts.length) return;
-  container.replaceChildren();
+  const charts = [];
   const name = data.concepts[focus].label;
   const colors = { amplified: "var(--amplified)", suppressed: "var(--suppressed)" };
   const color = colors[data.concepts[focus].verdict] ?? "var(--unclear)";
@@ -49,8 +58,7 @@ function drawHistory() {
     .filter((point) => known(point.v));
   const axes = { height: 200, marginLeft: 44, marginRight: 14, x: { label: "step", ticks: 4 } };
   const amplification = series("amplification");
-  chart(
-    container,
+  charts.push([
     `Amplification of ${name}, sd`,
     () => ({
       ...axes,
@@ -63,16 +71,17 @@ function drawHistory() {
       ],
     }),
     observed.length ? "Line and band: estimate with 95 % interval. Circles: change that probe rollouts show." : "Line and band: estimate with 95 % interval.",
-  );
+  ]);
   for (const [key, title, from] of [["pressure", "Pressure, sd", null], ["strength", "Strength in force", 0]]) {
     const points = series(key);
     if (!points.length) continue;
-    chart(container, title, () => ({
+    charts.push([title, () => ({
       ...axes,
       y: { label: null, grid: true, nice: true, ticks: 5, ...(from === 0 ? { zero: true } : {}) },
       marks: [Plot.ruleY([0], { stroke: "var(--muted)" }), ...line(points, "var(--ink)", key)],
-    }));
+    })]);
   }
+  drawCharts(container, charts);
 }
 
 // --- predicted against observed
@@ -80,7 +89,6 @@ function drawHistory() {
 function drawScatter() {
   const container = byId("scatter");
   if (!container) return;
-  container.replaceChildren();
   const step = Number(byId("truth-step").value);
   const probe = data.sampled.find((candidate) => candidate.step === step);
   const rates = data.probes.find((candidate) => candidate.step === step);
@@ -92,7 +100,7 @@ function drawScatter() {
   const features = (probe?.features ?? []).map(point("feature")).filter((d) => known(d.p) && known(d.o));
   const points = [...features, ...concepts];
   if (!points.length) {
-    container.append(element("p", "empty", step === 0 ? "Before training nothing has been predicted yet. The next probe shows the first comparison." : "This probe has no predictions."));
+    container.replaceChildren(element("p", "empty", step === 0 ? "Before training nothing has been predicted yet. The next probe shows the first comparison." : "This probe has no predictions."));
     return;
   }
   const facts = [];
@@ -104,11 +112,11 @@ function drawScatter() {
   const told = (d) => `${d.label}\npredicted ${d.p.toFixed(2)} ± ${(Z * d.pse).toFixed(2)}\nobserved ${d.o.toFixed(2)} ± ${(Z * d.ose).toFixed(2)}`;
   const color = (d) => (d.kind === "concept" ? "var(--observed)" : "var(--muted)");
   const faint = (d) => (d.kind === "concept" ? 0.9 : 0.35);
-  chart(
-    container,
+  const charts = [];
+  charts.push([
     "Change of the mean score, sd",
     (width) => ({
-      height: Math.min(width, 460),
+      height: Math.min(width, 540) - 20,
       marginLeft: 46,
       marginBottom: 36,
       x: { label: "predicted →", domain, nice: true, grid: true, ticks: 5 },
@@ -126,13 +134,11 @@ function drawScatter() {
       r: { type: "identity" },
     }),
     `${concepts.length} concept${concepts.length === 1 ? "" : "s"} (large)${features.length ? `, ${features.length} features (small), those with the largest changes` : ""}. Bars are 95 % intervals; on the dashed line the estimate is exact.`,
-  );
-  if (!concepts.length) return;
+  ]);
   const order = [...concepts].sort((a, b) => b.o - a.o).slice(0, 24);
   const short = (label) => (label.length > 18 ? `${label.slice(0, 17)}…` : label);
   const place = new Map(order.map((d, index) => [d, `${index}`]));
-  chart(
-    container,
+  if (order.length) charts.push([
     "The named concepts, sd",
     () => ({
       height: 46 + 26 * order.length,
@@ -149,7 +155,8 @@ function drawScatter() {
       ],
     }),
     "Circles: observed. Grey bars: predicted. Each with its 95 % interval.",
-  );
+  ]);
+  drawCharts(container, charts);
 }
 
 // --- rates
@@ -157,14 +164,14 @@ function drawScatter() {
 function drawRates() {
   const container = byId("rate-chart");
   if (!container) return;
-  container.replaceChildren();
+  const charts = [];
   data.concepts.slice(0, 24).forEach((concept, index) => {
     const points = data.probes
       .map((probe) => ({ step: probe.step, rate: probe.concepts[index].rate.map((value) => (known(value) ? 100 * value : value)) }))
       .filter((point) => known(point.rate[0]));
     if (points.length < 2) return;
     const banded = points.filter((d) => known(d.rate[1]) && known(d.rate[2]));
-    chart(container, `${concept.label}, %`, () => ({
+    charts.push([`${concept.label}, %`, () => ({
       height: 110,
       marginLeft: 34,
       marginRight: 12,
@@ -178,8 +185,9 @@ function drawRates() {
         Plot.ruleX(banded, { x: "step", y1: (d) => d.rate[1], y2: (d) => d.rate[2], stroke: "var(--observed)", strokeWidth: 1.5 }),
         Plot.dot(points, { x: "step", y: (d) => d.rate[0], r: 3, fill: "var(--panel)", stroke: "var(--observed)", strokeWidth: 1.6 }),
       ],
-    }));
+    })]);
   });
+  drawCharts(container, charts);
 }
 
 const truthSelect = byId("truth-step");

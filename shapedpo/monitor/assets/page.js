@@ -117,28 +117,7 @@ for (const table of all("table[data-table]")) {
   if (sorted && table.tHead.rows[0].cells[sorted[0]]) sortTable(table, ...sorted);
 }
 
-// --- what opens and closes
-
-function setOpen(button, open) {
-  button.setAttribute("aria-expanded", String(open));
-  state.open[button.dataset.keep] = open;
-  if (button.classList.contains("all")) {
-    button.previousElementSibling.classList.toggle("whole", open);
-    button.textContent = open ? "show fewer" : `show all ${all("tbody.item", button.previousElementSibling).length}`;
-  } else {
-    byId(button.getAttribute("aria-controls")).hidden = !open;
-  }
-}
-for (const button of all("button[data-keep]")) {
-  button.addEventListener("click", () => setOpen(button, button.getAttribute("aria-expanded") !== "true"));
-  if (Object.hasOwn(state.open, button.dataset.keep)) setOpen(button, state.open[button.dataset.keep]);
-}
-for (const details of all("details[data-keep]")) {
-  if (Object.hasOwn(state.open, details.dataset.keep)) details.open = state.open[details.dataset.keep];
-  details.querySelector("summary").addEventListener("click", () => {
-    state.open[details.dataset.keep] = !details.open; // as it will be after this click
-  });
-}
+// --- long texts
 
 /** A button after a long text that shows all of it, or less again. */
 function addMore(text) {
@@ -152,8 +131,40 @@ function addMore(text) {
   });
   text.append(button);
 }
+/** Offers to show more only where something is hidden; what is not visible now is looked at when it becomes so. */
+function fitTexts() {
+  const cut = all(".text.long:not(.shown)").map((text) => [text.querySelector(".data"), text.querySelector(".more-text")]);
+  const hidden = cut.map(([shown]) => shown.clientHeight > 0 && shown.scrollHeight <= shown.clientHeight + 1);
+  cut.forEach(([, button], index) => (button.hidden = hidden[index])); // after all are measured: one layout, not hundreds
+}
 document.documentElement.classList.add("js");
 for (const text of all(".text.long")) addMore(text);
+addEventListener("toggle", fitTexts, true); // of any details
+addEventListener("resize", fitTexts);
+
+// --- what opens and closes
+
+function setOpen(button, open) {
+  button.setAttribute("aria-expanded", String(open));
+  state.open[button.dataset.keep] = open;
+  if (button.classList.contains("all")) {
+    button.previousElementSibling.classList.toggle("whole", open);
+    button.textContent = open ? "show fewer" : `show all ${all("tbody.item", button.previousElementSibling).length}`;
+  } else {
+    byId(button.getAttribute("aria-controls")).hidden = !open;
+    fitTexts();
+  }
+}
+for (const button of all("button[data-keep]")) {
+  button.addEventListener("click", () => setOpen(button, button.getAttribute("aria-expanded") !== "true"));
+  if (Object.hasOwn(state.open, button.dataset.keep)) setOpen(button, state.open[button.dataset.keep]);
+}
+for (const details of all("details[data-keep]")) {
+  if (Object.hasOwn(state.open, details.dataset.keep)) details.open = state.open[details.dataset.keep];
+  details.querySelector("summary").addEventListener("click", () => {
+    state.open[details.dataset.keep] = !details.open; // as it will be after this click
+  });
+}
 
 // --- search: every word must be in the item
 

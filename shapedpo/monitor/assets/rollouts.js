@@ -26,13 +26,15 @@ function marked(sample, full) {
   for (let i = 0; i < flat.length; i += 2) strength.set(flat[i], flat[i + 1]);
   let plain = "";
   sample.tokens.forEach((token, index) => {
+    const word = token.trimStart() || token;
     if (!strength.has(index)) {
       plain += token;
       return;
     }
+    plain += token.slice(0, token.length - word.length); // the space before a word stays unmarked
     if (plain) holder.append(plain);
     plain = "";
-    const mark = element("mark", "act", token);
+    const mark = element("mark", "act", word);
     mark.style.setProperty("--strength", String(Math.min(1, strength.get(index) / full)));
     mark.title = `${strength.get(index).toFixed(1)} sd`;
     holder.append(mark);
@@ -92,6 +94,7 @@ function drawRollouts() {
   const left = found.length - shownRollouts;
   byId("more-rollouts").hidden = left <= 0;
   byId("more-rollouts").textContent = `show ${Math.min(left, 2 * PAGE)} more of ${found.length}`;
+  fitTexts();
   const legend = byId("legend");
   legend.replaceChildren(element("span", "", "activation"));
   for (const strength of [0.15, 0.5, 1]) {
