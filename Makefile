@@ -82,7 +82,7 @@ test: lint types pytest  ## lint, types and tests: what continuous integration r
 
 # --- its parts, and the rest -----------------------------------------------------------------------------------------
 
-.PHONY: lint types pytest format bench constraints clean
+.PHONY: lint types browser pytest format bench constraints clean
 lint: install-dev  ## ruff: rules and format
 	@echo "== ruff check";  $(PY) -m ruff check .
 	@echo "== ruff format"; $(PY) -m ruff format --check .
@@ -90,7 +90,17 @@ lint: install-dev  ## ruff: rules and format
 types: install-dev  ## mypy on the package
 	@echo "== mypy"; $(PY) -m mypy
 
-pytest: install-dev  ## the tests alone
+# The package needs no browser; the tests that open report.html in one are skipped where there is none.
+browser:  ## see to a browser for the tests of report.html (Debian's chromium, where we are root)
+	@if [ -n "$${SHAPEDPO_BROWSER:-}" ] || command -v chromium chromium-browser google-chrome chrome >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "== no chromium or Chrome here: installing Debian's chromium with apt-get (about 100 MB)"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } \
+	    >/dev/null && exit 0; \
+	fi; \
+	echo "== no chromium or Chrome here: the tests that open report.html in a browser will be skipped (install chromium, or name one in SHAPEDPO_BROWSER)"
+
+pytest: install-dev browser  ## the tests alone
 	@echo "== pytest ($(WORKERS) workers)"; $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 format: install-dev  ## let ruff rewrite the code

@@ -40,8 +40,9 @@ class Interval:
         return "amplified" if self.value > 0 else "suppressed"
 
 
-def interval(value: float | None, error: float | None, axis: float | None) -> Interval:
-    """The 95 % interval of a value with this standard error, placed on an axis from `-axis` to `axis`."""
+def interval(estimate: tuple[float | None, ...], axis: float | None) -> Interval:
+    """The 95 % interval of an estimate, `(value, standard error)`, placed on an axis from `-axis` to `axis`."""
+    value, error = estimate
     low = high = None
     if value is not None and error is not None:
         low, high = value - Z * error, value + Z * error

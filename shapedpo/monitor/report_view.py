@@ -104,7 +104,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
         concept, estimates = asked.get(name, {}), latest[name]
         values = [mapping(mapping(record.get("concepts")).get(name)) for record in history.values()]
         readout = dict(mapping(concept.get("readout")))
-        gauge = interval(*estimates["amplification"], axis)
+        gauge = interval(estimates["amplification"], axis)
         rows.append(
             {
                 "name": name,
@@ -121,7 +121,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
                 "pressure": estimates["pressure"],
                 "delta": estimates["delta"],
                 "strength": number(mapping(last.get(name)).get("strength")),
-                "change": interval(*numbers(mapping(probe.get(name)).get("change"), 2), None),
+                "change": interval(numbers(mapping(probe.get(name)).get("change"), 2), None),
                 "spark": spark(list(history), [numbers(v.get("amplification"), 2) for v in values]),
             }
         )
@@ -156,7 +156,7 @@ def _features(record: Record) -> dict[str, Any]:
                     "label": clean(entry.get("label"), 200),
                     "tokens": _tokens(entry.get("tokens")),
                     "promotes": _tokens(entry.get("promotes")),
-                    "gauge": interval(*numbers(entry.get("amplification"), 2), axis),
+                    "gauge": interval(numbers(entry.get("amplification"), 2), axis),
                     "pressure": numbers(entry.get("pressure"), 2),
                     "delta": numbers(entry.get("delta"), 2),
                     "rows": [_pair(pair, EXAMPLE) for pair in items(entry.get("rows"))[:3]],

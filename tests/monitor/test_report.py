@@ -270,12 +270,12 @@ def test_resumed_run_takes_the_place_of_what_came_after_its_checkpoint() -> None
 def test_marks() -> None:
     axis = scale([(1.0, 0.5), (None, None), (-3.0, None)])
     assert axis == 3.0
-    assert interval(0.0, None, 2.0).x == (75.0, 75.0, 75.0)
-    low, middle, high = interval(1.0, 0.25, 2.0).x
+    assert interval((0.0, None), 2.0).x == (75.0, 75.0, 75.0)
+    low, middle, high = interval((1.0, 0.25), 2.0).x
     assert middle == pytest.approx(75 + 70 / 2)
     assert (high - middle) == pytest.approx(1.96 * 0.25 / 2 * 70, abs=0.2)
     assert (middle - low) == pytest.approx(high - middle, abs=0.2)
-    assert [interval(v, se, None).verdict for v, se in [(1, 0.1), (-1, 0.1), (1, 1), (1, None), (None, None)]] == [
+    assert [interval(estimate, None).verdict for estimate in [(1, 0.1), (-1, 0.1), (1, 1), (1, None), (None, None)]] == [
         "amplified",
         "suppressed",
         "unclear",
