@@ -47,7 +47,7 @@ class TopPairs:
         new = [contribution.abs(), row, delta, apart_, contribution]
         self.table[:, :, 0] *= math.exp(-len(rows) * world_size / self.size)
         if self.k == 1:  # of every feature of an SAE: a comparison, not a sort
-            best = contribution.abs().argmax(dim=0)
+            best = _best(contribution.abs().T, row.T)
             found = torch.stack(
                 [column[best, torch.arange(delta.shape[1], device=best.device)] for column in new], dim=1
             )
@@ -62,7 +62,9 @@ class TopPairs:
         later = (row[:, :, None] == row[:, None, :]).triu(diagonal=1).any(dim=2)
         key = torch.where(later, -1.0, candidates[:, :, 0])  # ranks below an empty place, whose key is 0
         candidates = torch.cat([key[:, :, None], candidates[:, :, 1:]], dim=2)
-        order = key.topk(min(self.k, key.shape[1]), dim=1).indices
+        # Of equal ones the smaller row first, so that the order in which processes are asked does not matter.
+        by_row = row.argsort(dim=1, stable=True)
+        order = by_row.gather(1, key.gather(1, by_row).argsort(dim=1, descending=True, stable=True))[:, : self.k]
         return candidates.gather(1, order[:, :, None].expand(-1, -1, len(FIELDS)))
 
     def merged(self, tables: Tensor) -> Tensor:
@@ -76,6 +78,11 @@ class TopPairs:
         """
         candidates = tables.transpose(0, 1).flatten(1, 2)
         if self.k == 1:
-            best = candidates[:, :, 0].argmax(dim=1)
+            best = _best(candidates[:, :, 0], candidates[:, :, 1])
             return candidates[torch.arange(len(best), device=best.device), best][:, None]
         return self._top(candidates)
+
+
+def _best(key: Tensor, row: Tensor) -> Tensor:
+    """Where the largest key of each line of `(C, n)` is; of equal ones, that of the smallest row."""
+    return torch.where(key == key.amax(dim=1, keepdim=True), row, torch.inf).argmin(dim=1)

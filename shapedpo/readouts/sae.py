@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import nn
 
 from .base import Readout, check_pooling, register
 from .sae_reader import SAEReader
@@ -115,12 +118,29 @@ def load_sae(sae: str, sae_id: str | None = None, dtype: str = "float32") -> SAE
     Raises:
         ValueError: If there is no such folder, release or `sae_id`, or its weights are pickled.
     """
+    _import_sae_lens()
     path = Path(sae).expanduser()
     if path.exists() or sae.startswith((".", "/", "~")):
         if sae_id is not None:
             path = path / sae_id
         return _load_folder(path, dtype)
     return _load_release(sae, sae_id, dtype)
+
+
+def _import_sae_lens() -> None:
+    """Import sae-lens, also where DeepSpeed's ZeRO-3 has loaded a model before.
+
+    When `zero.Init` ends it leaves an `__init_subclass__` on torch's `Module` (seen in DeepSpeed 0.19.8), which hides that of
+    `typing.Generic`, and no generic module class, such as sae-lens has, can be defined. It is laid aside for the import.
+    """
+    left = vars(nn.Module).get("__init_subclass__")
+    if left is None or "sae_lens" in sys.modules:
+        return
+    del nn.Module.__init_subclass__
+    try:
+        import sae_lens  # noqa: F401
+    finally:
+        type.__setattr__(nn.Module, "__init_subclass__", left)
 
 
 def _load_folder(path: Path, dtype: str) -> SAE[Any]:
