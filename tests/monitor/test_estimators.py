@@ -147,7 +147,7 @@ def test_best_estimate_beats_what_it_is_made_of_and_its_intervals_hold() -> None
             inside.append(np.mean((low <= world.change) & (world.change <= high)))
         assert np.mean(inside) == pytest.approx(level, abs=0.07)
     slopes = [np.polyfit(guess.value, world.change, 1)[0] for world, guess in zip(worlds, best, strict=True)]
-    assert np.mean(slopes) == pytest.approx(1, abs=0.1)
+    assert np.mean(slopes) == pytest.approx(1, abs=0.2)
 
 
 def test_amplification_that_says_nothing_does_little_harm() -> None:
