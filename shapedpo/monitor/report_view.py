@@ -40,7 +40,7 @@ def view(digest: Digest) -> dict[str, Any]:
     shown_last = digest.steps.last
     last = mapping(shown_last[1]) if shown_last else {}
     return {
-        "title": clean(run.get("run_name") or "a run", 200),
+        "title": clean(run.get("run_name") or clean(run.get("model")).rstrip("/").split("/")[-1] or "a run", 200),
         "run": {"model": clean(run.get("model"), 300), **_data(run)},
         "known": bool(run),
         "settings": _settings(settings),
@@ -189,9 +189,14 @@ def _pairs(record: Record, concepts: Sequence[Record]) -> dict[str, Any]:
         "groups": [
             {"name": concept["name"], "verdict": concept["verdict"], "rows": rows}
             for concept in concepts
-            if (rows := [_pair(pair, TEXT) for pair in items(of.get(concept["name"]))])
+            if (rows := sorted((_pair(pair, TEXT) for pair in items(of.get(concept["name"]))), key=_size, reverse=True))
         ],
     }
+
+
+def _size(pair: Record) -> float:
+    """How much a pair contributes, either way."""
+    return abs(pair["contribution"] or 0.0)
 
 
 def _rates(digest: Digest, concepts: Sequence[Record]) -> dict[str, Any]:

@@ -275,7 +275,9 @@ def test_marks() -> None:
     assert middle == pytest.approx(75 + 70 / 2)
     assert (high - middle) == pytest.approx(1.96 * 0.25 / 2 * 70, abs=0.2)
     assert (middle - low) == pytest.approx(high - middle, abs=0.2)
-    assert [interval(estimate, None).verdict for estimate in [(1, 0.1), (-1, 0.1), (1, 1), (1, None), (None, None)]] == [
+    assert [
+        interval(estimate, None).verdict for estimate in [(1, 0.1), (-1, 0.1), (1, 1), (1, None), (None, None)]
+    ] == [
         "amplified",
         "suppressed",
         "unclear",

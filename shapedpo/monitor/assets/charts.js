@@ -3,6 +3,7 @@
 "use strict";
 
 const Z = 1.959964; // half the width of a 95 % interval, in standard errors
+const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−"); // a true minus sign
 const known = (value) => value !== null && value !== undefined;
 
 /**
@@ -42,7 +43,7 @@ function line(points, color, label) {
     Plot.lineY(points, { x: "step", y: "v", stroke: color, strokeWidth: 1.6 }),
     points.length === 1 ? Plot.dot(points, { x: "step", y: "v", fill: color }) : null,
     Plot.ruleX(points, Plot.pointerX({ x: "step", py: "v", stroke: "var(--muted)" })),
-    Plot.tip(points, Plot.pointerX({ x: "step", y: "v", title: (d) => `step ${d.step}\n${label} ${d.v.toFixed(3)} [${d.low.toFixed(3)}, ${d.high.toFixed(3)}]` })),
+    Plot.tip(points, Plot.pointerX({ x: "step", y: "v", title: (d) => `step ${d.step}\n${label} ${fixed(d.v, 3)} [${fixed(d.low, 3)}, ${fixed(d.high, 3)}]` })),
   ];
 }
 
@@ -107,9 +108,15 @@ function drawScatter() {
   if (known(probe?.r2)) facts.push(`R² ${probe.r2.toFixed(2)} over all monitored features`);
   if (probe?.estimator) facts.push(`estimator: ${probe.estimator}`);
   byId("truth-facts").append(element("bdi", "data", facts.join(" · ")));
-  const ends = points.flatMap((d) => [d.p - Z * d.pse, d.p + Z * d.pse, d.o - Z * d.ose, d.o + Z * d.ose]);
-  const domain = [Math.min(0, ...ends), Math.max(0, ...ends)];
-  const told = (d) => `${d.label}\npredicted ${d.p.toFixed(2)} ± ${(Z * d.pse).toFixed(2)}\nobserved ${d.o.toFixed(2)} ± ${(Z * d.ose).toFixed(2)}`;
+  const reach = (ends) => [Math.min(0, ...ends), Math.max(0, ...ends)];
+  let across = reach(points.flatMap((d) => [d.p - Z * d.pse, d.p + Z * d.pse]));
+  let up = reach(points.flatMap((d) => [d.o - Z * d.ose, d.o + Z * d.ose]));
+  const both = reach([...across, ...up]);
+  // One scale for both, unless one of them would then be a mere line.
+  const apart = (both[1] - both[0]) / Math.max(Math.min(across[1] - across[0], up[1] - up[0]), 1e-12) > 4;
+  if (!apart) across = up = both;
+  const exact = [Math.max(across[0], up[0]), Math.min(across[1], up[1])];
+  const told = (d) => `${d.label}\npredicted ${fixed(d.p)} ± ${(Z * d.pse).toFixed(2)}\nobserved ${fixed(d.o)} ± ${(Z * d.ose).toFixed(2)}`;
   const color = (d) => (d.kind === "concept" ? "var(--observed)" : "var(--muted)");
   const faint = (d) => (d.kind === "concept" ? 0.9 : 0.35);
   const charts = [];
@@ -119,13 +126,13 @@ function drawScatter() {
       height: Math.min(width, 540) - 20,
       marginLeft: 46,
       marginBottom: 36,
-      x: { label: "predicted →", domain, nice: true, grid: true, ticks: 5 },
-      y: { label: "↑ observed in rollouts", domain, nice: true, grid: true, ticks: 5 },
+      x: { label: "predicted →", domain: across, nice: true, grid: true, ticks: 5 },
+      y: { label: "↑ observed in rollouts", domain: up, nice: true, grid: true, ticks: 5 },
       color: { type: "identity" },
       marks: [
         Plot.ruleX([0], { stroke: "var(--line)" }),
         Plot.ruleY([0], { stroke: "var(--line)" }),
-        Plot.line([[domain[0], domain[0]], [domain[1], domain[1]]], { stroke: "var(--muted)", strokeDasharray: "4 3" }),
+        Plot.line([[exact[0], exact[0]], [exact[1], exact[1]]], { stroke: "var(--muted)", strokeDasharray: "4 3" }),
         Plot.ruleX(points, { x: "p", y1: (d) => d.o - Z * d.ose, y2: (d) => d.o + Z * d.ose, stroke: color, strokeOpacity: faint }),
         Plot.ruleY(points, { y: "o", x1: (d) => d.p - Z * d.pse, x2: (d) => d.p + Z * d.pse, stroke: color, strokeOpacity: faint }),
         Plot.dot(points, { x: "p", y: "o", fill: color, r: (d) => (d.kind === "concept" ? 4.5 : 2.2), fillOpacity: (d) => (d.kind === "concept" ? 1 : 0.7) }),
@@ -133,7 +140,7 @@ function drawScatter() {
       ],
       r: { type: "identity" },
     }),
-    `${concepts.length} concept${concepts.length === 1 ? "" : "s"} (large)${features.length ? `, ${features.length} features (small), those with the largest changes` : ""}. Bars are 95 % intervals; on the dashed line the estimate is exact.`,
+    `${concepts.length} concept${concepts.length === 1 ? "" : "s"} (large)${features.length ? `, ${features.length} features (small), those with the largest changes` : ""}. Bars are 95 % intervals; on the dashed line the estimate is exact.${apart ? " The two axes have scales of their own." : ""}`,
   ]);
   const order = [...concepts].sort((a, b) => b.o - a.o).slice(0, 24);
   const short = (label) => (label.length > 18 ? `${label.slice(0, 17)}…` : label);

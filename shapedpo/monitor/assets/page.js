@@ -132,7 +132,12 @@ function addMore(text) {
   text.append(button);
 }
 /** Offers to show more only where something is hidden; what is not visible now is looked at when it becomes so. */
+let fitting = 0;
 function fitTexts() {
+  fitting ||= requestAnimationFrame(fitNow); // once, however many rows open together
+}
+function fitNow() {
+  fitting = 0;
   const cut = all(".text.long:not(.shown)").map((text) => [text.querySelector(".data"), text.querySelector(".more-text")]);
   const hidden = cut.map(([shown]) => shown.clientHeight > 0 && shown.scrollHeight <= shown.clientHeight + 1);
   cut.forEach(([, button], index) => (button.hidden = hidden[index])); // after all are measured: one layout, not hundreds

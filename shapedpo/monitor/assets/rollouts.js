@@ -48,7 +48,7 @@ function side(title, sample, full) {
   const head = element("h4");
   head.append(element("span", "", title));
   const score = sample?.scores[focus];
-  if (known(score)) head.append(element("span", "", `score ${score.toFixed(2)} sd`));
+  if (known(score)) head.append(element("span", "", `score ${fixed(score)} sd`));
   box.append(head);
   if (!sample) {
     box.append(element("p", "muted", "no rollout"));
