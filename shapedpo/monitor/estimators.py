@@ -20,7 +20,6 @@ features that never vary. Source: ours, from METHOD section 5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,12 @@ from .posterior import Array, Spectrum, finite, posterior
 
 LIMIT = 1.5
 """How far an estimate may be from what the rollouts alone say, in their standard errors."""
+UNPROBED_SE = 0.1
+"""Standard deviations by which a feature may have changed of which amplification says nothing."""
+CARRIED_ERROR = 0.3
+"""Error of an estimate that was carried forward, as a share of the features' root mean square change."""
+MAX_GROWTH = 3.0
+"""Bound on the growth since the last probe: amplification near a run's start is mostly noise."""
 MIN_FEATURES = 16
 """With fewer features there is nothing to learn amplification's scale from, and the probe is taken as it is."""
 
@@ -115,29 +120,46 @@ def _bridge_weights(log_ratios: Array, share: float) -> Array:
     return np.where(log_ratios > 0, grown, shrunk)
 
 
+class Past(NamedTuple):
+    """What was known at an earlier probe.
+
+    Attributes:
+        estimate: The best estimate then.
+        amplification: `(F,)`, as it was then.
+    """
+
+    estimate: Estimate
+    amplification: ArrayLike
+
+
 def best_estimate(
     amplification: ArrayLike,
     amplification_se: ArrayLike,
     probe: Probe | tuple[ArrayLike, ArrayLike] | None = None,
     spectrum: Spectrum | None = None,
-    calibration: Calibration | None = None,
+    past: Past | None = None,
 ) -> Estimate:
     """The best estimate of each feature's change.
 
     Args:
         amplification: `(F,)`, with its standard error:
         amplification_se: `(F,)`.
-        probe: What [`probe_change`] gives, or a change and its standard error, `(F,)` each. Without it the estimate is amplification,
-            by `calibration`.
+        probe: What [`probe_change`] gives, or a change and its standard error, `(F,)` each.
         spectrum: How the features go together. Without it each feature is taken by itself.
-        calibration: What an earlier probe said of amplification ([`calibrate_amplification`]); only used without a probe.
+        past: The estimate at an earlier probe, for a moment without one.
+
+    Returns:
+        With a probe, the posterior; of fewer than `MIN_FEATURES` features, the probe's own figures. Named concepts are best asked for
+        apart from the features: they are chosen because they move, so what most features do says little of them. Without a probe,
+        the past estimate, grown as amplification has grown since; without that, amplification itself, with an interval as wide as the
+        spread between runs calls for.
 
     Raises:
         ValueError: If shapes do not fit or a number is not finite.
     """
     reading, reading_se = finite("amplification", amplification, 1), finite("amplification_se", amplification_se, 1)
     if probe is None:
-        return (calibration or Calibration()).estimate(reading, reading_se)
+        return _unprobed(reading, reading_se) if past is None else _carried(past, reading)
     value, se = finite("the probe's change", probe[0], 1), finite("the probe's standard error", probe[1], 1)
     if not len(value) == len(se) == len(reading) == len(reading_se):
         raise ValueError(
@@ -182,55 +204,20 @@ def _standard_error(rows: Array) -> Array:
     return np.sqrt((0.9 * variance + 0.1 * variance.mean()) / len(rows))
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What amplification means for the change, as long as there is no probe.
-
-    Its error is taken as normal with variance `(slope se)^2 + (relative slope A)^2 + floor^2`. The defaults are those of
-    `benchmarks/estimates.py`'s runs, taken together: the slope differs from run to run by several times.
-
-    Attributes:
-        slope: Change for an amplification of 1.
-        relative: Error that grows with the amplification.
-        floor: Error that all features have, standard deviations.
-        name: What the estimate is called.
-    """
-
-    slope: float = 1.0
-    relative: float = 1.0
-    floor: float = 0.1
-    name: str = "amplification"
-
-    def estimate(self, amplification: Array, amplification_se: Array) -> Estimate:
-        value = self.slope * amplification
-        variance = (self.slope * amplification_se) ** 2 + (self.relative * value) ** 2 + self.floor**2
-        return Estimate(value, np.sqrt(variance), self.name)
+def _unprobed(reading: Array, reading_se: Array) -> Estimate:
+    """Amplification as it stands. Its scale differs from run to run by several times, so its error is as large as itself."""
+    return Estimate(reading, np.sqrt(reading_se**2 + reading**2 + UNPROBED_SE**2), "amplification")
 
 
-def calibrate_amplification(
-    amplification: ArrayLike, amplification_se: ArrayLike, change: ArrayLike, change_se: ArrayLike
-) -> Calibration:
-    """What a probe says of amplification, to read it by until the next one.
-
-    Args:
-        amplification: `(F,)` at the moment of the probe, with its standard error:
-        amplification_se: `(F,)`.
-        change: `(F,)` that the probe showed, or the best estimate of it, with its standard error:
-        change_se: `(F,)`.
-
-    Returns:
-        The default if there are fewer than `MIN_FEATURES` features or nothing has changed yet.
-    """
-    a, a_se = finite("amplification", amplification, 1), finite("amplification_se", amplification_se, 1)
-    z, z_se = finite("change", change, 1), finite("change_se", change_se, 1)
-    slope = float(a @ z / (a @ a)) if len(a) >= MIN_FEATURES and a.any() else 0.0
-    if slope <= 0:
-        return Calibration()
-    error = (z - slope * a) ** 2 - z_se**2 - (slope * a_se) ** 2
-    design = np.stack([(slope * a) ** 2, np.ones(len(a))], axis=1)
-    (relative, floor), *_ = np.linalg.lstsq(design, error, rcond=None)
-    if relative < 0 or floor < 0:
-        relative, floor = (0.0, float(error.mean())) if relative < 0 else (float(error.sum() / design[:, 0].sum()), 0.0)
-    return Calibration(
-        slope, max(relative, 0.0) ** 0.5, max(floor, 0.0) ** 0.5, "amplification, scaled by the last probe"
-    )
+def _carried(past: Past, reading: Array) -> Estimate:
+    """The past estimate times amplification's growth along itself."""
+    then = finite("the past amplification", past.amplification, 1)
+    if not len(then) == len(past.estimate.value) == len(reading):
+        raise ValueError(
+            f"Expected one value a feature, got {len(reading)} amplifications, and of the past {len(then)} and "
+            f"{len(past.estimate.value)} estimates."
+        )
+    growth = float(np.clip(reading @ then / (then @ then), 0.0, MAX_GROWTH)) if then.any() else 1.0
+    value = growth * past.estimate.value
+    added = CARRIED_ERROR * np.sqrt(np.mean(value**2))
+    return Estimate(value, np.hypot(growth * past.estimate.se, added), "last probe, carried forward by amplification")

@@ -7,11 +7,12 @@ import pytest
 
 from shapedpo.monitor.estimators import (
     LIMIT,
+    MAX_GROWTH,
     MIN_FEATURES,
-    Calibration,
+    Estimate,
+    Past,
     Spectrum,
     best_estimate,
-    calibrate_amplification,
     probe_change,
 )
 
@@ -186,27 +187,26 @@ def test_few_features_are_taken_as_the_rollouts_have_them() -> None:
     np.testing.assert_array_equal(guess.se, se)
 
 
-def test_without_a_probe_amplification_is_scaled_by_the_last_one() -> None:
+def test_without_a_probe_or_a_past_it_is_amplification_with_a_wide_interval() -> None:
+    guess = best_estimate([1.0, -2.0, 0.0], [0.1, 0.1, 0.1])
+    assert guess.name == "amplification"
+    np.testing.assert_array_equal(guess.value, [1.0, -2.0, 0.0])
+    assert (guess.se > [1.0, 2.0, 0.1]).all()
+
+
+def test_between_probes_the_last_estimate_grows_as_amplification_does() -> None:
     draw = np.random.default_rng(8)
-    change = draw.normal(size=500)
-    reading, se = (change + 0.3 * draw.normal(size=500)) / 4, np.full(500, 0.01)
-    plain = best_estimate(reading, se)
-    assert plain.name == "amplification"
-    np.testing.assert_array_equal(plain.value, Calibration().slope * reading)
-    calibration = calibrate_amplification(reading, se, change + 0.1 * draw.normal(size=500), np.full(500, 0.1))
-    guess = best_estimate(reading, se, calibration=calibration)
-    assert guess.name == calibration.name
-    assert calibration.slope == pytest.approx(4 / 1.09, rel=0.05)  # least squares: of the change on the gauge
-    low, high = guess.interval(0.9)
-    assert np.mean((low <= change) & (change <= high)) == pytest.approx(0.9, abs=0.05)
-
-
-def test_a_probe_that_says_nothing_of_the_scale_leaves_the_default() -> None:
-    few = np.ones(MIN_FEATURES - 1)
-    assert calibrate_amplification(few, few, few, few) == Calibration()
-    zero, one = np.zeros(100), np.ones(100)
-    assert calibrate_amplification(zero, zero, one, one) == Calibration()
-    assert calibrate_amplification(one, zero, -one, one) == Calibration()  # against the gauge: do not turn it round
+    reading = draw.normal(size=500)
+    past = Past(Estimate(draw.normal(size=500), np.full(500, 0.1), "then"), reading)
+    guess = best_estimate(1.5 * reading, np.zeros(500), past=past)
+    np.testing.assert_allclose(guess.value, 1.5 * past.estimate.value)
+    assert (guess.se > 0.15).all()
+    still = best_estimate(np.zeros(500), np.zeros(500), past=Past(past.estimate, np.zeros(500)))
+    np.testing.assert_array_equal(still.value, past.estimate.value)  # nothing to measure growth by
+    wild = best_estimate(100 * reading, np.zeros(500), past=past)
+    np.testing.assert_allclose(wild.value, MAX_GROWTH * past.estimate.value)
+    with pytest.raises(ValueError, match="of the past 500 and 500 estimates"):
+        best_estimate(np.zeros(3), np.zeros(3), past=past)
 
 
 @pytest.mark.parametrize(
