@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOTrainer
@@ -14,8 +15,10 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..capture import CapturePass
 from ..collator import ROW, split_batch
+from ..openings import restored
 from ..reading import reading_masks
 from ..readouts import ActivationReader
+from .probe import Reading, Rows
 
 
 if TYPE_CHECKING:
@@ -112,20 +115,33 @@ class TrainerAccess:
             for name, row in ids.items()
         }
 
-    def read(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
-        """Read pairs of completions with the reference.
+    def read(self, policy: Any, rows: Rows) -> Reading:
+        """Read pairs of completions: concepts and monitored features with the reference, log-probabilities with both models.
 
         Args:
-            rows: B of them, with `prompt_ids`, `chosen_ids`, `rejected_ids`.
-
-        Returns:
-            The concepts' standardised scores `(2B, C)`, and the monitored features' raw ones `(2B, F)` or `None`.
+            policy: The policy, unwrapped and whole.
+            rows: B pairs.
         """
         extras, inputs = self._collated(rows)
-        _, raw = self._trainer._reference_pass(self.reference, inputs, extras)
-        return self.reader.standardised(raw.completion, self.calibration.statistics), raw.features
+        trainer = self._trainer
+        with restored(trainer, "ld_alpha"):
+            trainer.ld_alpha = None  # a sequence's log-probability, not what a loss makes of it
+            reference, raw = trainer._reference_pass(self.reference, inputs, extras)
+        scores = self.reader.standardised(raw.completion, self.calibration.statistics)
+        return Reading(scores, raw.features, torch.cat(reference).float(), self._logps(policy, inputs))
 
-    def read_tokens(self, rows: list[dict[str, Any]], readers: Sequence[ActivationReader]) -> tuple[Tensor, Tensor]:
+    def logps(self, policy: Any, rows: Rows) -> Tensor:
+        """Log-probabilities of pairs of completions under the policy, `(2B,)`, nats."""
+        return self._logps(policy, self._collated(rows)[1])
+
+    def _logps(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = policy(**given, labels=labels, use_cache=False, fused_lm_head=True)
+        return outputs.log_probs.float().sum(dim=1)  # 0 outside completions
+
+    def read_tokens(self, rows: Rows, readers: Sequence[ActivationReader]) -> tuple[Tensor, Tensor]:
         """The same, while other readers of the completions' tokens look on.
 
         Returns:
@@ -138,7 +154,7 @@ class TrainerAccess:
             _, raw = self._trainer._reference_pass(self.reference, inputs, extras)
         return self.reader.standardised(raw.completion, self.calibration.statistics), inputs["completion_mask"]
 
-    def _collated(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _collated(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return split_batch(self._trainer._prepare_inputs(self._trainer.data_collator(rows)))
 
     def log(self, scalars: dict[str, float]) -> None:

@@ -12,26 +12,44 @@ from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .estimates import Estimates
-
 
 ROLLOUTS = 2
-"""Rollouts of each prompt: a pair, which the reading of pairs takes as it is."""
-
+"""Rollouts of each prompt at a draw: a pair, which the reading of pairs takes as it is."""
 BATCH = 16
 """Prompts sampled at once. Fixed, so that the same rollouts come out on any number of processes."""
+DRAWS_BEFORE = 4
+"""Draws before training: once, so more are worth having. The first has the random numbers of every later probe."""
 
 
 class Readings(NamedTuple):
-    """What one probe read on N prompts, each sampled twice. Float32.
+    """What was read on D draws of N prompts, each sampled twice; float32, the same on all processes.
 
     Attributes:
-        scores: `(N, 2, C)`, the concepts' standardised scores, the same on all processes.
-        features: `(n, F)`, monitored features, averaged over the prompt's rollouts, of this process's n prompts; or `None`.
+        ids: `(D, N, 2, T)` int64, the rollouts' tokens, filled up with -1.
+        scores: `(D, N, 2, C)`, the concepts' standardised scores.
+        features: `(D, N, 2, F)`, monitored features' standardised scores, on the CPU of the main process; else `None`.
+        reference: `(D, N, 2)`, the rollouts' log-probabilities under the reference, nats.
+        policy: `(D, N, 2)`, under the model that was sampled.
     """
+
+    ids: Tensor
+    scores: Tensor
+    features: Tensor | None
+    reference: Tensor
+    policy: Tensor
+
+
+class Reading(NamedTuple):
+    """What was read on B pairs of completions, chosen ones first: `(2B, C)`, `(2B, F)` or `None`, `(2B,)` and `(2B,)`."""
 
     scores: Tensor
     features: Tensor | None
+    reference: Tensor
+    policy: Tensor
+
+
+Rows = list[dict[str, Any]]
+"""Pairs of completions of a prompt, as prepared data has them: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
 
 
 class Probe:
@@ -53,37 +71,27 @@ class Probe:
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         self.seed = seed
-        batches = -(-len(self.prompts) // BATCH)
-        rounds = -(-batches // accelerator.num_processes)
-        # Wrapped around to full rounds: all processes make as many passes, or sharded models would wait in vain.
-        self._mine = [
-            round_ * accelerator.num_processes + accelerator.process_index for round_ in range(rounds)
-        ]  # numbers of batches; those from `batches` on are repeats
-        self._batches = batches
+        self._per_draw = -(-len(self.prompts) // BATCH)
 
-    def batches(self) -> Iterator[tuple[int, list[int], bool]]:
-        """This process's batches: number, prompts, and whether it counts (it is no repeat)."""
-        for number in self._mine:
-            start = (number % self._batches) * BATCH
-            yield (
-                number % self._batches,
-                list(range(start, min(start + BATCH, len(self.prompts)))),
-                number < self._batches,
-            )
+    def _mine(self, draws: int) -> Iterator[tuple[int, list[int]]]:
+        """This process's batches of a number of draws: number and prompts.
 
-    @property
-    def own_prompts(self) -> list[int]:
-        """The prompts that this process reads, repeats left out."""
-        return [prompt for _, prompts, counts in self.batches() if counts for prompt in prompts]
+        Wrapped around to full rounds: all processes make as many passes, or sharded models would wait in vain.
+        """
+        world, batches = self.accelerator.num_processes, draws * self._per_draw
+        for round_ in range(-(-batches // world)):
+            number = (round_ * world + self.accelerator.process_index) % batches
+            start = number % self._per_draw * BATCH
+            yield number, list(range(start, min(start + BATCH, len(self.prompts))))
 
     @torch.no_grad()
-    def sample(self, model: Any, prompts: Sequence[int], number: int) -> list[list[int]]:
-        """Two rollouts of each prompt, one behind the other, from the model's full distribution at temperature 1.
+    def sample(self, model: Any, number: int, prompts: Sequence[int]) -> Rows:
+        """Two rollouts of each prompt from the model's full distribution, at temperature 1.
 
         Args:
             model: The policy, unwrapped and whole.
-            prompts: Which prompts.
             number: Of the batch; with the seed it decides the draw.
+            prompts: Which prompts.
         """
         ids = [self.prompts[prompt] for prompt in prompts]
         length = max(map(len, ids))
@@ -105,93 +113,103 @@ class Probe:
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])
-        return [_cut(row, ends) for row in out[:, length:].tolist()]
+        texts = [_cut(row, ends) for row in out[:, length:].tolist()]
+        return [
+            {"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": two}
+            for prompt, one, two in zip(ids, texts[::2], texts[1::2], strict=True)
+        ]
 
-    def run(
-        self, model: Any, read: Callable[[list[dict[str, Any]]], tuple[Tensor, Tensor | None]]
-    ) -> tuple[Readings, list[list[int]]]:
-        """Sample and read.
+    def run(self, model: Any, read: Callable[[Any, Rows], Reading], draws: int) -> Readings:
+        """Sample and read; all processes together.
 
         Args:
-            model: The policy, unwrapped and whole. Its mode is left as it was.
-            read: Reads pairs of completions with the reference: from rows with `prompt_ids`, `chosen_ids` and `rejected_ids` to
-                standardised scores `(2B, C)` and features `(2B, F)` or `None`.
-
-        Returns:
-            The readings, and the first rollout of each prompt of the first batch (on the main process; any others elsewhere).
+            model: The policy, unwrapped and whole. Its mode and the random state are left as they were.
+            read: Reads pairs of completions, with the reference, and with the model the log-probabilities.
+            draws: How often each prompt's pair is drawn. Draw 0 is the same whatever their number.
         """
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        scores: list[Tensor] = []
-        features: list[Tensor] = []
-        first: list[list[int]] = []
-        training = model.training
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=devices):
-                rounds = tqdm(
-                    list(self.batches()),
-                    desc="Probe rollouts",
-                    leave=False,
-                    disable=not self.accelerator.is_main_process,
-                )
-                for number, prompts, counts in rounds:
-                    texts = self.sample(model, prompts, number)
-                    rows = [
-                        {
-                            "prompt_ids": self.prompts[prompt],
-                            "chosen_ids": texts[2 * i],
-                            "rejected_ids": texts[2 * i + 1],
-                        }
-                        for i, prompt in enumerate(prompts)
-                    ]
-                    score, feature = read(rows)
-                    score = torch.stack(score.chunk(2), dim=1)  # (B, 2, C)
-                    # All processes gather as many rows, full batches.
-                    scores.append(torch.nn.functional.pad(score, (0, 0, 0, 0, 0, BATCH - len(score))))
-                    if feature is not None and counts:
-                        features.append(torch.stack(feature.chunk(2)).mean(dim=0))
-                    first = first or texts[::2]
-        finally:
-            model.train(training)
-        table = torch.stack(scores)  # (rounds, BATCH, 2, C)
+        found: list[Reading] = []
+        ids = []
+        with _sampling(model, self.accelerator):
+            for number, prompts in tqdm(
+                list(self._mine(draws)), "Probe rollouts", leave=False, disable=not self.accelerator.is_main_process
+            ):
+                rows = self.sample(model, number, prompts)
+                found.append(read(model, rows))
+                ids.append(self._padded(rows))
+        scores, features, reference, policy = zip(*found, strict=True)
+        n_features = features[0].shape[1] if features[0] is not None else 0
+        table = self._gather([f.unflatten(0, (2, -1)).transpose(0, 1) for f in features], draws) if n_features else None
+        return Readings(
+            self._gather(ids, draws),
+            self._gather([s.unflatten(0, (2, -1)).transpose(0, 1) for s in scores], draws),
+            table.cpu() if table is not None and self.accelerator.is_main_process else None,
+            *(
+                self._gather([r.unflatten(0, (2, -1)).T[..., None] for r in logps], draws)[..., 0]
+                for logps in (reference, policy)
+            ),
+        )
+
+    def logps(self, model: Any, readings: Readings, logps: Callable[[Any, Rows], Tensor]) -> Tensor:
+        """Log-probabilities under the model of rollouts that were sampled before: `(D, N, 2)`. All processes together."""
+        draws = len(readings.ids)
+        found = []
+        with _sampling(model, self.accelerator):
+            for number, prompts in self._mine(draws):
+                draw = number // self._per_draw
+                rows = [
+                    {
+                        "prompt_ids": self.prompts[prompt],
+                        "chosen_ids": _unpadded(readings.ids[draw, prompt, 0]),
+                        "rejected_ids": _unpadded(readings.ids[draw, prompt, 1]),
+                    }
+                    for prompt in prompts
+                ]
+                found.append(logps(model, rows).unflatten(0, (2, -1)).T[..., None])
+        return self._gather(found, draws)[..., 0]
+
+    def _padded(self, rows: Rows) -> Tensor:
+        """`(B, 2, T)` ids of a batch's rollouts."""
+        sides = [[row[side] for side in ("chosen_ids", "rejected_ids")] for row in rows]
+        padded = [[ids + [-1] * (self.max_new_tokens - len(ids)) for ids in pair] for pair in sides]
+        return torch.tensor(padded, device=self.accelerator.device)
+
+    def _gather(self, batches: Sequence[Tensor], draws: int) -> Tensor:
+        """`(D, N, 2, X)` of each process's batches, `(b, 2, X)` each with b up to [`BATCH`]."""
+        full = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, BATCH - len(part))) for part in batches]
+        table = torch.stack(full)
         if self.accelerator.num_processes > 1:
-            table = self.accelerator.gather(table[None]).transpose(0, 1)  # (rounds, world, ...)
-        table = table.reshape(-1, *table.shape[-2:])[: len(self.prompts)]
-        return Readings(table, torch.cat(features) if features else None), first
-
-    def changes(self, now: Readings, before: Readings, n_features: int) -> tuple[Estimates, Estimates | None]:
-        """Change of the mean score, and its standard error over prompts: of concepts, `(C,)`, and of features, `(F,)`.
-
-        Paired by prompt, so that how prompts differ does not count as noise.
-        """
-        concepts = paired(now.scores.mean(dim=1) - before.scores.mean(dim=1), lambda sums: sums)
-        if not n_features:
-            return concepts, None
-        # A process may have no prompts of its own.
-        difference = torch.zeros(0, n_features, device=self.accelerator.device)
-        if now.features is not None and before.features is not None:
-            difference = now.features - before.features
-        return concepts, paired(difference, self._sum)
-
-    def gather(self, own: Tensor | None, n_features: int) -> Tensor:
-        """All prompts' features, `(N, F)`, of each process's `(n, F)`; all must call this together."""
-        table = torch.zeros(len(self.prompts), n_features, device=self.accelerator.device)
-        if own is not None:
-            table[torch.tensor(self.own_prompts, device=table.device)] = own
-        return self._sum(table)
-
-    def _sum(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
+            table = self.accelerator.gather(table[None]).transpose(0, 1).flatten(0, 1)  # rounds of all processes
+        table = table[: draws * self._per_draw].unflatten(0, (draws, self._per_draw)).flatten(1, 2)
+        return table[:, : len(self.prompts)]
 
 
-def paired(difference: Tensor, reduce: Callable[[Tensor], Tensor]) -> Estimates:
-    """Mean and standard error of `(n, F)` differences over all processes' rows, `(F,)` each."""
-    sums = torch.stack([difference.double().sum(dim=0), difference.double().square().sum(dim=0)])
-    count = torch.full_like(sums[:1], len(difference))
-    total, square, n = reduce(torch.cat([sums, count]))
-    mean = total / n
-    variance = (square / n - mean.square()).clamp(min=0) / (n - 1).clamp(min=1)
-    return Estimates(mean.float(), variance.sqrt().float())
+class _sampling:
+    """Evaluation mode and a random state of its own, while inside."""
+
+    def __init__(self, model: Any, accelerator: Accelerator) -> None:
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        self.model, self.fork = model, torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.fork.__enter__()
+        self.model.eval()
+
+    def __exit__(self, *error: Any) -> None:
+        self.model.train(self.training)
+        self.fork.__exit__(*error)
+
+
+def paired_change(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of mean scores and its standard error over prompts, `(C,)` each, of scores `(D, N, 2, C)`.
+
+    Paired by prompt, so that how prompts differ does not count as noise.
+    """
+    difference = (now.mean(dim=(0, 2)) - before.mean(dim=(0, 2))).double()  # (N, C)
+    n = len(difference)
+    return difference.mean(dim=0), difference.std(dim=0) / n**0.5 if n > 1 else torch.full_like(
+        difference[0], torch.inf
+    )
 
 
 def wilson(shown: int, n: int) -> list[float]:
@@ -237,3 +255,7 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int) -> list[list[i
 def _cut(ids: list[int], ends: set[int]) -> list[int]:
     """A rollout up to its first end token, that included."""
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def _unpadded(ids: Tensor) -> list[int]:
+    return ids[ids >= 0].tolist()

@@ -25,6 +25,8 @@ from typing import Any, Protocol
 Record = dict[str, Any]
 FILE_NAME = "concepts.jsonl"
 """Name of the file in the output folder."""
+TEXT_LENGTH = 1000
+"""Characters kept of a text."""
 
 
 class Sink(Protocol):

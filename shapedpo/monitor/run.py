@@ -18,11 +18,11 @@ from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
 from .features import Exciting, ExcitingReader, load_labels, promoted_tokens
 from .pairs import TopPairs
-from .probe import Probe, Readings, choose_prompts, wilson
-from .records import FILE_NAME, Record, RecordFile, Sink, plain
+from .probe import Probe, choose_prompts
+from .probe_record import ProbeRecorder
+from .records import FILE_NAME, TEXT_LENGTH, Record, RecordFile, Sink, plain
 from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics, ranked
 from .settings import MonitorSettings
-from .tokens import token_activations
 
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ DASHBOARDS = 50
 """How often, at most, the dashboards of a run are drawn anew."""
 TOP_FEATURES = 20
 TOP_PAIRS = 8
-SAMPLES = 8
-TEXT_LENGTH = 1000
-"""Characters kept of a text in a record."""
 
 
 class RunMonitor(TrainerCallback):
@@ -73,8 +70,7 @@ class RunMonitor(TrainerCallback):
         self._labels = load_labels(self.settings.labels) if self.settings.labels is not None else {}
         self._described: dict[int, Record] = {}
         self._strengths: dict[str, float] = {}
-        self._probe: Probe | None = None
-        self._before: Readings | None = None
+        self._probe: ProbeRecorder | None = None
         self._loaded: dict[str, Tensor] = {}
         self._saved: dict[str, Tensor] | None = None
         self._file = RecordFile(Path(str(run.args.output_dir)) / FILE_NAME)
@@ -154,7 +150,7 @@ class RunMonitor(TrainerCallback):
                 sink.open(kept)
             if not any(record["type"] == "run" for record in kept):
                 self._write([self._run_record(args, state)])
-        if self._probe is not None and self._before is None:
+        if self._probe is not None and not self._probe.begun:
             self._run_probe(state.global_step)
         self._show()
 
@@ -327,97 +323,31 @@ class RunMonitor(TrainerCallback):
         """Draw the prompts, once, and take over what an earlier part of the run read on them."""
         if self.settings.probe_steps == 0 or self._probe is not None:
             return
-        prompts = choose_prompts(
-            self.run.prompts,
-            self.settings.probe_prompts,
-            self.run.context_length - self.settings.probe_tokens,
-            self.run.args.seed,
-        )
-        tokenizer = self.run.tokenizer
+        run, settings, tokenizer = self.run, self.settings, self.run.tokenizer
+        longest = run.context_length - settings.probe_tokens
+        prompts = choose_prompts(run.prompts, settings.probe_prompts, longest, run.args.seed)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._probe = Probe(prompts, self.accelerator, self.settings.probe_tokens, pad, self.run.args.seed)
-        if "probe.scores" in self._loaded:
-            features = self._loaded.pop("probe.features", None)
-            own = torch.tensor(self._probe.own_prompts, dtype=torch.long)
-            if features is not None:
-                features = features[own].to(self.accelerator.device) if len(own) else None
-            self._before = Readings(self._loaded.pop("probe.scores").to(self.accelerator.device), features)
+        probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, run.args.seed)
+        self._probe = ProbeRecorder(run, probe, self._loaded)
+        self._loaded = {}
 
     def _run_probe(self, step: int) -> None:
         assert self._probe is not None
-        with self.run.policy() as model:
-            now, first = self._probe.run(model, self._read_rollouts)
-        before = self._before or now
-        self._before = before
-        n_features = self.features.reader.n_features if self.features is not None else 0
-        concepts, features = self._probe.changes(now, before, n_features)
-        samples = self._samples(first)
-        window = Window.estimates(self._sum(self.window.state()))
-        feature_window = (
-            Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
-        )
-        if features is not None and step:
-            top, bottom = ranked(features.value, features.se, TOP_FEATURES)
-            self._describe([*top, *bottom])
+        concepts = Window.estimates(self._sum(self.window.state()))
+        features = Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
+        record, shown = self._probe.run(step, concepts, features, self.features)
+        self._describe(shown)
         if not self.accelerator.is_main_process:
             return
-        thresholds = self.run.calibration.thresholds
-        n = now.scores[:, :, 0].numel() if self.concepts else 2 * len(now.scores)
-        record: Record = {"type": "probe", "step": step, "prompts": len(now.scores), "rollouts": n, "concepts": {}}
-        scalars: dict[str, float] = {}
-        for index, concept in enumerate(self.concepts):
-            scores = now.scores[:, :, index]
-            rate = wilson(int((scores > thresholds[index]).sum()), n)
-            per_prompt = scores.mean(dim=1)
-            score = [plain(per_prompt.mean()), plain(per_prompt.std() / len(per_prompt) ** 0.5)]
-            change = [plain(concepts.value[index]), plain(concepts.se[index])]
-            amplification = [plain(window.value[0, index]), plain(window.se[0, index])]
-            record["concepts"][concept.name] = {
-                "rate": [plain(value) for value in rate],
-                "score": score,
-                "change": change,
-                "predicted": amplification if step else None,
-                "amplification": amplification if step else None,
-            }
-            scalars |= {f"probe/{concept.name}/rate": rate[0], f"probe/{concept.name}/score": float(per_prompt.mean())}
-            scalars[f"probe/{concept.name}/change"] = float(concepts.value[index])
-        if features is not None and feature_window is not None and step:
-            record["features"] = [
-                {
-                    "feature": self._described[column]["feature"],
-                    "label": self._described[column]["label"],
-                    "change": [plain(features.value[column]), plain(features.se[column])],
-                    "predicted": [plain(feature_window.value[0, column]), plain(feature_window.se[0, column])],
-                }
-                for column in [*top, *bottom]
-            ]
-            both = torch.stack([features.value, feature_window.value[0]]).double()
-            record["r2"] = plain(torch.corrcoef(both)[0, 1].square())
-        record["estimator"] = "amplification"
-        record["samples"] = samples
+        for column, entry in zip(shown, record.get("features", ()), strict=True):
+            entry |= {name: self._described[column][name] for name in ("feature", "label")}
         self._write([record])
         self._show()
+        scalars = {}
+        for name, concept in record["concepts"].items():
+            for what in ("rate", "score", "change"):
+                scalars[f"probe/{name}/{what}"] = concept[what][0]
         self.run.log(scalars)
-
-    def _read_rollouts(self, rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor | None]:
-        scores, raw = self.run.read(rows)
-        features = self.features.standardised(raw) if self.features is not None and raw is not None else None
-        return scores, features
-
-    def _samples(self, rollouts: list[list[int]]) -> list[Record]:
-        """The first prompts' rollouts with the concepts' activations; all processes must ask together."""
-        assert self._probe is not None
-        prompts = self._probe.prompts[:SAMPLES]
-        rows = [
-            {"prompt_ids": prompt, "chosen_ids": ids, "rejected_ids": ids}
-            for prompt, ids in zip(prompts, rollouts, strict=False)
-        ]
-        read = token_activations(self.run, rows)
-        tokenizer = self.run.tokenizer
-        return [
-            {"prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)[:TEXT_LENGTH], **sample}
-            for row, sample in zip(rows, read, strict=True)
-        ]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -435,11 +365,8 @@ class RunMonitor(TrainerCallback):
                 },
                 **{f"features.exciting.{name}": tensor for name, tensor in statistics.exciting._asdict().items()},
             }
-        if self._before is not None:
-            assert self._probe is not None
-            tensors["probe.scores"] = self._before.scores
-            if self.features is not None:
-                tensors["probe.features"] = self._probe.gather(self._before.features, self.features.reader.n_features)
+        if self._probe is not None:
+            tensors |= self._probe.state()
         self._saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def save_state(self, folder: Path) -> None:

@@ -143,16 +143,22 @@ class TestProbe:
         out, run = watched
         probes = records(out, "probe")
         assert [probe["step"] for probe in probes] == [0, 2, 4, 5]
-        assert all(probe["rollouts"] == 2 * probe["prompts"] == 36 for probe in probes)
+        assert [probe["rollouts"] for probe in probes] == [4 * 36, 36, 36, 36]
         for concept in probes[0]["concepts"].values():
             assert concept["change"] == [0.0, 0.0]
-            assert concept["predicted"] is None
+            assert concept["predicted"] is concept["best"] is None
         for probe in probes[1:]:
-            for name, concept in probe["concepts"].items():
-                before = probes[0]["concepts"][name]
-                change = concept["score"][0] - before["score"][0]
-                assert concept["change"][0] == pytest.approx(change, abs=1e-5)
+            for concept in probe["concepts"].values():
                 assert concept["change"][1] > 0
+                # The best estimate is of the same change: with a third of its noise or less here, so within the rollouts' own.
+                assert abs(concept["change"][0] - concept["best"][0]) < 4 * concept["change"][1]
+            assert probe["estimator"].startswith("probe rollouts with amplification")
+            assert len(probe["features"]) == 30
+        assert [probe["predictor"] for probe in probes[1:]] == [
+            "amplification",
+            "last probe, carried forward by amplification",
+            "last probe, carried forward by amplification",
+        ]
         logged = [entry["probe/goblin/rate"] for entry in run.history if "probe/goblin/rate" in entry]
         assert logged == [pytest.approx(probe["concepts"]["goblin"]["rate"][0], abs=1e-6) for probe in probes]
 
@@ -172,10 +178,10 @@ class TestProbe:
         assert any(max(sample["activations"]["features"]) > 0 for sample in probes[0]["samples"])
 
     def test_rate_counts_rollouts_that_show_it(self, tmp_path):
-        """On few enough prompts that the samples shown are half of the rollouts."""
+        """On few enough prompts that the samples shown are half of the rollouts of a probe."""
         args = {"probe_steps": 1, "probe_prompts": 8, "probe_max_new_tokens": 20, "max_steps": 1}
         train(shaped(Concept("goblin", Regex("goblin")), output_dir=str(tmp_path), **args))
-        probe = records(tmp_path, "probe")[0]
+        probe = records(tmp_path, "probe")[1]
         shown = sum("goblin" in sample["completion"] for sample in probe["samples"])
         rate = probe["concepts"]["goblin"]["rate"][0] * 16
         assert shown <= round(rate) <= shown + 8
@@ -187,6 +193,8 @@ class TestProbe:
         train(trainer)
         for probe in records(tmp_path, "probe"):
             assert all(concept["change"] == [0.0, 0.0] for concept in probe["concepts"].values())
+            if probe["step"]:
+                assert all(concept["best"] == [0.0, 0.0] for concept in probe["concepts"].values())
 
     def test_prompts_are_held_out_where_there_are_any(self, tmp_path):
         held_out = pairs(30, seed=5)
