@@ -113,7 +113,7 @@ class ProbeRecorder:
         features: Estimates | None,
     ) -> tuple[Record, list[int]]:
         n_features = 0 if now.features is None else now.features.shape[-1]
-        change, change_se = _changes(now, before)
+        alone, alone_se = _changes(now, before)
         amplification, se = (
             np.concatenate(
                 [*([part[0].double().cpu().numpy()] if part is not None else []), own[0].double().cpu().numpy()]
@@ -142,8 +142,8 @@ class ProbeRecorder:
             record["concepts"][concept.name] = {
                 "rate": [plain(x) for x in wilson(int((scores > thresholds[index]).sum()), scores.numel())],
                 "score": [plain(means.mean()), plain(means.std() / len(means) ** 0.5)],
-                "change": _pair(change, change_se, column),
-                "best": None if best is None else _pair(best.value, best.se, column),
+                "change": _pair(alone, alone_se, column) if best is None else _pair(best.value, best.se, column),
+                "rollouts": _pair(alone, alone_se, column),
                 "predicted": None if predicted is None else _pair(predicted.value, predicted.se, column),
                 "amplification": None if best is None else _pair(amplification, se, column),
             }
@@ -153,13 +153,13 @@ class ProbeRecorder:
         shown = [int(i) for i in np.argsort(-size, kind="stable")[:SHOWN]]
         record["features"] = [
             {
-                "change": _pair(change, change_se, i),
-                "best": _pair(best.value, best.se, i),
+                "change": _pair(best.value, best.se, i),
+                "rollouts": _pair(alone, alone_se, i),
                 "predicted": _pair(predicted.value, predicted.se, i),
             }
             for i in shown
         ]
-        both = np.stack([best.value, amplification])[:, :n_features]
+        both = np.stack([best.value, predicted.value])[:, :n_features]
         spread = both.std(axis=1).all()
         record["r2"] = plain(np.corrcoef(both)[0, 1] ** 2) if spread else None
         return record, shown

@@ -151,6 +151,7 @@ def _slim(record: Record) -> dict[str, Any]:
     """A probe's features and samples, with only those activations that are not zero."""
     return {
         "estimator": record.get("estimator"),
+        "predictor": record.get("predictor"),
         "r2": number(record.get("r2")),
         "features": items(record.get("features")),
         "samples": [

@@ -255,6 +255,7 @@ def _script_data(digest: Digest, names: list[str], concepts: Sequence[Record]) -
             {
                 "step": step,
                 "estimator": clean(probe["estimator"], 200),
+                "predictor": clean(probe["predictor"], 200),
                 "r2": _short(probe["r2"]),
                 "features": [
                     [clean(f.get("label") or f.get("feature"), 120), *_two(f, "predicted"), *_two(f, "change")]

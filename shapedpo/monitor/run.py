@@ -79,6 +79,12 @@ class RunMonitor(TrainerCallback):
         self._logged = self._drawn = -1  # the last step whose estimates were written, and were drawn
 
     @property
+    def _batch(self) -> int:
+        """Pairs of an optimiser step."""
+        args = self.run.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether the monitored features have no statistics yet."""
         return self.reader is not None and self.features is None
@@ -210,7 +216,6 @@ class RunMonitor(TrainerCallback):
         for concept, threshold in zip(self.concepts, thresholds, strict=True):
             data = {"method": None, "strength": None, "gate": None, **concept.to_dict()}
             concepts.append({**data, "label": concept.name, "threshold": plain(threshold)})
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         probes = self.settings.probe_steps
         return {
             "type": "run",
@@ -223,7 +228,7 @@ class RunMonitor(TrainerCallback):
                 "beta": args.beta,
                 "learning_rate": args.learning_rate,
                 "loss_type": list(args.loss_type),
-                "batch": batch,
+                "batch": self._batch,
                 "max_steps": state.max_steps,
                 "seed": args.seed,
                 "window": self.settings.window,
@@ -246,7 +251,13 @@ class RunMonitor(TrainerCallback):
         step = self._logged = state.global_step
         estimates = Window.estimates(self._sum(self.window.state()))
         table = _table(estimates)
-        record: Record = {"type": "step", "step": step, "epoch": plain(state.epoch or 0), "concepts": {}}
+        record: Record = {
+            "type": "step",
+            "step": step,
+            "epoch": plain(state.epoch or 0),
+            "pairs": step * self._batch,
+            "concepts": {},
+        }
         for index, concept in enumerate(self.concepts):
             strength = plain(self._strengths.get(concept.name, 0.0)) if concept.shapes else None
             record["concepts"][concept.name] = {**table[index], "strength": strength}

@@ -102,12 +102,12 @@ def prediction_figure(latest: Latest) -> Figure | None:
     title = f"Predicted against observed change at step {probe.get('step')}" + (
         "" if r2 is None else f", R² = {r2:.2f}"
     )
-    estimator = probe.get("estimator") or "estimate"
+    predictor, estimator = probe.get("predictor") or "estimate", probe.get("estimator") or "probe rollouts"
     return _figure(
         [{**diagonal, "line": {"color": GREY, "dash": "dot"}, "hoverinfo": "skip"}, *traces],
         title,
-        xaxis={"title": {"text": f"predicted by {_escape(clip(estimator, 80))} (sd)"}},
-        yaxis={"title": {"text": "observed in probe rollouts (sd)"}},
+        xaxis={"title": {"text": f"predicted by {_escape(clip(predictor, 80))} (sd)"}},
+        yaxis={"title": {"text": f"observed by {_escape(clip(estimator, 80))} (sd)"}},
     )
 
 

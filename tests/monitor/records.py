@@ -265,7 +265,8 @@ def _probe(
         "step": step,
         "prompts": 64,
         "rollouts": 64,
-        "estimator": "amplification with control variate",
+        "estimator": "probe rollouts with amplification",
+        "predictor": "amplification",
         "concepts": concepts,
         "features": [
             {

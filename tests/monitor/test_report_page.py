@@ -201,7 +201,7 @@ def test_predicted_against_observed(opened: Open) -> None:
     page = opened().page
     assert (
         page.inner_text("#truth-facts")
-        == "R² 0.87 over all monitored features · estimator: amplification with control variate"
+        == "R² 0.87 over all monitored features · predicted by amplification · observed by probe rollouts with amplification"
     )
     assert page.locator("#scatter svg.plot >> nth=0 >> g[aria-label=dot] circle").count() == 60 + 8
     page.select_option("#truth-step", "0")

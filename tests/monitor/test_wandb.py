@@ -177,7 +177,8 @@ def test_predicted_against_observed(records, written):
     assert len(charts) == len(probes) - 1  # at step 0 nothing is predicted
     last, chart = probes[-1], charts[-1]
     assert f"R² = {last['r2']:.2f}" in chart["layout"]["title"]["text"]
-    assert last["estimator"] in chart["layout"]["xaxis"]["title"]["text"]
+    assert last["predictor"] in chart["layout"]["xaxis"]["title"]["text"]
+    assert last["estimator"] in chart["layout"]["yaxis"]["title"]["text"]
     points = {trace["name"]: trace for trace in chart["data"]}
     for name, entries in (("concepts", last["concepts"].values()), ("SAE features", last["features"])):
         entries = list(entries)

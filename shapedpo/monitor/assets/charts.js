@@ -106,7 +106,8 @@ function drawScatter() {
   }
   const facts = [];
   if (known(probe?.r2)) facts.push(`R² ${probe.r2.toFixed(2)} over all monitored features`);
-  if (probe?.estimator) facts.push(`estimator: ${probe.estimator}`);
+  if (probe?.predictor) facts.push(`predicted by ${probe.predictor}`);
+  if (probe?.estimator) facts.push(`observed by ${probe.estimator}`);
   byId("truth-facts").append(element("bdi", "data", facts.join(" · ")));
   const reach = (ends) => [Math.min(0, ...ends), Math.max(0, ...ends)];
   let across = reach(points.flatMap((d) => [d.p - Z * d.pse, d.p + Z * d.pse]));
