@@ -23,6 +23,8 @@ from .shapers import ConceptSignal
 
 FILE_NAME = "concepts.safetensors"
 """Name of the file in a checkpoint."""
+HOLD = "hold."
+"""What the names of the tensors of the hold controller's state begin with."""
 
 
 class Calibration(NamedTuple):
@@ -34,6 +36,7 @@ class Calibration(NamedTuple):
         gates: `(N, C)`, their gates on it.
         thresholds: `(C,)`, the standardised score above which a completion counts as showing the concept.
         empty_pairs: How many pairs without completion tokens on one side the run has met.
+        hold: State of the controller of held concepts, as a checkpoint has it; `None` while there is none.
     """
 
     statistics: Statistics
@@ -41,6 +44,7 @@ class Calibration(NamedTuple):
     gates: Tensor
     thresholds: Tensor
     empty_pairs: int = 0
+    hold: dict[str, Tensor] | None = None
 
     def signal(self, concept: int) -> ConceptSignal:
         """The sample's deltas and gates of one concept."""
@@ -187,6 +191,7 @@ def save_calibration(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**calibration.statistics._asdict(), "deltas": calibration.deltas, "gates": calibration.gates}
     tensors["thresholds"] = calibration.thresholds
+    tensors |= {f"{HOLD}{name}": tensor for name, tensor in (calibration.hold or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "concepts": json.dumps([concept.to_dict() for concept in concepts]),
@@ -239,7 +244,8 @@ def load_calibration(
         )
     if changes:
         return None
-    return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs))
+    hold = {name.removeprefix(HOLD): tensors.pop(name) for name in list(tensors) if name.startswith(HOLD)}
+    return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs), hold or None)
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

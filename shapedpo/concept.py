@@ -15,8 +15,8 @@ from .shapers import Shaper, shaper_from_config
 from .shapers.base import check_number
 
 
-ACTIONS = ("watch", "suppress", "amplify")
-"""What can be done about a concept: read and log it only, or also teach less or more of it than the data does."""
+ACTIONS = ("watch", "suppress", "amplify", "hold")
+"""What can be done about a concept: read and log it only, teach less or more of it than the data does, or keep it where it was."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,24 @@ class Concept:
     Args:
         name: Letters, digits, spaces and `_ - .`. Metrics are logged under `concepts/<name>/`.
         readout: What reads it: [`SAEFeatures`], [`Direction`], [`Regex`], or any function from text to number.
-        action: `"watch"` reads and logs only; `"suppress"` and `"amplify"` shape the training signal.
+        action: `"watch"` reads and logs only; `"suppress"` and `"amplify"` shape the training signal by a given strength; `"hold"`
+            finds the strength by itself, step by step, at which the concept stays where the reference has it (see below).
         method: How, by name (`"reward"`, `"reweight"`, `"mask"`, `"project"`) or with options (`Mask(fraction=0.05)`, in YAML
             `{name: mask, fraction: 0.05}`).
         strength: How strongly, positive either way; in nats of reward margin per standard deviation of the score. Needed by
             `reward` and `reweight`, taken by no other method.
         gate: Where it is shaped. Everywhere by default.
+        target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
+            score; negative for less of the concept. 0, the default, is the level before training.
+
+    `hold` works by the readout and on the data: it keeps the pairs from teaching what the readout reads. It cannot work
+
+    - where the data have no signal to counter with. If the concept only ever shows on one side (a rare concept that deltas separate),
+      shaping can take all that its pairs teach, but no pair can teach the opposite: what other lessons bring along, stays;
+    - where the readout does not see the behaviour, or sees something else as well: the score stays level and the behaviour moves;
+    - where amplification is a bad gauge: far from the reference (very high learning rates, a policy that breaks down), or with fewer
+      than some hundred pairs. Look at rollouts;
+    - for a target other than 0 that the data cannot teach: the strength goes to its bound and stays there.
 
     Raises:
         ValueError: If a field does not fit; the text names the concept, what was found and what is expected.
@@ -76,6 +88,7 @@ class Concept:
     method: str | Mapping[str, Any] | Shaper = "reward"
     strength: float | None = None
     gate: Gate | Mapping[str, Any] | None = None
+    target: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
@@ -96,7 +109,15 @@ class Concept:
                 raise ValueError(
                     f"`gate` must be Gate(...) or a mapping with `column` or `concept`, got {self.gate!r}."
                 )
+            self._check_target()
             self._check_shaping()
+
+    def _check_target(self) -> None:
+        check_number("action 'hold'", "target", self.target, unit=", in standard deviations of the score")
+        if self.action != "hold" and self.target != 0:
+            raise ValueError(
+                f"`target` is given, but the action is {self.action!r}, which has none. Set action='hold', or leave it out."
+            )
 
     def _check_shaping(self) -> None:
         if self.action == "watch":
@@ -107,11 +128,16 @@ class Concept:
                     f"'amplify', or leave `{field}` out."
                 )
             return
+        if self.action == "hold" and self.strength is not None:
+            raise ValueError(
+                f"`strength` is given, but action 'hold' finds it by itself, got {self.strength!r}. Leave it out, or set "
+                "action='suppress' or 'amplify'."
+            )
         if self.action not in self.shaper.actions:
             raise ValueError(
                 f"method {self.shaper.name!r} cannot {self.action}. It can {' or '.join(self.shaper.actions)}."
             )
-        if self.shaper.needs_strength:
+        if self.shaper.needs_strength and self.action != "hold":
             if self.strength is None:
                 raise ValueError(
                     f"method {self.shaper.name!r} needs a `strength`, a positive number; 0.5 to 5 is the usual range."
@@ -145,6 +171,8 @@ class Concept:
             data["method"] = self.shaper.to_config()
         if self.strength is not None:
             data["strength"] = float(self.strength)
+        if self.target != 0:
+            data["target"] = float(self.target)
         if isinstance(self.gate, Gate):
             data["gate"] = (
                 {"column": self.gate.column}

@@ -34,7 +34,12 @@ class Pairs(NamedTuple):
 
 
 def concept_metrics(
-    pairs: Pairs, concepts: list[Concept], beta: float, reduce: Callable[[Tensor], Tensor], where: str
+    pairs: Pairs,
+    concepts: list[Concept],
+    strengths: Sequence[float],
+    beta: float,
+    reduce: Callable[[Tensor], Tensor],
+    where: str,
 ) -> tuple[dict[str, float], int]:
     r"""A batch's metrics, over all processes.
 
@@ -45,6 +50,7 @@ def concept_metrics(
     Args:
         pairs: The batch.
         concepts: The concepts.
+        strengths: The strength of each to log.
         beta: DPO's.
         reduce: Sums a tensor over processes.
         where: What to call the batch in an error.
@@ -69,12 +75,12 @@ def concept_metrics(
     size, empty, weight_sum, _ = totals.pop()
     raise_non_finite(concepts, [row[3] for row in totals], where)
     metrics = {}
-    for concept, (amplification, pressure, delta, _) in zip(concepts, totals, strict=True):
+    for concept, strength, (amplification, pressure, delta, _) in zip(concepts, strengths, totals, strict=True):
         prefix = f"concepts/{concept.name}"
         metrics[f"{prefix}/amplification"] = amplification / size
         metrics[f"{prefix}/pressure"] = pressure / size
         metrics[f"{prefix}/delta"] = delta / size
-        metrics[f"{prefix}/strength"] = abs(concept.signed_strength) if concept.shapes else 0.0
+        metrics[f"{prefix}/strength"] = strength
     if pairs.weights is not None:
         metrics["concepts/pair_weight"] = weight_sum / size
     return metrics, int(empty)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .capture import decoder_layers
 from .concept import Concept
+from .metrics import Pairs
 from .readouts import ActivationReader, LoadedReadout
 from .shapers import ConceptSignal, Project
+from .shapers.hold import HoldController
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
 
 
@@ -31,14 +33,58 @@ class Shaping:
 
     def __init__(self, concepts: Sequence[Concept], beta: float) -> None:
         self.beta = beta
+        self.concepts = list(concepts)
         self.active = [(index, concept) for index, concept in enumerate(concepts) if concept.shapes]
+        self.held = [index for index, concept in self.active if concept.action == "hold"]
+        self.hold = HoldController([concepts[index].target for index in self.held], beta) if self.held else None
+
+    def strength(self, index: int) -> float:
+        """The strength in force: positive to suppress, negative to amplify."""
+        if self.hold is not None and index in self.held:
+            return float(self.hold.strengths[self.held.index(index)])
+        return self.concepts[index].signed_strength
+
+    @property
+    def strengths(self) -> list[float]:
+        """The strengths to log: as the user gave them, positive whichever way; a held concept's is negative where it is amplified."""
+        return [
+            self.strength(index) if index in self.held else abs(concept.signed_strength) if concept.shapes else 0.0
+            for index, concept in enumerate(self.concepts)
+        ]
+
+    def start(self, calibration: Calibration) -> None:
+        """Start or resume the controller of the held concepts, if there are any."""
+        if self.hold is None:
+            return
+        if calibration.hold is not None:
+            self.hold.restore(calibration.hold)
+        else:
+            self.hold.start(calibration.deltas[:, self.held], calibration.gates[:, self.held])
+
+    def observe(self, pairs: Pairs, gather: Callable[[Tensor], Tensor], last: bool) -> None:
+        """Let the controller of the held concepts, if there are any, see a batch that was trained on.
+
+        Args:
+            pairs: This process's part of it.
+            gather: Puts the rows of all processes one after the other.
+            last: Whether an optimizer step follows, and with it the next strengths.
+        """
+        if self.hold is None:
+            return
+        (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy_logps, pairs.ref_logps
+        apart = ((chosen - ref_chosen) - (rejected - ref_rejected)).float()
+        deltas = [pairs.signals[index].delta * pairs.signals[index].gate for index in self.held]
+        rows = gather(torch.stack([apart, *deltas], dim=1))
+        self.hold.observe(rows[:, 0], rows[:, 1:])
+        if last:
+            self.hold.update()
 
     def tilt(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
         """What to subtract from the reference's log-probabilities, in nats: `(2B,)`, or `None` if there is nothing."""
         rewards = [
             reward
             for index, concept in self.active
-            if (reward := concept.shaper.reward(signals[index], concept.signed_strength)) is not None
+            if (reward := concept.shaper.reward(signals[index], self.strength(index))) is not None
         ]
         return torch.stack(rewards).sum(dim=0) / self.beta if rewards else None
 

@@ -268,7 +268,12 @@ class ShapedDPOTrainer(DPOTrainer):
         for warning in warnings:
             logger.warning(warning)
         if self._calibration is None:  # not one from a checkpoint, that lacked the monitored features only
-            self._calibration = calibration.to(self.accelerator.device)
+            self._take_over(calibration)
+
+    def _take_over(self, calibration: Calibration) -> None:
+        """Make a calibration the run's, with the state of the controller of held concepts if it has one."""
+        self._calibration = calibration.to(self.accelerator.device)
+        self._shaping.start(self._calibration)
 
     def _make_ready(self) -> None:
         """Calibrate, if that is still to be done. All processes together."""
@@ -398,7 +403,9 @@ class ShapedDPOTrainer(DPOTrainer):
         if batch.pairs is None:
             return
         where = f"a batch of step {self.state.global_step}"
-        metrics, empty = concept_metrics(batch.pairs, self.concepts, self.beta, self._sum, where)
+        metrics, empty = concept_metrics(
+            batch.pairs, self.concepts, self._shaping.strengths, self.beta, self._sum, where
+        )
         logged = self._metrics["train" if self._training else "eval"]
         for name, value in metrics.items():
             logged[name].append(value)
@@ -408,6 +415,7 @@ class ShapedDPOTrainer(DPOTrainer):
             logged["concepts/empty_pairs"] = [self._calibration.empty_pairs]
             assert self._monitor is not None  # it is there wherever there is a reading
             self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
+            self._shaping.observe(batch.pairs, self.accelerator.gather, last=self.accelerator.sync_gradients)
         if batch.tilted:
             for name, value in unshaped_rewards(batch.pairs, self.beta, self.accelerator.gather).items():
                 logged[name][-1] = value  # TRL's own is against the tilted reference
@@ -426,7 +434,7 @@ class ShapedDPOTrainer(DPOTrainer):
             allow = getattr(self.args, "allow_concept_change", False)
             calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
             if calibration is not None:
-                self._calibration = calibration.to(self.accelerator.device)
+                self._take_over(calibration)
                 if self._monitor is not None:
                     self._reader.monitored = self._monitor.load_state(Path(checkpoint)) or self._reader.monitored
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -441,7 +449,8 @@ class ShapedDPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
         if self._calibration is not None and self.args.should_save:
             folder: Any = output_dir if output_dir is not None else self.args.output_dir
-            save_calibration(folder, self._calibration, self.concepts, self._reader.fingerprint)
+            hold = self._shaping.hold.state() if self._shaping.hold is not None else None
+            save_calibration(folder, self._calibration._replace(hold=hold), self.concepts, self._reader.fingerprint)
             if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
                 self._monitor.save_state(Path(folder))
 

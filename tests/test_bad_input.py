@@ -192,6 +192,29 @@ class TestConcepts:
                 lambda bad=bad: goblin(action, method, bad),
             )
 
+    def test_hold(self):
+        refused(
+            "Concept 'goblin': `strength` is given...'hold' finds it by itself, got 1.0...Leave it out",
+            lambda: goblin("hold", strength=1.0),
+        )
+        for method in ("reweight", {"name": "mask", "fraction": 0.1}, "project"):
+            name = method if isinstance(method, str) else method["name"]
+            refused(
+                f"Concept 'goblin': method {name!r} cannot hold. It can suppress", lambda m=method: goblin("hold", m)
+            )
+        for bad in (math.nan, math.inf, "high", None, True):
+            refused(
+                f"Concept 'goblin': ...`target` must be a number finite, in standard deviations of the score, got {bad!r}",
+                lambda bad=bad: goblin("hold", target=bad),
+            )
+
+    @pytest.mark.parametrize(("action", "strength"), [("watch", None), ("suppress", 1.0), ("amplify", 1.0)])
+    def test_target_without_hold(self, action, strength):
+        refused(
+            f"Concept 'goblin': `target` is given...{action!r}...Set action='hold'",
+            lambda: goblin(action, strength=strength, target=0.5),
+        )
+
     @pytest.mark.parametrize("method", [{"name": "mask", "fraction": 0.1}, "project"])
     def test_strength_where_none_is_taken(self, method):
         name = method if isinstance(method, str) else method["name"]

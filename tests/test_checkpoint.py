@@ -174,6 +174,36 @@ class TestResume:
         assert_continues(whole[1], go(tmp_path / "cut", resume=True))
 
 
+def holding() -> list[Concept]:
+    """Two held concepts, one of them gated, beside one that is suppressed."""
+    return [
+        Concept("way", Direction(vector(), layer=1), "hold"),
+        Concept("goblin", Regex("goblin"), "suppress", strength=1.0),
+        Concept("dog", Regex("dog"), "hold", gate=Gate(column="creative"), target=0.2),
+    ]
+
+
+class TestHold:
+    @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2}])
+    def test_as_if_never_stopped(self, tmp_path, fields):
+        whole = tmp_path / "whole", run(tmp_path / "whole", holding(), **fields)
+        assert len(set(whole[1].metric("concepts/way/strength"))) == 4  # the controller moves it
+        copy_of_step_2(whole, tmp_path / "cut")
+        assert_continues(whole[1], run(tmp_path / "cut", holding(), resume=True, **fields))
+        one, other = (load_file(tmp_path / name / "checkpoint-4" / FILE) for name in ("whole", "cut"))
+        assert_same_tensors([one], [other])
+        assert {"hold.pairs", "hold.strengths", "hold.bias"} < one.keys()
+        assert one["hold.pairs"].shape[1] == 1 + 2
+
+    def test_without_its_state_it_starts_anew(self, tmp_path):
+        """From a checkpoint with other concepts, where that is allowed."""
+        whole = tmp_path / "whole", run(tmp_path / "whole", holding())
+        copy_of_step_2(whole, tmp_path / "cut")
+        resumed = run(tmp_path / "cut", holding()[:2], resume=True, allow_concept_change=True)
+        assert resumed.trainer._shaping.hold.strengths.shape == (1,)
+        assert resumed.trainer.state.global_step == 4
+
+
 CHANGES = {
     "strength of 'goblin' was 1.0 and is 3.0": lambda concepts: [
         concepts[0],
@@ -191,6 +221,11 @@ CHANGES = {
     "gate of 'goblin' was": lambda concepts: [
         concepts[0],
         Concept("goblin", Regex("goblin"), "suppress", strength=1.0),
+        *concepts[2:],
+    ],
+    "action of 'goblin' was 'suppress' and is 'hold'": lambda concepts: [
+        concepts[0],
+        Concept("goblin", Regex("goblin"), "hold", gate=Gate(column="creative")),
         *concepts[2:],
     ],
     "action of 'cat' was 'suppress' and is 'watch'": lambda concepts: [*concepts[:4], Concept("cat", Regex("cat"))],

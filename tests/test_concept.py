@@ -57,6 +57,15 @@ concepts:
     gate: {concept: links, threshold: 0.5}
   - name: seen
     readout: {type: regex, pattern: seen}
+  - name: steady
+    readout: {type: regex, pattern: steady}
+    action: hold
+  - name: raised
+    readout: {type: regex, pattern: raised}
+    action: hold
+    method: reward
+    target: 0.5
+    gate: {column: creative}
 """
 
 
@@ -82,6 +91,8 @@ def in_python() -> list[Concept]:
             gate=Gate(concept="links", threshold=0.5),
         ),
         Concept("seen", Regex("seen")),
+        Concept("steady", Regex("steady"), action="hold"),
+        Concept("raised", Regex("raised"), action="hold", target=0.5, gate=Gate(column="creative")),
     ]
 
 

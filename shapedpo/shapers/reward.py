@@ -26,6 +26,7 @@ class Reward(Shaper):
 
     name: ClassVar[str] = "reward"
     needs_strength: ClassVar[bool] = True
+    actions: ClassVar[tuple[str, ...]] = ("suppress", "amplify", "hold")
 
     def reward(self, signal: ConceptSignal, strength: float) -> Tensor:
         return strength * signal.gate.repeat(2) * signal.scores

@@ -41,6 +41,7 @@ def main(model: Path, data: Path, output: Path, settings: dict[str, object]) -> 
             method={"name": "project", "space": "residual"},
         ),
         Concept("rare", Direction(helpers.vector(3), layer=2), action="suppress", method=Mask(fraction=0.2)),
+        Concept("level", Direction(helpers.vector(4), layer=1), action="hold", gate=Gate(column="fruity")),
     ]
     lora = settings.pop("lora", False)
     options = {}
@@ -63,7 +64,11 @@ def main(model: Path, data: Path, output: Path, settings: dict[str, object]) -> 
     calibration = trainer._calibration
     # What each rank believes: they must agree.
     sums = torch.stack(
-        [torch.stack([t.double().sum() for t in calibration.statistics]).sum(), calibration.deltas.double().sum()]
+        [
+            torch.stack([t.double().sum() for t in calibration.statistics]).sum(),
+            calibration.deltas.double().sum(),
+            *trainer._shaping.hold.strengths,
+        ]
     )
     everyone = trainer.accelerator.gather(sums[None]).tolist()
     if trainer.accelerator.is_main_process:

@@ -1,0 +1,332 @@
+"""`action="hold"`: does a concept stay where it was while the rest is learned, with no strength given?
+
+    python -m benchmarks.hold [--quick] [--only lab/goblin] [--fresh]
+
+Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
+(`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
+rate and half a decade below and above. `probes` is the same controller corrected by rollouts during the run, to see what they add.
+
+Finished runs are kept in `benchmarks/cache/hold/`, by settings and by the controller's source, so that a run that was cut off goes on.
+The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import stories
+
+
+CACHE = Path(__file__).parent / "cache" / "hold"
+RESULTS = Path(__file__).parent / "results"
+SOURCE = Path(__file__).parents[1] / "shapedpo" / "shapers" / "hold.py"
+LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
+WANTED = ("mom", "friend")
+PROBE_STEPS, PROBE_ROLLOUTS = 50, 400
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        world: `lab` or `stories`.
+        held: The trait that is held; none in a plain run.
+        rate: Factor of the world's learning rate; 0 for the model before training.
+        seed: Of data and training.
+        probes: Whether rollouts correct the controller.
+        quick: Whether at the small size.
+    """
+
+    world: str
+    held: str | None = None
+    rate: float = 1.0
+    seed: int = 0
+    probes: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        what = "before" if self.rate == 0 else "plain" if self.held is None else self.held
+        return f"{self.world}/{what}{'+probes' if self.probes else ''} lr x {self.rate:g} seed {self.seed}"
+
+
+class Lab:
+    """The lab's goblin world."""
+
+    def __init__(self, job: Job) -> None:
+        from shapedpo import lab
+
+        self.world, self.job = lab.goblin_world(job.seed, 1500 if job.quick else 5000), job
+        self.model, self.tokenizer, self.data = lab.load_model(), lab.load_tokenizer(), self.world.dataset()
+        self.settings = {**self.world.dpo, "learning_rate": self.world.dpo["learning_rate"] * job.rate}
+
+    def concepts(self, held: str) -> list[Any]:
+        from shapedpo import lab
+
+        return [lab.concept(held, action="hold")]
+
+    def prompts(self, n: int, seed: int) -> list[Any]:
+        from shapedpo import lab
+
+        return lab.heldout_prompts(n, seed)
+
+    def sample(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
+        from shapedpo import lab
+
+        return lab.rollouts(model, self.tokenizer, prompts, seed=seed)
+
+    def completion(self, text: str) -> Any:
+        return [{"role": "assistant", "content": text}]
+
+    def rates(self, model: Any) -> dict[str, float]:
+        from shapedpo import lab
+
+        texts = self.sample(model, self.prompts(400 if self.job.quick else 1000, self.job.seed + 1), self.job.seed + 2)
+        return {name: rate.rate for name, rate in lab.trait_rates(texts, LAB_TRAITS).items()}
+
+
+class Stories:
+    """The stories with a planted preference for dialogue."""
+
+    def __init__(self, job: Job) -> None:
+        from datasets import Dataset
+
+        base = stories.QUICK if job.quick else stories.Recipe()
+        self.recipe = stories.Recipe(**{**asdict(base), "seed": job.seed})
+        self.world = stories.cached_world(self.recipe)
+        self.model, self.tokenizer = stories.load()
+        self.data = Dataset.from_list(self.world.pairs)
+        self.settings = {
+            "num_train_epochs": self.recipe.epochs,
+            "per_device_train_batch_size": self.recipe.batch,
+            "learning_rate": self.recipe.learning_rate * job.rate,
+            "beta": self.recipe.beta,
+        }
+
+    def concepts(self, held: str) -> list[Any]:
+        return stories.dialogue(self.world, stories.choose_features(self.world)[0], action="hold")
+
+    def prompts(self, n: int, seed: int) -> list[Any]:
+        return [self.world.heldout[i % len(self.world.heldout)] for i in range(n)]
+
+    def sample(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
+        with torch.random.fork_rng(devices=[]):
+            return stories.sample(model, self.tokenizer, prompts, self.recipe.tokens, seed)
+
+    def completion(self, text: str) -> Any:
+        return text
+
+    def rates(self, model: Any) -> dict[str, float]:
+        return stories.heldout_rates(self.world, model)
+
+
+def probing(trainer: Any, world: Lab | Stories) -> Any:
+    """A callback that compares rollouts of the policy with the reference's, and corrects the controller by what they show."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from shapedpo.reading import RawScores
+
+    prompts = world.prompts(PROBE_ROLLOUTS, 77)
+    before = world.sample(world.model, prompts, 78)  # the policy has not moved yet
+
+    def change() -> tuple[list[float], list[float]]:
+        texts = world.sample(trainer.model, prompts, 78)
+        sides = zip(prompts, texts, before, strict=True)
+        rows = [
+            {"prompt": prompt, "chosen": world.completion(now), "rejected": world.completion(then)}
+            for prompt, now, then in sides
+            if now.strip() and then.strip()
+        ]
+        data = trainer._prepare_dataset(Dataset.from_list(rows), trainer.processing_class, trainer.args, "probe")
+        examples = [dict(row) for row in data]
+        with torch.no_grad():
+            parts = [examples[start : start + 64] for start in range(0, len(examples), 64)]
+            tables = [trainer._read_rows(part, torch.zeros(len(part), dtype=torch.bool)) for part in parts]
+        table, f = torch.cat(tables), trainer._reader.n_columns
+        chosen, rejected, prompt, valid, gates = table.split([f, f, 0, 1, table.shape[1] - 2 * f - 1], dim=1)
+        signals = trainer._reader.signals(
+            RawScores(torch.cat([chosen, rejected]), prompt), trainer._calibration.statistics, valid[:, 0] > 0, gates
+        )
+        deltas = signals[0].delta.double()
+        return [float(deltas.mean())], [float(deltas.std()) / math.sqrt(len(deltas))]
+
+    class Probe(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % PROBE_STEPS == 0 and state.global_step < state.max_steps:
+                training = trainer.model.training
+                trainer._shaping.hold.correct(*change())
+                trainer.model.train(training)
+
+    return Probe()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains and measures; returns rates, strengths and time."""
+    from transformers import PrinterCallback
+
+    from shapedpo import ShapedDPOConfig, ShapedDPOTrainer
+
+    world = Lab(job) if job.world == "lab" else Stories(job)
+    result: dict[str, Any] = {"strengths": [], "seconds": 0.0}
+    if job.rate:
+        with tempfile.TemporaryDirectory() as output:
+            args = ShapedDPOConfig(
+                output_dir=output,
+                concepts=world.concepts(job.held) if job.held else None,
+                seed=job.seed,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                bf16=False,
+                use_cpu=True,
+                gradient_checkpointing=False,
+                **world.settings,
+            )
+            trainer = ShapedDPOTrainer(
+                model=world.model, args=args, train_dataset=world.data, processing_class=world.tokenizer
+            )
+            trainer.remove_callback(PrinterCallback)
+            if job.probes:
+                trainer.add_callback(probing(trainer, world))
+            started = time.perf_counter()
+            trainer.train()
+            result["seconds"] = time.perf_counter() - started
+            for name in ("strength", "amplification"):
+                key = f"concepts/{job.held}/{name}"
+                result[f"{name}s"] = [entry[key] for entry in trainer.state.log_history if key in entry]
+    result["rates"] = world.rates(world.model)
+    return result
+
+
+def cached(job: Job, fresh: bool = False) -> dict[str, Any]:
+    """[`run`], or what an earlier call found."""
+    code = SOURCE.read_bytes() if job.held else b""
+    key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
+    file = CACHE / f"{key}.json"
+    if fresh or not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        found = run(job)
+        file.write_text(json.dumps({"job": asdict(job), **found}))
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def jobs(quick: bool) -> Iterator[Job]:
+    """The held runs of the table; each is compared with its plain run."""
+    if quick:
+        yield Job("lab", "goblin", quick=True)
+        yield Job("stories", "dialogue", quick=True)
+        return
+    for rate in (1.0, 10**0.5, 10**-0.5):
+        yield Job("stories", "dialogue", rate)
+    for trait in LAB_TRAITS:
+        yield Job("lab", trait)
+    yield Job("stories", "dialogue", probes=True)
+    yield Job("lab", "emoji", probes=True)
+    for rate in (10**-0.5, 10**0.5):
+        yield Job("lab", "goblin", rate)
+        yield Job("lab", "emoji", rate)
+    yield Job("stories", "dialogue", seed=1)
+    for trait in LAB_TRAITS:
+        yield Job("lab", trait, seed=1)
+
+
+def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
+    """A line of the table: the held run beside the model before and the plain run."""
+    assert job.held is not None
+    same = {"world": job.world, "seed": job.seed, "quick": job.quick}
+    before, plain = find(Job(rate=0.0, **same))["rates"], find(Job(rate=job.rate, **same))["rates"]  # type: ignore[arg-type]
+    found = find(job)
+    rates: dict[str, float] = found["rates"]
+    strengths: list[float] = found["strengths"]
+    largest = max(strengths, key=abs)
+    moved = [
+        100 * (rates[name] - before[name]) / (plain[name] - before[name])
+        for name in LAB_TRAITS
+        if name in rates and name != job.held
+    ]
+    wanted = [100 * (rates[name] - plain[name]) for name in WANTED if name in rates]
+    others = (
+        f"{min(moved):.0f} to {max(moved):.0f} % kept"
+        if moved
+        else ", ".join(f"{name} {points:+.1f}" for name, points in zip(WANTED, wanted, strict=True))
+    )
+    return {
+        "world": job.world,
+        "held": job.held + (" + probes" if job.probes else ""),
+        "learning rate": f"x {job.rate:.2g}",
+        "seed": job.seed,
+        "before": round(100 * before[job.held], 1),
+        "plain": round(100 * plain[job.held], 1),
+        "hold": round(100 * rates[job.held], 1),
+        "off by": round(100 * (rates[job.held] - before[job.held]), 1),
+        "others": others,
+        "strength (median)": round(statistics.median(strengths), 1),
+        "strength (largest)": round(largest, 1),
+        "seconds": round(found["seconds"]),
+    }  # fmt: skip
+
+
+def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """The table, as CSV and Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "hold.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        "`before`, `plain` and `hold`: % of held-out rollouts (1,000 in the lab, 1,600 stories) that show the held trait; `off by`: hold "
+        "less before, in points. `others`: in the lab, least and most of plain DPO's change that the other four lessons keep; in the "
+        "stories, the wanted traits less plain DPO's, in points. Defaults throughout.",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "| " + " | ".join("---" for _ in rows[0]) + " |",
+    ]
+    lines += ["| " + " | ".join(str(value) for value in line.values()) + " |" for line in rows]
+    (out / "hold.md").write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hold", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one small run of each world")
+    parser.add_argument("--only", nargs="+", help="runs whose name begins so, such as lab/goblin")
+    parser.add_argument("--fresh", action="store_true", help="do not take finished runs from the cache")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    found: dict[Job, dict[str, Any]] = {}
+
+    def find(job: Job) -> dict[str, Any]:
+        if job not in found:
+            found[job] = cached(job, options.fresh)
+        return found[job]
+
+    rows = []
+    for job in jobs(options.quick):
+        if options.only and not any(job.name.startswith(start) for start in options.only):
+            continue
+        if job.world == "stories" and not stories.MODEL.is_dir():
+            print(f"left out, as there is no model at {stories.MODEL}: {job.name}")
+            continue
+        rows.append(row(job, find))
+        print(rows[-1], flush=True)
+        write(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
