@@ -57,6 +57,7 @@ class Calibration(NamedTuple):
             self.gates.to(device),
             self.thresholds.to(device),
             self.empty_pairs,
+            self.hold,
         )
 
 
