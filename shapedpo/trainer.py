@@ -25,7 +25,7 @@ from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
 from .metrics import Pairs, concept_metrics, unshaped_rewards
 from .monitor import ExcitingReader, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
-from .monitor.wandb_callback import guard_wandb
+from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
 from .reading import ConceptReader, RawScores, reading_masks
 from .shaping import Shaping, check_methods, project_policy

@@ -18,7 +18,7 @@ from ..collator import ROW, split_batch
 from ..openings import restored
 from ..reading import reading_masks
 from ..readouts import ActivationReader
-from .probe import Reading, Rows
+from .probe.rollouts import Reading, Rows
 
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
 from .features import Exciting, ExcitingReader, load_labels, promoted_tokens
 from .pairs import TopPairs
-from .probe import Probe, choose_prompts
-from .probe_record import ProbeRecorder
+from .probe.recorder import ProbeRecorder
+from .probe.rollouts import Probe, choose_prompts
 from .records import FILE_NAME, TEXT_LENGTH, Record, RecordFile, Sink, plain
 from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics, ranked
 from .settings import MonitorSettings

@@ -18,8 +18,8 @@ import pytest
 
 from shapedpo.cli import main
 from shapedpo.monitor.report import ReportSink, render, write_whole
-from shapedpo.monitor.report_digest import HISTORY, SAMPLED, Digest, clean, thin
-from shapedpo.monitor.report_marks import interval, scale, spark
+from shapedpo.monitor.report.digest import HISTORY, SAMPLED, Digest, clean, thin
+from shapedpo.monitor.report.marks import interval, scale, spark
 from tests.monitor.records import synthetic
 
 

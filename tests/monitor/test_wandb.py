@@ -11,7 +11,7 @@ import pytest
 import wandb
 
 from shapedpo.monitor.wandb import WandbSink
-from shapedpo.monitor.wandb_tables import CELL, HISTORY, PAIR_COLUMNS, RANKED_COLUMNS, Latest, Z, number
+from shapedpo.monitor.wandb.tables import CELL, HISTORY, PAIR_COLUMNS, RANKED_COLUMNS, Latest, Z, number
 from tests.monitor.records import synthetic
 from tests.wandb_files import AXIS, CHARTS, TABLES, Written, feed, start
 

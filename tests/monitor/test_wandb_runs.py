@@ -20,8 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from shapedpo import Concept, Regex, SAEFeatures
 from shapedpo.monitor.records import read_records
-from shapedpo.monitor.wandb import WandbSink
-from shapedpo.monitor.wandb_callback import GuardedWandbCallback, guard_wandb
+from shapedpo.monitor.wandb import GuardedWandbCallback, WandbSink, guard_wandb
 from tests.helpers import sae_path, shaped, train
 from tests.monitor.records import synthetic
 from tests.wandb_files import AXIS, CHARTS, TABLES, Written, feed, start

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .wandb_figures import heatmap_figure, prediction_figure, top_figure
-from .wandb_guard import Guard
-from .wandb_tables import PAIR_COLUMNS, RANKED_COLUMNS, Columns, Latest, Record, pair_rows, ranked_rows, rollouts
+from .figures import heatmap_figure, prediction_figure, top_figure
+from .guard import Guard
+from .tables import PAIR_COLUMNS, RANKED_COLUMNS, Columns, Latest, Record, pair_rows, ranked_rows, rollouts
 
 
 STEP = "train/global_step"

@@ -22,8 +22,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .report_digest import Digest, Record
-from .report_view import view
+from .digest import Digest, Record
+from .view import view
 
 
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js", "charts.js", "rollouts.js")

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from .access import TrainerAccess
-from .estimates import Estimates
-from .estimators import Estimate, Past, best_estimate, probe_change
-from .posterior import Spectrum
-from .probe import DRAWS_BEFORE, Probe, Reading, Readings, Rows, paired_change, wilson
-from .records import TEXT_LENGTH, Record, plain
-from .sae import FeatureMonitor
+from ..estimates import Estimates
+from ..estimators import Estimate, Past, best_estimate, probe_change
+from ..posterior import Spectrum
+from ..records import TEXT_LENGTH, Record, plain
+from ..sae import FeatureMonitor
+from .rollouts import DRAWS_BEFORE, Probe, Reading, Readings, Rows, paired_change, wilson
 from .tokens import token_activations
 
+
+if TYPE_CHECKING:
+    from ..access import TrainerAccess
 
 SAMPLES = 8
 """Prompts whose rollouts are shown."""
@@ -159,9 +161,9 @@ class ProbeRecorder:
             }
             for i in shown
         ]
-        both = np.stack([best.value, predicted.value])[:, :n_features]
-        spread = both.std(axis=1).all()
-        record["r2"] = plain(np.corrcoef(both)[0, 1] ** 2) if spread else None
+        both = best.value[:n_features], predicted.value[:n_features]
+        correlation = float(np.corrcoef(*both)[0, 1]) if both[0].any() and both[1].any() else float("nan")
+        record["r2"] = plain(correlation**2)
         return record, shown
 
     def _predicted(self, amplification: np.ndarray, se: np.ndarray, group: slice) -> Estimate:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .wandb_guard import Guard
+from .guard import Guard
 
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..readouts import ActivationReader, Regex
+from ...readouts import ActivationReader, Regex
 
 
 if TYPE_CHECKING:
-    from .access import TrainerAccess
+    from ..access import TrainerAccess
 
 
 class TokenReader(ActivationReader):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING, Any
 
-from .wandb_tables import CONCEPT, FEATURE, Item, Key, Latest, Record, Z, clip, feature_label, number
+from .tables import CONCEPT, FEATURE, Item, Key, Latest, Record, Z, clip, feature_label, number
 
 
 if TYPE_CHECKING:

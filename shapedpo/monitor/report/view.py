@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .report_digest import Digest, Record, clean, items, mapping, number, numbers, thin
-from .report_marks import interval, scale, spark
+from .digest import Digest, Record, clean, items, mapping, number, numbers, thin
+from .marks import interval, scale, spark
 
 
 TEXT = 4000
