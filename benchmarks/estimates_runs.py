@@ -59,6 +59,9 @@ STORY_REWARDS = {
 }
 
 
+WORLDS = (*LAB_LESSONS, *STORY_REWARDS)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A run: a world of `LAB_LESSONS` or `STORY_REWARDS` and how hard DPO pulls."""
@@ -329,14 +332,12 @@ def collect(setting: Setting, folder: Path) -> Path:
     return path
 
 
-WORLDS = (*LAB_LESSONS, *STORY_REWARDS)
-
-
 def settings(worlds: Sequence[str] = WORLDS, quick: bool = False) -> list[Setting]:
-    """The runs of the table: each world, gentle and violent, with a small and a large beta."""
-    sizes: dict[str, Any] = {"evaluation": 256, "probe": 128} if quick else {}
+    """The runs of the table: each world, gentle and violent, with a small and a large beta. `quick` keeps the first, and small."""
+    if quick:
+        return [Setting(world, 2e-4, 0.1, pairs=320, evaluation=128, probe=128) for world in worlds]
     return [
-        Setting(world, rate, beta, pairs=640 if quick else 4000 if world in LAB_LESSONS else 2000, **sizes)
+        Setting(world, rate, beta, pairs=4000 if world in LAB_LESSONS else 2000)
         for beta in (0.1, 1.0)
         for rate in (2e-4, 2e-5)
         for world in worlds
