@@ -239,7 +239,7 @@ def resolve_concepts(concepts: str | Path | Iterable[Concept | Mapping[str, Any]
 
 
 def load_concepts(path: str | Path) -> list[Concept]:
-    """Read the concepts of a YAML file: a list, or a mapping with a list under `concepts`.
+    """Read the concepts of a YAML file: a list, or a mapping (such as a recipe) with a list, or another file, under `concepts`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -255,6 +255,10 @@ def load_concepts(path: str | Path) -> list[Concept]:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
     concepts = data.get("concepts") if isinstance(data, Mapping) else data
+    if (
+        isinstance(data, Mapping) and isinstance(concepts, str) and Path(concepts).is_file()
+    ):  # a recipe that names a file
+        return load_concepts(concepts)
     if not isinstance(concepts, Sequence) or isinstance(concepts, str) or not concepts:
         raise ValueError(f"{path}: expected a list of at least one concept under `concepts:`, found {concepts!r}.")
     with _Blame(str(path)):

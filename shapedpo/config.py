@@ -27,7 +27,7 @@ class ShapedDPOConfig(DPOConfig):
         monitor (`"all"` or `int`, *optional*):
             Watch every feature of an SAE beside the concepts, or that many: those that the data pushes most.
         monitor_sae (`str`, *optional*), monitor_sae_id (`str`, *optional*):
-            The SAE to watch, as in [`SAEFeatures`]. By default that of the concepts.
+            The SAE to watch, as in [`SAEFeatures`], or `"lab"` for the one that ships. By default that of the concepts.
         monitor_window (`int`, *optional*, defaults to `1024`):
             How many pairs, over all processes, the running estimates reach back: a pair that long ago counts 1/e as much.
         feature_labels (`str`, *optional*):

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from .lab.measures import Rate
     from .lab.worlds import World
 
-STRENGTH = 2.0
-"""Nats of reward margin a standard deviation of the goblin's score costs."""
-
 N_ROLLOUTS = 1000
 
 
@@ -72,7 +69,7 @@ HEADINGS = ("% of rollouts [95 %]", "before", "plain DPO", "shaped DPO", "kept")
 
 
 def run(output_dir: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N_ROLLOUTS) -> DemoResult:
-    """Trains the lab's model on the goblin world twice, with DPO and with the goblin suppressed, and prints the table.
+    """Trains the lab's model on the goblin world twice, with DPO and with the goblin held where it was, and prints the table.
 
     W&B runs are written into `output_dir`, in offline mode unless `WANDB_MODE` says otherwise; the table goes to
     `demo.md` and `demo.png` there.
@@ -94,9 +91,9 @@ def run(output_dir: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N
     world = lab.goblin_world(seed)
     dataset = world.dataset()
     before = _measure(lab.load_model(), world, seed, n_rollouts)
-    goblin = lab.concept(world.unwanted, action="suppress", strength=STRENGTH)
+    held = [lab.concept(world.unwanted, action="hold"), *(lab.concept(lesson.trait) for lesson in world.wanted)]
     plain, plain_dir = _train("plain", world, dataset, [], out, seed, n_rollouts)
-    shaped, shaped_dir = _train("shaped", world, dataset, [goblin], out, seed, n_rollouts)
+    shaped, shaped_dir = _train("shaped", world, dataset, held, out, seed, n_rollouts)
 
     result = DemoResult(world, before, plain, shaped, {"plain": plain_dir, "shaped": shaped_dir})
     (out / "demo.md").write_text(_markdown(result), encoding="utf-8")
@@ -104,6 +101,8 @@ def run(output_dir: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N
     console = Console()
     console.print(_table(result))
     console.print(f"Table and picture: {out / 'demo.md'}, {out / 'demo.png'}", soft_wrap=True)
+    page = out / "shaped" / "report.html"
+    console.print(f"What the shaped run amplified and suppressed, for a browser: {page}", soft_wrap=True)
     for name, folder in result.wandb_dirs.items():
         console.print(f"W&B run of {name} DPO: {folder}  (upload it with `wandb sync`)", soft_wrap=True)
     return result
@@ -128,6 +127,8 @@ def _train(
         output_dir=str(out / name),
         run_name=f"{name}-seed{seed}",
         concepts=concepts or None,
+        monitor="all" if concepts else None,
+        probe_steps=100 if concepts else 0,
         seed=seed,
         report_to=["wandb"],
         logging_steps=10,
@@ -138,7 +139,10 @@ def _train(
     )
     model = lab.load_model()
     # With no concept this is TRL's DPOTrainer, bit for bit
-    trainer = ShapedDPOTrainer(model=model, args=args, train_dataset=dataset, processing_class=lab.load_tokenizer())
+    heldout = lab.preference_data(world.lessons, 200, seed + 3)  # for probe rollouts' prompts; nothing is evaluated
+    trainer = ShapedDPOTrainer(
+        model=model, args=args, train_dataset=dataset, eval_dataset=heldout, processing_class=lab.load_tokenizer()
+    )
     trainer.pop_callback(ProgressCallback)
     trainer.add_callback(Progress)
     start = time.perf_counter()

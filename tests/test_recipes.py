@@ -9,7 +9,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from shapedpo import SAEFeatures, demo, lab
+from shapedpo import SAEFeatures, lab
 from shapedpo.scripts.recipe import read_recipe
 
 
@@ -68,9 +68,9 @@ def test_lab_recipe_is_the_demo():
     assert {key: recipe[key] for key in world.dpo} == world.dpo
     assert recipe["dataset_name"] == "lab:goblin_world"
     _, training, _, _ = parsed(REPO / "recipes" / "goblin_lab.yaml")
-    goblin = lab.concept(world.unwanted, action="suppress", strength=demo.STRENGTH)
+    goblin = lab.concept(world.unwanted, action="hold")
     ours = training.concepts[0]
-    assert (ours.name, ours.shaper, ours.signed_strength) == (goblin.name, goblin.shaper, goblin.signed_strength)
+    assert (ours.name, ours.action, ours.shaper) == (goblin.name, goblin.action, goblin.shaper)
     assert ours.readout.load().fingerprint == goblin.readout.load().fingerprint
 
 

@@ -72,6 +72,10 @@ def monitor_settings(
 
 
 def _monitored(args: Any, concepts: Sequence[Concept]) -> SAEFeatures:
+    if args.monitor_sae == "lab":
+        from ..lab import sae_path
+
+        return SAEFeatures(str(sae_path()), "all")
     if args.monitor_sae is not None:
         return SAEFeatures(args.monitor_sae, "all", sae_id=args.monitor_sae_id)
     found: list[SAEFeatures] = []

@@ -7,13 +7,11 @@ that it cannot find a folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from .errors import UserError, as_user_error, suggest
-from .recipe import read_yaml
 
 
 if TYPE_CHECKING:
@@ -165,18 +163,9 @@ def concepts_from(source: Any) -> list[Concept]:
     Raises:
         UserError: If one does not fit, or a file is not there or holds none.
     """
-    if isinstance(source, str):
-        content, _ = read_yaml(source)
-        listed = content.get("concepts") if isinstance(content, Mapping) else content
-        if isinstance(listed, str):  # a recipe that names a file
-            return concepts_from(listed)
-        if not isinstance(listed, list) or not listed:
-            raise UserError(f"{source}: expected a list of at least one concept under `concepts:`, found {listed!r}.")
-        with as_user_error(UserError, prefix=f"{source}: "):
-            return concepts_from(listed)
-    if not isinstance(source, list):
+    if not isinstance(source, str | list):
         raise UserError(f"`concepts` must be a list of concepts or the path of a YAML file, got {source!r}.")
     from ..concept import resolve_concepts
 
-    with as_user_error(ValueError, TypeError):
+    with as_user_error(ValueError, TypeError, FileNotFoundError):
         return resolve_concepts(source)
