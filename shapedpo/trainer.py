@@ -8,26 +8,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import collator as keys
-from .calibration import Calibration, calibrate, load_calibration, read_sample, save_calibration
-from .collator import ConceptCollator, check_columns, split_batch
+from .calibration import Calibration, load_calibration, save_calibration
+from .collator import check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
 from .metrics import Pairs, concept_metrics, unshaped_rewards
-from .monitor import ExcitingReader, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
+from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
-from .reading import ConceptReader, RawScores, reading_masks
+from .reading import ConceptReader
+from .reading_trainer import ReadingTrainer, valid_pairs
 from .shaping import Shaping, check_methods, project_policy
 
 
@@ -46,11 +45,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-MAX_CACHED_SCORES = 4096
-"""With precomputed reference log-probabilities every completion's scores are cached; a whole SAE's are too many."""
 
-
-class ShapedDPOTrainer(DPOTrainer):
+class ShapedDPOTrainer(ReadingTrainer):
     r"""[`~trl.DPOTrainer`] that reads concepts in the reference pass and shapes what the policy learns about them.
 
     TRL computes the loss. The reference pass that it would make is made with hooks that read the concepts, and its
@@ -130,7 +126,7 @@ class ShapedDPOTrainer(DPOTrainer):
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
             logger.warning(warning)
-        if self.concepts and args.sync_ref_model:
+        if self._reads and args.sync_ref_model:
             raise ValueError(
                 "`sync_ref_model=True` moves the reference during training, and with it what the concepts' scores mean. "
                 "Leave the concepts or `sync_ref_model` out."
@@ -154,6 +150,8 @@ class ShapedDPOTrainer(DPOTrainer):
             peft_config=peft_config,
         )
         self._prepare_reading()
+        policy: Any = self.model
+        self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
         if self._reads:
             run = TrainerAccess(self, source)
             reader: Any = self._reader.monitored
@@ -163,155 +161,13 @@ class ShapedDPOTrainer(DPOTrainer):
             if self.precompute_ref_logps:
                 self._calibrate()  # nothing needs to run for it
 
-    # ------------------------------------------------------------------ data
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        extra = [*self._reader.gate_columns, *([self._weight_column] if self._weight_column else [])]
-        extra += [keys.ROW] if self._reads else []
-        columns: Any = self._signature_columns
-        columns += [column for column in extra if column not in columns]
-
-    def _prepare_reading(self) -> None:
-        """Check the concepts against the model and wrap the collator, once; before the first batch is made."""
-        if self._reading_ready:
-            return
-        self._reading_ready = True
-        reader = self._reader
-        if self._reads or self._weight_column:
-            self.data_collator = ConceptCollator(
-                self.data_collator,
-                self._tokenizer,
-                reader.text_readouts,
-                prompt_text=bool(reader.prompt_index),
-                weight_column=self._weight_column,
-                gate_columns=reader.gate_columns,
-            )
-        if not self._reads:
-            return
-        model = self.accelerator.unwrap_model(self._reference())
-        for warning in reader.check_model(model, model.config.get_text_config()):
-            logger.warning(warning)
-        policy: Any = self.model
-        self._residual_projection = self._shaping.residual_projection(policy, reader.readers)
-
-    # --------------------------------------------------- the reference reads
-
-    def _reference(self) -> Any:
-        return self.ref_model if self.ref_model is not None else self.model
-
-    def _reference_pass(
-        self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]
-    ) -> tuple[tuple[Tensor, Tensor], RawScores]:
-        """The one pass of the reference: its log-probabilities, `(B,)` each, and the concepts' raw scores."""
-        completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-        with self._reader.capture(self.accelerator.unwrap_model(model), completion, prompt) as capture:
-            logps = super().compute_ref_log_probs(model, inputs)
-        return logps, self._reader.assemble(capture.scores, extras.get(keys.TEXT), extras.get(keys.PROMPT_TEXT))
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """TRL's, for a batch that may carry our keys.
-
-        While precomputing, a completion's scores ride behind its log-probability, so that TRL's own code gathers and
-        caches them beside it.
-        """
-        extras, inputs = split_batch(inputs)
-        if not self._precomputing:
-            return super().compute_ref_log_probs(model, inputs)
-        logps, raw = self._reference_pass(model, inputs, extras)
-        valid = _valid_pairs(inputs["completion_mask"]).float()
-        return tuple(
-            torch.cat([logp[:, None].float(), valid[:, None], scores, raw.prompt], dim=1)
-            for logp, scores in zip(logps, raw.completion.chunk(2), strict=True)
-        )
-
-    def _cached_scores(self, cached: Tensor) -> RawScores:
-        """Raw scores from what `compute_ref_log_probs` laid behind the log-probabilities: `(2B, 1 + F + P)`."""
-        _, completion, prompt = cached.split([1, self._reader.n_columns, self._reader.n_prompt_columns], dim=1)
-        return RawScores(completion, prompt[: len(prompt) // 2])
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        self._prepare_reading()
-        if not self.concepts:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        if self._reader.n_columns > MAX_CACHED_SCORES:
-            widest = max(zip(self.concepts, self._reader.readers, strict=True), key=lambda pair: pair[1].n_features)
-            raise ValueError(
-                f"Concept {widest[0].name!r} reads {widest[1].n_features} features. With `precompute_ref_log_probs=True` "
-                f"all scores are cached for every completion, and {self._reader.n_columns} are more than "
-                f"{MAX_CACHED_SCORES}. Read fewer features, or set `precompute_ref_log_probs=False`."
-            )
-        with restored(self, "_precompute_model_hash", "_precomputing"):
-            self._precomputing = True
-            # Part of the cache's name: other concepts, other cache.
-            self._precompute_model_hash: Any = (self._precompute_model_hash, self._reader.fingerprint)
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    # ------------------------------------------------------------ calibration
-
-    def _calibrate(self) -> None:
-        """Read the reference on a sample of the training data, or take all of it from the cache."""
-        reader = self._reader
-        if self.precompute_ref_logps:
-            table = self._cached_table()
-        else:
-            examples = self._calibration_examples(getattr(self.args, "calibration_size", 512))
-            looking = self._monitor.calibration_reader() if self._monitor is not None else None
-            reader.monitored = looking or reader.monitored
-            table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
-            if looking is not None and self._monitor is not None:
-                reader.monitored = self._monitor.calibrated()
-        f, p, g = reader.n_columns, reader.n_prompt_columns, len(reader.gate_columns)
-        chosen, rejected, prompt, valid, gates = table.split([f, f, p, 1, g], dim=1)
-        raw = RawScores(torch.cat([chosen, rejected]), prompt)
-        calibration, warnings = calibrate(reader, raw, valid[:, 0] > 0, gates)
-        for warning in warnings:
-            logger.warning(warning)
-        if self._calibration is None:  # not one from a checkpoint, that lacked the monitored features only
-            self._take_over(calibration)
+    # --------------------------------------------------------------- the step
 
     def _take_over(self, calibration: Calibration) -> None:
         """Make a calibration the run's, with the state of the controller of held concepts if it has one."""
-        self._calibration = calibration.to(self.accelerator.device)
+        super()._take_over(calibration)
+        assert self._calibration is not None
         self._shaping.start(self._calibration)
-
-    def _make_ready(self) -> None:
-        """Calibrate, if that is still to be done. All processes together."""
-        if self._calibration is None or (self._monitor is not None and self._monitor.needs_calibration):
-            self._calibrate()
-
-    def _read_rows(self, examples: list[Any], fresh: Tensor) -> Tensor:
-        extras, inputs = split_batch(self._prepare_inputs(self.data_collator(examples)))
-        _, raw = self._reference_pass(self._reference(), inputs, extras)
-        valid = _valid_pairs(inputs["completion_mask"])
-        looking = self._reader.monitored
-        if isinstance(looking, ExcitingReader) and self._monitor is not None and raw.features is not None:
-            self._monitor.calibrate_batch(raw.features, looking, inputs["input_ids"], valid & fresh.to(valid.device))
-        valid = valid[:, None].float()
-        gates = extras.get(keys.GATES, valid.new_ones(len(valid), len(self._reader.gate_columns)))
-        return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)
-
-    def _cached_table(self) -> Tensor:
-        """The same columns as `_read_rows`, of the whole training data."""
-        columns = [*REF_COLUMNS, *self._reader.gate_columns]
-        rows: Any = self.train_dataset
-        rows = {name: torch.as_tensor(np.asarray(rows[name][:], np.float32)) for name in columns}
-        raw = self._cached_scores(torch.cat([rows[name][:, 1:] for name in REF_COLUMNS]))
-        gates = [rows[name][:, None] for name in self._reader.gate_columns]
-        return torch.cat([*raw.completion.chunk(2), raw.prompt, rows[REF_COLUMNS[0]][:, 1:2], *gates], dim=1)
-
-    def _calibration_examples(self, size: int) -> list[dict[str, Any]]:
-        dataset: Any = self.train_dataset
-        if isinstance(dataset, IterableDataset):
-            rows = dataset.take(size)
-        else:
-            order = np.random.default_rng(self.args.seed).permutation(len(dataset))[:size]
-            rows = dataset.select(sorted(order))
-        self._set_signature_columns_if_needed()
-        keep: Any = self._signature_columns if self.args.remove_unused_columns else rows.column_names
-        return [{name: value for name, value in row.items() if keep is None or name in keep} for row in rows]
-
-    # --------------------------------------------------------------- the step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.concepts:
@@ -360,7 +216,7 @@ class ShapedDPOTrainer(DPOTrainer):
             self.precompute_ref_logps = True  # until the loss is computed: TRL takes what the batch holds
             inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
         batch.features = raw.features
-        valid = _valid_pairs(mask)
+        valid = valid_pairs(mask)
         assert self._calibration is not None  # by _compute_loss
         gates = batch.extras.get(keys.GATES, raw.prompt.new_ones(len(valid), len(self._reader.gate_columns)))
         batch.pairs = Pairs(
@@ -474,9 +330,3 @@ class _Batch:
         self.features: Tensor | None = None
         self.tilted = False
         self.loss_context = ExitStack()
-
-
-def _valid_pairs(completion_mask: Tensor) -> Tensor:
-    """`(B,)` bool: whether both completions have a token that the loss predicts."""
-    chosen, rejected = (completion_mask[:, 1:].sum(dim=1) > 0).chunk(2)
-    return chosen & rejected
