@@ -1,0 +1,56 @@
+"""`action="hold"` on the lab's model: a taught trait stays about where it was, another one is learned."""
+
+from __future__ import annotations
+
+import pytest
+
+from shapedpo import ShapedDPOConfig, ShapedDPOTrainer, lab
+from shapedpo.shapers.hold import BOUND
+
+
+LESSONS = (lab.Lesson("bold", rate=0.25), lab.Lesson("cheerfulness", rate=0.25))
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return lab.preference_data(LESSONS, n=640, seed=0)
+
+
+def rates(model) -> dict[str, float]:
+    texts = lab.rollouts(model, lab.load_tokenizer(), lab.heldout_prompts(160, seed=1), seed=2)
+    return {name: rate.rate for name, rate in lab.trait_rates(texts, ["bold", "cheerfulness"]).items()}
+
+
+def trained(dataset, path, concepts):
+    model = lab.load_model()
+    args = ShapedDPOConfig(
+        output_dir=str(path),
+        concepts=concepts,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        learning_rate=6e-4,
+        max_length=160,
+        logging_steps=10,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    trainer = ShapedDPOTrainer(model=model, args=args, train_dataset=dataset, processing_class=lab.load_tokenizer())
+    trainer.train()
+    return rates(model), trainer.state.log_history
+
+
+@pytest.mark.timeout(300)
+def test_holds_one_trait_and_learns_the_other(dataset, tmp_path):
+    before = rates(lab.load_model())
+    plain, _ = trained(dataset, tmp_path / "plain", None)
+    held, history = trained(dataset, tmp_path / "held", [lab.concept("bold", action="hold")])
+    assert plain["bold"] > before["bold"] + 0.2
+    assert abs(held["bold"] - before["bold"]) < 0.2 * (plain["bold"] - before["bold"])
+    assert held["cheerfulness"] - before["cheerfulness"] > 0.7 * (plain["cheerfulness"] - before["cheerfulness"])
+    strengths = [entry["concepts/bold/strength"] for entry in history if "concepts/bold/strength" in entry]
+    # From the first step on. No pair of this data teaches against bold, so that the strength goes to its bound.
+    assert all(0 < strength <= BOUND for strength in strengths)
