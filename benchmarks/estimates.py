@@ -37,6 +37,24 @@ SHOWN = {
 }
 
 
+def overview(rows: Sequence[dict[str, Any]]) -> str:
+    """R^2 as a share of the ceiling by world and learning rate, as Markdown: median and range over betas and points."""
+    names = [name for name in SHOWN if any(row["estimator"] == name for row in rows)]
+    lines = [
+        f"| of ceiling: median (range) | change, sd | {' | '.join(names)} |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for kind, rate in dict.fromkeys((row["world"].split(":")[0], row["learning_rate"]) for row in rows):
+        some = [row for row in rows if row["world"].startswith(kind) and row["learning_rate"] == rate]
+        changes = [row["change"] for row in some]
+        cells = [f"{kind}, lr {rate:g}", f"{min(changes):.2f} to {max(changes):.2f}"]
+        for name in names:
+            found = [row["of ceiling"] for row in some if row["estimator"] == name]
+            cells.append(f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The runs as Markdown: R^2 of the estimators that matter, and how well the best one's intervals hold."""
     heads = [
@@ -147,12 +165,18 @@ def write(rows: Sequence[dict[str, Any]], concepts: Sequence[dict[str, Any]], pa
                     {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
                 )
     evaluation = Run(paths[0]).setting["evaluation"]
+    from benchmarks.estimates_runs import settings
+
     text = f"""How true are the gauges? R^2 (squared correlation) over SAE features between an estimate and the change of the mean score that {evaluation} rollouts
-show, which no estimator sees; {len(paths)} runs at three points each, one seed. *Ceiling*: what a perfect estimate would get, since those rollouts are noisy
+show, which no estimator sees; {len(paths)} of the {len(settings())} runs of the full table at three points each, one seed. *Ceiling*: what a perfect estimate would get, since those rollouts are noisy
 too (from their two halves). *Change*: sd over features of that change, in sd of the score. *Log-ratio*: of policy and reference, on base rollouts, nats. In
 brackets the 95 % interval over resampled features; features vary together, so it is too narrow. Estimates with rollouts use {MAIN[0]} of the policy's
 and {MAIN[1]} of before training, averaged over up to {REPEATS} disjoint sets; *best, 256* uses 256. *Carried*: no rollouts now; the best estimate at
-the point before, half as far into the run. Slope (of change on estimate) and coverage are *best*'s.
+the point before, half as far into the run. Slope (of change on estimate) and coverage are *best*'s. The prompts of the evaluation and of the probes are drawn from one pool of held-out prompts, so
+some are in both. The best estimator's design was settled on six of the runs (learning rate 2e-4 in all worlds and 2e-5 in the lab's first and
+in the first stories, beta 0.1); the others came after.
+
+{overview(rows)}
 
 {table(rows)}
 
@@ -183,7 +207,8 @@ def draw(paths: Sequence[Path], out: Path) -> None:
     axes = chart.subplots(2, len(shown), squeeze=False, sharex="col", sharey="col")
     for column, run in enumerate(shown.values()):
         step, f = run.points[-1], run.n_features
-        truth = run.truth(step)[0][:f]
+        whole, _, ceiling = run.truth(step)
+        truth = whole[:f]
         reading = [values[:f] for values in run.amplification(step)]
         n = min(MAIN[0], run.setting["probe"])
         probe = run.probe(step, n, min(MAIN[1], run.setting["probe"]), 0)
@@ -193,8 +218,11 @@ def draw(paths: Sequence[Path], out: Path) -> None:
         for row, (name, value) in enumerate({"amplification": reading[0], f"best, {n} rollouts": best.value}.items()):
             axis = axes[row, column]
             axis.axline((0, 0), slope=1, color="0.75", linewidth=0.8, zorder=0)
+            found = r2(value, truth)
             axis.scatter(value, truth, s=7, alpha=0.5, linewidths=0, color="tab:blue" if row else "0.4")
-            axis.set_title(f"{'' if row else setting}{name}: R² {r2(value, truth):.2f}", fontsize=9)
+            axis.set_title(
+                f"{'' if row else setting}{name}: R² {found:.2f}, {found / ceiling:.2f} of ceiling", fontsize=9
+            )
         axes[1, column].set_xlabel("estimated change, sd", fontsize=9)
     for row in range(2):
         axes[row, 0].set_ylabel("change that rollouts show, sd", fontsize=9)
