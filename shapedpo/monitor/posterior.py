@@ -31,9 +31,11 @@ class Spectrum:
 
     @classmethod
     def of(cls, scores: ArrayLike, max_rank: int = 1024) -> Spectrum:
-        """Of a sample of completions, `(N, F)` standardised scores; `N` of a thousand or more is worth having.
+        """Of a sample of completions, `(N, F)` standardised scores.
 
-        What a run reads anyway will do: the calibration sample's completions together with the probe's base rollouts.
+        What a run reads anyway will do: the calibration sample's completions together with the probe's base rollouts. A few hundred
+        are too few to say anything (`best_estimate` then leaves the covariance out); from 1,500 on it helps. A `max_rank` of 256 gave as
+        much as the whole in `benchmarks/estimates.py`'s runs.
         """
         centred = finite("scores", scores, 2)
         centred = centred - centred.mean(axis=0)
