@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
+from .estimators import best_estimate
 from .features import Exciting, ExcitingReader, load_labels, promoted_tokens
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder
@@ -258,9 +259,13 @@ class RunMonitor(TrainerCallback):
             "pairs": step * self._batch,
             "concepts": {},
         }
+        amplification, se = (tensor[0].double().cpu().numpy() for tensor in estimates)
+        best = self._probe.between(amplification, se) if self._probe is not None else best_estimate(amplification, se)
+        record["estimator"] = best.name if self.concepts else None
         for index, concept in enumerate(self.concepts):
             strength = plain(self._strengths.get(concept.name, 0.0)) if concept.shapes else None
-            record["concepts"][concept.name] = {**table[index], "strength": strength}
+            change = [plain(best.value[index]), plain(best.se[index])]
+            record["concepts"][concept.name] = {**table[index], "change": change, "strength": strength}
         records = [record]
         if not draws:
             return records

@@ -156,9 +156,15 @@ class TestProbe:
             assert len(probe["features"]) == 30
         assert [probe["predictor"] for probe in probes[1:]] == [
             "amplification",
-            "last probe, carried forward by amplification",
-            "last probe, carried forward by amplification",
+            "amplification, scaled by the last probe",
+            "amplification, scaled by the last probe",
         ]
+        for probe, step in zip(
+            probes[1:], records(out, "step")[1::2], strict=False
+        ):  # the same moment: the same estimate
+            assert (probe["step"], step["estimator"]) == (step["step"], "last probe, carried forward by amplification")
+            for name, concept in step["concepts"].items():
+                assert concept["change"][0] == pytest.approx(probe["concepts"][name]["change"][0], abs=1e-5)
         logged = [entry["probe/goblin/rate"] for entry in run.history if "probe/goblin/rate" in entry]
         assert logged == [pytest.approx(probe["concepts"]["goblin"]["rate"][0], abs=1e-6) for probe in probes]
 

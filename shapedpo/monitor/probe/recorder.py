@@ -127,8 +127,9 @@ class ProbeRecorder:
             # Named concepts apart from the features: they are chosen because they move.
             groups = [slice(0, n_features), slice(n_features, None)]
             columns = _Columns(now, before, policy_before)
-            predicted = _joined([self._predicted(amplification[g], se[g], g) for g in groups])
-            best = _joined([columns.best(amplification[g], se[g], g) for g in groups])
+            predicted = self._predicted(amplification, se, n_features)
+            found = [columns.best(amplification[g], se[g], g) for g in groups]
+            best, probed = _joined([estimate for estimate, _ in found]), np.concatenate([probe for _, probe in found])
             self._past = np.stack([best.value, best.se, amplification])
         thresholds = self.run_.calibration.thresholds
         prompts, rollouts = (
@@ -161,18 +162,34 @@ class ProbeRecorder:
             }
             for i in shown
         ]
-        both = best.value[:n_features], predicted.value[:n_features]
+        # Not with the best estimate, which has amplification in it.
+        both = probed[:n_features], amplification[:n_features]
         correlation = float(np.corrcoef(*both)[0, 1]) if both[0].any() and both[1].any() else float("nan")
         record["r2"] = plain(correlation**2)
         return record, shown
 
-    def _predicted(self, amplification: np.ndarray, se: np.ndarray, group: slice) -> Estimate:
-        """What was to be expected before this probe was made."""
+    def _predicted(self, amplification: np.ndarray, se: np.ndarray, n_features: int) -> Estimate:
+        """What amplification alone says; the last probe lends it its scale, and no more, so that it can be held against this one."""
         se = np.where(np.isfinite(se), se, 0.0)
         if self._past is None:
             return best_estimate(amplification, se)
-        value, error, then = self._past[:, group]
-        return best_estimate(amplification, se, past=Past(Estimate(value, error, ""), then))
+        value, _, then = self._past[:, :n_features] if n_features else self._past
+        slope = float(value @ then / (then @ then)) if then.any() else 1.0
+        error = float(np.sqrt(np.mean((value - slope * then) ** 2)))
+        return Estimate(slope * amplification, np.hypot(slope * se, error), "amplification, scaled by the last probe")
+
+    def between(self, amplification: np.ndarray, se: np.ndarray) -> Estimate:
+        """The best estimate of the concepts' changes at any step, `(C,)`: the last probe's, carried forward.
+
+        Args:
+            amplification: `(C,)` at that step, with its standard error:
+            se: `(C,)`.
+        """
+        past = None
+        if self._past is not None and len(se):
+            value, error, then = self._past[:, self._past.shape[1] - len(se) :]
+            past = Past(Estimate(value, error, ""), then)
+        return best_estimate(amplification, np.where(np.isfinite(se), se, 0.0), past=past)
 
     def _samples(self, now: Readings) -> list[Record]:
         """The first prompts' rollouts with the concepts' activations; all processes together."""
@@ -204,18 +221,18 @@ class _Columns:
         parts = [readings.features] if readings.features is not None else []
         return torch.cat([*parts, readings.scores.cpu()], dim=-1).double().flatten(0, 2).numpy()
 
-    def best(self, amplification: np.ndarray, se: np.ndarray, group: slice) -> Estimate:
-        """The best estimate of a group of columns; what never varies has not changed."""
+    def best(self, amplification: np.ndarray, se: np.ndarray, group: slice) -> tuple[Estimate, np.ndarray]:
+        """The best estimate of a group of columns, and what the probe alone says; what never varies has not changed."""
         base, now = self.base[:, group], self.now[:, group]
         varies = np.isfinite(se) & (np.concatenate([base, now]).std(axis=0) > 0)
-        value, error = np.zeros(len(se)), np.zeros(len(se))
+        value, error, alone = np.zeros((3, len(se)))
         if not varies.any():
-            return Estimate(value, error, "probe rollouts")
+            return Estimate(value, error, "probe rollouts"), alone
         change = probe_change(base[:, varies], now[:, varies], self.base_ratios, self.ratios)
         spectrum = Spectrum.of(base[:, varies]) if base[:, varies].std(axis=0).any() else None
         best = best_estimate(amplification[varies], se[varies], change, spectrum)
-        value[varies], error[varies] = best.value, best.se
-        return Estimate(value, error, best.name)
+        value[varies], error[varies], alone[varies] = best.value, best.se, change.value
+        return Estimate(value, error, best.name), alone
 
 
 def _joined(parts: list[Estimate]) -> Estimate:

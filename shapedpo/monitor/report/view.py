@@ -52,6 +52,7 @@ def view(digest: Digest) -> dict[str, Any]:
             "pairs": number(last.get("pairs")),
             "epoch": number(last.get("epoch")),
         },
+        "estimator": clean(last.get("estimator") or "", 200),
         "verdicts": {
             v: sum(c["verdict"] == v for c in concepts) for v in ("amplified", "suppressed", "unclear", "none")
         },
@@ -96,6 +97,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
     probe = mapping(mapping(digest.probes.last[1]).get("concepts")) if digest.probes.last else {}
     asked = {clean(concept.get("name")): concept for concept in items(digest.run.get("concepts"))}
     history = digest.steps.thinned()
+    has_change = any("change" in mapping(values) for values in last.values())
     names = list(dict.fromkeys([*asked, *map(clean, last), *map(clean, probe)]))
     latest = {name: _estimates(mapping(last.get(name))) for name in names}
     axis = scale([estimates["amplification"] for estimates in latest.values()])
@@ -121,7 +123,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
                 "pressure": estimates["pressure"],
                 "delta": estimates["delta"],
                 "strength": number(mapping(last.get(name)).get("strength")),
-                "change": interval(numbers(mapping(probe.get(name)).get("change"), 2), None),
+                "change": interval(numbers(mapping((last if has_change else probe).get(name)).get("change"), 2), None),
                 "spark": spark(list(history), [numbers(v.get("amplification"), 2) for v in values]),
             }
         )
