@@ -169,7 +169,9 @@ def probing(trainer: Any, world: Lab | Stories) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % PROBE_STEPS == 0 and state.global_step < state.max_steps:
                 training = trainer.model.training
-                trainer._shaping.hold.correct(*change())
+                found = change()
+                print(f"step {state.global_step}: change {found[0][0]:+.2f} +- {found[1][0]:.2f} sd", flush=True)
+                trainer._shaping.hold.correct(*found)
                 trainer.model.train(training)
 
     return Probe()
@@ -238,7 +240,7 @@ def jobs(quick: bool) -> Iterator[Job]:
     for trait in LAB_TRAITS:
         yield Job("lab", trait)
     yield Job("stories", "dialogue", probes=True)
-    yield Job("lab", "emoji", probes=True)
+    yield Job("lab", "cheerfulness", probes=True)
     for rate in (10**-0.5, 10**0.5):
         yield Job("lab", "goblin", rate)
         yield Job("lab", "emoji", rate)

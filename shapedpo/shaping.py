@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -78,6 +79,17 @@ class Shaping:
         self.hold.observe(rows[:, 0], rows[:, 1:])
         if last:
             self.hold.update()
+
+    def correct(self, changes: Mapping[str, tuple[float, float]]) -> None:
+        """Tell the controller of the held concepts, if there are any, what probe rollouts show. On all processes alike.
+
+        Args:
+            changes: By name of the concept: mean score of the policy's rollouts less that of the reference's, and its standard error, in
+                sd of the score. Concepts that are not held are passed over.
+        """
+        if self.hold is not None:
+            found = [changes.get(self.concepts[index].name, (math.nan, math.nan)) for index in self.held]
+            self.hold.correct([change for change, _ in found], [error for _, error in found])
 
     def tilt(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
         """What to subtract from the reference's log-probabilities, in nats: `(2B,)`, or `None` if there is nothing."""

@@ -78,3 +78,16 @@ def test_evaluation_is_plain_and_leaves_the_controller_alone():
 def test_precomputed_reference_gives_the_same():
     one, two = (train(shaped(way(), precompute_ref_log_probs=cached, calibration_size=24)) for cached in (False, True))
     assert one.metric("concepts/way/strength") == pytest.approx(two.metric("concepts/way/strength"), abs=1e-4)
+
+
+def test_probes_reach_the_concept_they_name():
+    trainer = shaped(way(), Concept("goblin", Regex("goblin")), Concept("dog", Regex("dog"), "hold"))
+    train(trainer)
+    bias = trainer._shaping.hold.bias
+    assert bias.tolist() == [0, 0]
+    trainer._shaping.correct({"dog": (0.5, 0.01), "goblin": (9.0, 0.01), "elsewhere": (9.0, 0.01)})
+    bias = trainer._shaping.hold.bias
+    assert bias[0] == 0 < bias[1]
+    shaped(Concept("goblin", Regex("goblin")))._shaping.correct(
+        {"goblin": (9.0, 0.01)}
+    )  # nothing is held: nothing happens
