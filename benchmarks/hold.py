@@ -1,6 +1,6 @@
 """`action="hold"`: does a concept stay where it was while the rest is learned, with no strength given?
 
-    python -m benchmarks.hold [--quick] [--only lab/goblin] [--fresh]
+    python -m benchmarks.hold [--quick] [--only lab/goblin] [--finished] [--fresh]
 
 Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
 (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +216,16 @@ def run(job: Job) -> dict[str, Any]:
     return result
 
 
-def cached(job: Job, fresh: bool = False) -> dict[str, Any]:
-    """[`run`], or what an earlier call found."""
+def kept(job: Job) -> Path:
+    """Where a run's result is kept."""
     code = SOURCE.read_bytes() if job.held else b""
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
-    file = CACHE / f"{key}.json"
+    return CACHE / f"{key}.json"
+
+
+def cached(job: Job, fresh: bool = False) -> dict[str, Any]:
+    """[`run`], or what an earlier call found."""
+    file = kept(job)
     if fresh or not file.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         found = run(job)
@@ -308,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hold", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one small run of each world")
     parser.add_argument("--only", nargs="+", help="runs whose name begins so, such as lab/goblin")
+    parser.add_argument("--finished", action="store_true", help="no new runs: the table of what is in the cache")
     parser.add_argument("--fresh", action="store_true", help="do not take finished runs from the cache")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -321,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for job in jobs(options.quick):
         if options.only and not any(job.name.startswith(start) for start in options.only):
+            continue
+        if options.finished and not (kept(job).exists() and kept(replace(job, held=None, probes=False)).exists()):
             continue
         if job.world == "stories" and not stories.MODEL.is_dir():
             print(f"left out, as there is no model at {stories.MODEL}: {job.name}")
