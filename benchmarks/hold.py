@@ -4,7 +4,7 @@
 
 Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
 (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
-rate and half a decade below and above. `probes` is the same controller corrected by rollouts during the run, to see what they add.
+rate and half a decade below and above. `probes` is the same run with `probe_steps` set, so that rollouts correct the controller.
 
 Finished runs are kept in `benchmarks/cache/hold/`, by settings and by the controller's source, so that a run that was cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
@@ -16,7 +16,6 @@ import argparse
 import csv
 import hashlib
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -24,8 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import stories
 
@@ -35,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 SOURCE = Path(__file__).parents[1] / "shapedpo" / "shapers" / "hold.py"
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
-PROBE_STEPS, PROBE_ROLLOUTS = 50, 400
+PROBES = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,16 @@ class Lab:
 
         return [lab.concept(held, action="hold")]
 
-    def prompts(self, n: int, seed: int) -> list[Any]:
+    def heldout(self) -> Any:
         from shapedpo import lab
 
-        return lab.heldout_prompts(n, seed)
-
-    def sample(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
-        from shapedpo import lab
-
-        return lab.rollouts(model, self.tokenizer, prompts, seed=seed)
-
-    def completion(self, text: str) -> Any:
-        return [{"role": "assistant", "content": text}]
+        return lab.preference_data(self.world.lessons, 400, self.job.seed + 7)
 
     def rates(self, model: Any) -> dict[str, float]:
         from shapedpo import lab
 
-        texts = self.sample(model, self.prompts(400 if self.job.quick else 1000, self.job.seed + 1), self.job.seed + 2)
+        prompts = lab.heldout_prompts(400 if self.job.quick else 1000, self.job.seed + 1)
+        texts = lab.rollouts(model, self.tokenizer, prompts, seed=self.job.seed + 2)
         return {name: rate.rate for name, rate in lab.trait_rates(texts, LAB_TRAITS).items()}
 
 
@@ -120,61 +110,15 @@ class Stories:
     def concepts(self, held: str) -> list[Any]:
         return stories.dialogue(self.world, stories.choose_features(self.world)[0], action="hold")
 
-    def prompts(self, n: int, seed: int) -> list[Any]:
-        return [self.world.heldout[i % len(self.world.heldout)] for i in range(n)]
+    def heldout(self) -> Any:
+        from datasets import Dataset
 
-    def sample(self, model: Any, prompts: Sequence[Any], seed: int) -> list[str]:
-        with torch.random.fork_rng(devices=[]):
-            return stories.sample(model, self.tokenizer, prompts, self.recipe.tokens, seed)
-
-    def completion(self, text: str) -> Any:
-        return text
+        return Dataset.from_list(
+            [{"prompt": prompt, "chosen": " a", "rejected": " b"} for prompt in self.world.heldout]
+        )
 
     def rates(self, model: Any) -> dict[str, float]:
         return stories.heldout_rates(self.world, model)
-
-
-def probing(trainer: Any, world: Lab | Stories) -> Any:
-    """A callback that compares rollouts of the policy with the reference's, and corrects the controller by what they show."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    from shapedpo.reading import RawScores
-
-    prompts = world.prompts(PROBE_ROLLOUTS, 77)
-    before = world.sample(world.model, prompts, 78)  # the policy has not moved yet
-
-    def change() -> tuple[list[float], list[float]]:
-        texts = world.sample(trainer.model, prompts, 78)
-        sides = zip(prompts, texts, before, strict=True)
-        rows = [
-            {"prompt": prompt, "chosen": world.completion(now), "rejected": world.completion(then)}
-            for prompt, now, then in sides
-            if now.strip() and then.strip()
-        ]
-        data = trainer._prepare_dataset(Dataset.from_list(rows), trainer.processing_class, trainer.args, "probe")
-        examples = [dict(row) for row in data]
-        with torch.no_grad():
-            parts = [examples[start : start + 64] for start in range(0, len(examples), 64)]
-            tables = [trainer._read_rows(part, torch.zeros(len(part), dtype=torch.bool)) for part in parts]
-        table, f = torch.cat(tables), trainer._reader.n_columns
-        chosen, rejected, prompt, valid, gates = table.split([f, f, 0, 1, table.shape[1] - 2 * f - 1], dim=1)
-        signals = trainer._reader.signals(
-            RawScores(torch.cat([chosen, rejected]), prompt), trainer._calibration.statistics, valid[:, 0] > 0, gates
-        )
-        deltas = signals[0].delta.double()
-        return [float(deltas.mean())], [float(deltas.std()) / math.sqrt(len(deltas))]
-
-    class Probe(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % PROBE_STEPS == 0 and state.global_step < state.max_steps:
-                training = trainer.model.training
-                found = change()
-                print(f"step {state.global_step}: change {found[0][0]:+.2f} +- {found[1][0]:.2f} sd", flush=True)
-                trainer._shaping.hold.correct(*found)
-                trainer.model.train(training)
-
-    return Probe()
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -198,14 +142,17 @@ def run(job: Job) -> dict[str, Any]:
                 bf16=False,
                 use_cpu=True,
                 gradient_checkpointing=False,
+                **(PROBES if job.probes else {}),
                 **world.settings,
             )
             trainer = ShapedDPOTrainer(
-                model=world.model, args=args, train_dataset=world.data, processing_class=world.tokenizer
+                model=world.model,
+                args=args,
+                train_dataset=world.data,
+                eval_dataset=world.heldout() if job.probes else None,  # for the probes' prompts
+                processing_class=world.tokenizer,
             )
             trainer.remove_callback(PrinterCallback)
-            if job.probes:
-                trainer.add_callback(probing(trainer, world))
             started = time.perf_counter()
             trainer.train()
             result["seconds"] = time.perf_counter() - started
@@ -218,7 +165,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def kept(job: Job) -> Path:
     """Where a run's result is kept."""
-    code = SOURCE.read_bytes() if job.held else b""
+    code = (SOURCE.read_bytes() if job.held else b"") + (json.dumps(PROBES).encode() if job.probes else b"")
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
     return CACHE / f"{key}.json"
 
@@ -245,7 +192,8 @@ def jobs(quick: bool) -> Iterator[Job]:
     for trait in LAB_TRAITS:
         yield Job("lab", trait)
     yield Job("stories", "dialogue", probes=True)
-    yield Job("lab", "cheerfulness", probes=True)
+    for trait in LAB_TRAITS:
+        yield Job("lab", trait, probes=True)
     for rate in (10**-0.5, 10**0.5):
         yield Job("lab", "goblin", rate)
         yield Job("lab", "emoji", rate)

@@ -64,7 +64,8 @@ class Concept:
         target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
             score; negative for less of the concept. 0, the default, is the level before training.
 
-    `hold` works by the readout and on the data: it keeps the pairs from teaching what the readout reads. It cannot work
+    `hold` works by the readout and on the data: it keeps the pairs from teaching what the readout reads. With `probe_steps` set, what
+    rollouts show corrects what it reads off the pairs, which is the better version. It cannot work
 
     - where the data have no signal to counter with. If the concept only ever shows on one side (a rare concept that deltas separate),
       shaping can take all that its pairs teach, but no pair can teach the opposite: what other lessons bring along, stays;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,6 +156,14 @@ class TrainerAccess:
 
     def _collated(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return split_batch(self._trainer._prepare_inputs(self._trainer.data_collator(rows)))
+
+    def correct(self, changes: Mapping[str, Sequence[float]]) -> None:
+        """Tell the controller of held concepts what rollouts show of each: change and standard error. All processes alike.
+
+        Not of a gated one: the prompts of a probe are not its gate's.
+        """
+        free = {concept.name for concept in self.concepts if concept.gate is None}
+        self._trainer._shaping.correct({name: (value, se) for name, (value, se) in changes.items() if name in free})
 
     def log(self, scalars: dict[str, float]) -> None:
         """Log scalars by themselves: past TRL's `log`, which would average and clear the step's metrics."""

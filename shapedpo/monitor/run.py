@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -353,6 +354,10 @@ class RunMonitor(TrainerCallback):
         features = Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
         record, shown = self._probe.run(step, concepts, features, self.features)
         self._describe(shown)
+        if step:
+            box = [{name: concept["change"] for name, concept in record.get("concepts", {}).items()}]
+            broadcast_object_list(box)
+            self.run.correct(box[0])
         if not self.accelerator.is_main_process:
             return
         for column, entry in zip(shown, record.get("features", ()), strict=True):

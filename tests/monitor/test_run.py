@@ -209,6 +209,20 @@ class TestProbe:
         known = {row["prompt"].replace("<bos> ", "") for row in held_out}
         assert {sample["prompt"] for sample in records(tmp_path, "probe")[0]["samples"]} <= known
 
+    def test_rollouts_correct_the_controller_of_held_concepts(self, tmp_path):
+        def biases(**fields: Any) -> list[float]:
+            held = Concept("held", Direction(vector(4), layer=1), action="hold")
+            gated = Concept("gated", Direction(vector(3), layer=1), action="hold", gate={"column": "some"})
+            data = pairs(some=[i % 2 == 0 for i in range(24)])
+            trainer = shaped(held, gated, data=data, output_dir=str(tmp_path / str(len(fields))), **fields)
+            train(trainer)
+            return trainer._shaping.hold.bias.tolist()
+
+        assert biases() == [0.0, 0.0]
+        corrected = biases(**PROBE)
+        assert corrected[0] != 0
+        assert corrected[1] == 0  # the prompts of a probe are not its gate's
+
     def test_adapter(self, tmp_path):
         from peft import LoraConfig
 
@@ -268,7 +282,11 @@ class Stop(TrainerCallback):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
     def trainer(out: Path, **options: Any) -> Any:
-        concepts = [*watching(), Concept("x", Direction(vector(2), layer=1), action="suppress", strength=1.0)]
+        concepts = [
+            *watching(),
+            Concept("x", Direction(vector(2), layer=1), action="suppress", strength=1.0),
+            Concept("y", Direction(vector(4), layer=1), action="hold"),
+        ]
         fields = {"monitor": "20", "monitor_sae": str(sae_path()), "save_strategy": "steps", "save_steps": 3, **PROBE}
         return shaped(*concepts, max_steps=7, output_dir=str(out), **fields, **options)
 

@@ -99,11 +99,9 @@ class ProbeRecorder:
         if self.run_.accelerator.is_main_process:
             record, shown = self._record(step, now, before, policy_before, concepts, features)
             record["samples"] = samples
-        if self.run_.accelerator.num_processes > 1:
-            box = [shown]
-            broadcast_object_list(box)
-            shown = box[0]
-        return record, shown
+        box = [shown]
+        broadcast_object_list(box)  # does nothing where there is one process
+        return record, box[0]
 
     def _record(
         self,
