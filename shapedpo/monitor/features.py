@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..readouts import ActivationReader
-from ..readouts.base import gather_tokens
+from ..readouts.base import WrappedReader, gather_tokens
 from ..readouts.sae_reader import SAEReader, max_elements, tiles
 
 
@@ -102,7 +101,7 @@ class Exciting(NamedTuple):
         return list(dict.fromkeys(token for activation, token in pairs if activation > 0))[:n]
 
 
-class ExcitingReader(ActivationReader):
+class ExcitingReader(WrappedReader):
     """Reads all features of an SAE, and at which token each is largest. For the calibration pass, not for training steps.
 
     Args:
@@ -110,25 +109,10 @@ class ExcitingReader(ActivationReader):
     """
 
     def __init__(self, reader: SAEReader) -> None:
-        self.reader = reader
-        self.hook_name, self.d_in = reader.hook_name, reader.d_in
-        self.n_features, self.pooling = reader.n_features, "max"
+        super().__init__(reader)
+        self.pooling = "max"
         self.positions = torch.empty(0)
         """`(N, F)` int64, after a pass: where the largest activation is, as a position of the mask."""
-
-    def to(self, device: torch.device | str) -> ExcitingReader:
-        self.reader.to(device)
-        return self
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.reader.encode(x)
-
-    def directions(self) -> Tensor:
-        return self.reader.directions()
-
-    @property
-    def fingerprint(self) -> str:
-        return self.reader.fingerprint
 
     @torch.no_grad()
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -13,18 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
-from trl.trainer.utils import get_config_model_id
 
 from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
 from .estimators import best_estimate
-from .features import Exciting, ExcitingReader, load_labels, promoted_tokens
+from .features import Exciting, ExcitingReader
+from .names import FeatureNames
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder
 from .probe.rollouts import Probe, choose_prompts
 from .records import FILE_NAME, TEXT_LENGTH, Record, RecordFile, Sink, plain
 from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics, ranked
-from .settings import MonitorSettings
+from .settings import MonitorSettings, run_record
 
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class RunMonitor(TrainerCallback):
         self.reader = reader
         self.features: FeatureMonitor | None = None
         self._calibration: FeatureCalibration | None = None
-        self._labels = load_labels(self.settings.labels) if self.settings.labels is not None else {}
-        self._described: dict[int, Record] = {}
+        self._names = FeatureNames(run, settings.labels)
         self._strengths: dict[str, float] = {}
         self._probe: ProbeRecorder | None = None
         self._loaded: dict[str, Tensor] = {}
@@ -157,7 +156,7 @@ class RunMonitor(TrainerCallback):
             for sink in self._sinks:
                 sink.open(kept)
             if not any(record["type"] == "run" for record in kept):
-                self._write([self._run_record(args, state)])
+                self._write([run_record(self.run, self.settings, self.reader, state, self._batch)])
         if self._probe is not None and not self._probe.begun:
             self._run_probe(state.global_step)
         self._show()
@@ -212,34 +211,6 @@ class RunMonitor(TrainerCallback):
 
     # ------------------------------------------------------------------ records
 
-    def _run_record(self, args: Any, state: Any) -> Record:
-        thresholds = self.run.calibration.thresholds.tolist()
-        concepts = []
-        for concept, threshold in zip(self.concepts, thresholds, strict=True):
-            data = {"method": None, "strength": None, "gate": None, **concept.to_dict()}
-            concepts.append({**data, "label": concept.name, "threshold": plain(threshold)})
-        probes = self.settings.probe_steps
-        return {
-            "type": "run",
-            "version": 1,
-            "step": state.global_step,
-            "run_name": args.run_name,
-            "model": get_config_model_id(self.accelerator.unwrap_model(self.run.reference).config),
-            "concepts": concepts,
-            "settings": {
-                "beta": args.beta,
-                "learning_rate": args.learning_rate,
-                "loss_type": list(args.loss_type),
-                "batch": self._batch,
-                "max_steps": state.max_steps,
-                "seed": args.seed,
-                "window": self.settings.window,
-                "monitor": self.features.reader.n_features if self.features is not None else None,
-                "probe_steps": probes or None,
-            },
-            "data": self.run.source._asdict(),
-        }
-
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
 
@@ -286,7 +257,7 @@ class RunMonitor(TrainerCallback):
         estimates = Window.estimates(self._sum(features.window.state()))
         amplified, suppressed = ranked(estimates.value[0], estimates.se[0], TOP_FEATURES)
         chosen = [*amplified, *suppressed]
-        self._describe(chosen)
+        names = self._names.of(chosen, features)
         best = self._merged(features.pairs)
         entries = []
         if self.accelerator.is_main_process:
@@ -294,7 +265,7 @@ class RunMonitor(TrainerCallback):
             table = _table(Estimates(estimates.value[:, index], estimates.se[:, index]))
             for column, numbers, (pair,) in zip(chosen, table, best[index].tolist(), strict=True):
                 rows = [self._pair(pair)] if pair[0] > 0 else []
-                entries.append({**self._described[column], **numbers, "rows": rows})
+                entries.append({**names[column], **numbers, "rows": rows})
         return {
             "type": "features",
             "step": step,
@@ -303,24 +274,6 @@ class RunMonitor(TrainerCallback):
             "amplified": entries[: len(amplified)],
             "suppressed": entries[len(amplified) :],
         }
-
-    def _describe(self, columns: Sequence[int]) -> None:
-        """Name features, once each; all processes must ask together, as the unembedding may be sharded."""
-        new = [column for column in columns if column not in self._described]
-        if not new:
-            return
-        assert self.features is not None
-        statistics, tokenizer = self.features.statistics, self.run.tokenizer
-        directions = self.features.reader.directions()[torch.tensor(new)]
-        model = self.accelerator.unwrap_model(self.run.reference)
-        promoted = promoted_tokens(directions, model)
-        for column, ids in zip(new, promoted, strict=True):
-            feature = int(statistics.ids[column])
-            tokens = [tokenizer.decode([token]).strip() for token in statistics.exciting.tokens(column)]
-            promotes = [tokenizer.decode([token]).strip() for token in ids]
-            told = ", ".join(token for token in tokens if token) or ", ".join(token for token in promotes if token)
-            label = self._labels.get(feature) or told or f"feature {feature}"
-            self._described[column] = {"feature": feature, "label": label, "tokens": tokens, "promotes": promotes}
 
     def _pair(self, pair: Sequence[float]) -> Record:
         """A pair of a [`TopPairs`] table as a record has it."""
@@ -353,7 +306,7 @@ class RunMonitor(TrainerCallback):
         concepts = Window.estimates(self._sum(self.window.state()))
         features = Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
         record, shown = self._probe.run(step, concepts, features, self.features)
-        self._describe(shown)
+        names = self._names.of(shown, self.features) if self.features is not None else {}
         if step:
             box = [{name: concept["change"] for name, concept in record.get("concepts", {}).items()}]
             broadcast_object_list(box)
@@ -361,7 +314,7 @@ class RunMonitor(TrainerCallback):
         if not self.accelerator.is_main_process:
             return
         for column, entry in zip(shown, record.get("features", ()), strict=True):
-            entry |= {name: self._described[column][name] for name in ("feature", "label")}
+            entry |= {name: names[column][name] for name in ("feature", "label")}
         self._write([record])
         self._show()
         scalars = {}

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl.trainer.utils import get_config_model_id
 
 from ..concept import Concept
-from ..readouts import LabTrait, SAEFeatures
+from ..readouts import ActivationReader, LabTrait, SAEFeatures
+from .records import Record, plain
+
+
+if TYPE_CHECKING:
+    from .access import TrainerAccess
 
 
 class MonitorSettings(NamedTuple):
@@ -94,3 +101,42 @@ def _monitored(args: Any, concepts: Sequence[Concept]) -> SAEFeatures:
             f"`monitor={args.monitor!r}` asks for the features of an SAE, but {why}. Name it in `monitor_sae` (and `monitor_sae_id`)."
         )
     return found[0]
+
+
+def run_record(
+    run: TrainerAccess, settings: MonitorSettings, reader: ActivationReader | None, state: Any, batch: int
+) -> Record:
+    """The record of what was asked.
+
+    Args:
+        run: The trainer, calibrated.
+        settings: What is watched.
+        reader: Of the monitored features.
+        state: The trainer's state.
+        batch: Pairs of an optimiser step.
+    """
+    thresholds = run.calibration.thresholds.tolist()
+    concepts = []
+    for concept, threshold in zip(run.concepts, thresholds, strict=True):
+        data = {"method": None, "strength": None, "gate": None, **concept.to_dict()}
+        concepts.append({**data, "label": concept.name, "threshold": plain(threshold)})
+    return {
+        "type": "run",
+        "version": 1,
+        "step": state.global_step,
+        "run_name": run.args.run_name,
+        "model": get_config_model_id(run.accelerator.unwrap_model(run.reference).config),
+        "concepts": concepts,
+        "settings": {
+            "beta": run.args.beta,
+            "learning_rate": run.args.learning_rate,
+            "loss_type": list(run.args.loss_type),
+            "batch": batch,
+            "max_steps": state.max_steps,
+            "seed": run.args.seed,
+            "window": settings.window,
+            "monitor": reader.n_features if reader is not None else None,
+            "probe_steps": settings.probe_steps or None,
+        },
+        "data": run.source._asdict(),
+    }

@@ -83,6 +83,33 @@ class ActivationReader(ABC):
         return reduce_tokens(self.encode(x), inside, self.pooling)
 
 
+class WrappedReader(ActivationReader):
+    """Reads as another reader does. Subclasses keep something of what they see.
+
+    Args:
+        reader: The other.
+    """
+
+    def __init__(self, reader: ActivationReader) -> None:
+        self.reader = reader
+        self.hook_name, self.d_in, self.n_features = reader.hook_name, reader.d_in, reader.n_features
+        self.pooling, self.model_name = reader.pooling, reader.model_name
+
+    def to(self, device: torch.device | str) -> WrappedReader:
+        self.reader.to(device)
+        return self
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.reader.encode(x)
+
+    def directions(self) -> Tensor:
+        return self.reader.directions()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.reader.fingerprint
+
+
 class TextReader(ABC):
     """Reads one score from each text."""
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...readouts import ActivationReader, Regex
+from ...readouts.base import WrappedReader
 
 
 if TYPE_CHECKING:
     from ..access import TrainerAccess
 
 
-class TokenReader(ActivationReader):
+class TokenReader(WrappedReader):
     """Reads every token of a few completions, and keeps what it reads.
 
     Args:
@@ -23,26 +24,10 @@ class TokenReader(ActivationReader):
     """
 
     def __init__(self, reader: ActivationReader, std: Tensor) -> None:
-        self.reader = reader
+        super().__init__(reader)
         self.std = std
-        self.hook_name, self.d_in, self.n_features = reader.hook_name, reader.d_in, reader.n_features
-        self.pooling = reader.pooling
         self.tokens = torch.empty(0)
         """`(N, T)`, after a pass: the mean of the features' standardised activations."""
-
-    def to(self, device: torch.device | str) -> TokenReader:
-        self.reader.to(device)
-        return self
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.reader.encode(x)
-
-    def directions(self) -> Tensor:
-        return self.reader.directions()
-
-    @property
-    def fingerprint(self) -> str:
-        return self.reader.fingerprint
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
         # A row at a time: of a whole SAE, all tokens at once would be too many.
