@@ -34,7 +34,7 @@ LIMIT = 1.5
 UNPROBED_SE = 0.1
 """Standard deviations by which a feature may have changed of which amplification says nothing."""
 CARRIED_ERROR = 0.3
-"""Error of an estimate that was carried forward, as a share of the features' root mean square change."""
+"""Error of an estimate that was carried forward, as a share of the features' root mean square change (of a few, of each one's own)."""
 MAX_GROWTH = 3.0
 """Bound on the growth since the last probe: amplification near a run's start is mostly noise."""
 MIN_FEATURES = 16
@@ -217,7 +217,11 @@ def _carried(past: Past, reading: Array) -> Estimate:
             f"Expected one value a feature, got {len(reading)} amplifications, and of the past {len(then)} and "
             f"{len(past.estimate.value)} estimates."
         )
+    if np.array_equal(reading, then):  # nothing has been trained on since
+        return Estimate(past.estimate.value, past.estimate.se, "last probe")
     growth = float(np.clip(reading @ then / (then @ then), 0.0, MAX_GROWTH)) if then.any() else 1.0
     value = growth * past.estimate.value
-    added = CARRIED_ERROR * np.sqrt(np.mean(value**2))
-    return Estimate(value, np.hypot(growth * past.estimate.se, added), "last probe, carried forward by amplification")
+    # Of many features the usual change; a few named concepts have little to do with each other.
+    size = np.sqrt(np.mean(value**2)) if len(value) >= MIN_FEATURES else np.abs(value)
+    error = np.hypot(growth * past.estimate.se, CARRIED_ERROR * size)
+    return Estimate(value, error, "last probe, carried forward by amplification")

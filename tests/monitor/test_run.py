@@ -162,7 +162,7 @@ class TestProbe:
         for probe, step in zip(
             probes[1:], records(out, "step")[1::2], strict=False
         ):  # the same moment: the same estimate
-            assert (probe["step"], step["estimator"]) == (step["step"], "last probe, carried forward by amplification")
+            assert (probe["step"], step["estimator"]) == (step["step"], "last probe")
             for name, concept in step["concepts"].items():
                 assert concept["change"][0] == pytest.approx(probe["concepts"][name]["change"][0], abs=1e-5)
         logged = [entry["probe/goblin/rate"] for entry in run.history if "probe/goblin/rate" in entry]
