@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-FIELDS = ("key", "row", "delta", "apart", "contribution")
-"""What is kept of a pair: its decayed rank, its row in the data set, its delta, log-ratios and contribution."""
+FIELDS = ("key", "row", "delta", "apart", "contribution", "age")
+"""What is kept of a pair: its decayed rank, its row in the data set, its delta, log-ratios and contribution, and how many batches ago it was met."""
 
 
 class TopPairs:
@@ -44,7 +44,8 @@ class TopPairs:
         """
         contribution = torch.sigmoid(-beta * apart)[:, None] * delta  # (B, C)
         row, apart_ = (column[:, None].expand_as(delta).float() for column in (rows, apart))
-        new = [contribution.abs(), row, delta, apart_, contribution]
+        new = [contribution.abs(), row, delta, apart_, contribution, torch.zeros_like(delta)]
+        self.table[:, :, 5] += 1
         self.table[:, :, 0] *= math.exp(-len(rows) * world_size / self.size)
         if self.k == 1:  # of every feature of an SAE: a comparison, not a sort
             best = _best(contribution.abs().T, row.T)
@@ -58,8 +59,10 @@ class TopPairs:
 
     def _top(self, candidates: Tensor) -> Tensor:
         """The best k of `(C, n, fields)`; of a row that is there twice, the last."""
-        row = candidates[:, :, 1]
-        later = (row[:, :, None] == row[:, None, :]).triu(diagonal=1).any(dim=2)
+        row, age = candidates[:, :, 1], candidates[:, :, 5]
+        younger = age[:, None, :] < age[:, :, None]
+        younger |= (age[:, None, :] == age[:, :, None]).triu(diagonal=1)
+        later = ((row[:, :, None] == row[:, None, :]) & younger).any(dim=2)
         key = torch.where(later, -1.0, candidates[:, :, 0])  # ranks below an empty place, whose key is 0
         candidates = torch.cat([key[:, :, None], candidates[:, :, 1:]], dim=2)
         # Of equal ones the smaller row first, so that the order in which processes are asked does not matter.

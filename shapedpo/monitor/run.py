@@ -277,7 +277,7 @@ class RunMonitor(TrainerCallback):
 
     def _pair(self, pair: Sequence[float]) -> Record:
         """A pair of a [`TopPairs`] table as a record has it."""
-        _, row, delta, apart, contribution = pair
+        _, row, delta, apart, contribution, _ = pair
         texts = self.run.texts(int(row))
         return {
             "row": int(row),

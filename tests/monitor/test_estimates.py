@@ -130,6 +130,16 @@ class TestTopPairs:
         for c in range(2):
             assert set(merged[c, :, 1].tolist()) == set(one.table[c, :, 1].tolist())
 
+    def test_of_two_processes_the_later_one_counts(self):
+        """A row that both have met: what it was like at the last time, whichever process saw it then."""
+        two = [TopPairs(1, 3, SIZE, CPU) for _ in range(2)]
+        for step, (process, apart) in enumerate([(1, 1.0), (0, 2.0)]):
+            for i, pairs in enumerate(two):
+                row = 7 if i == process else 10 * step + i
+                pairs.update(torch.tensor([row]), torch.tensor([apart]), BETA, torch.ones(1, 1), world_size=2)
+        merged = two[0].merged(torch.stack([pairs.table for pairs in two]))
+        assert [float(pair[3]) for pair in merged[0] if pair[1] == 7 and pair[0] > 0] == [2.0]
+
 
 def test_ranked_by_what_is_sure():
     value, se = torch.tensor([5.0, 1.0, -2.0, 0.1, torch.nan]), torch.tensor([4.0, 0.1, 0.2, 0.2, 1.0])
