@@ -179,15 +179,10 @@ class RunMonitor(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._probe is not None:
             self._run_probe(state.global_step)
-        records = self._estimates(state, True)
+        logged = self._logged == state.global_step  # a run often ends with a step that is logged
+        records = self._estimates(state, self._drawn < state.global_step)[int(logged) :]
         if self.accelerator.is_main_process:
-            # The step that ends a run has often been logged already.
-            self._write(
-                [
-                    *(record for record in records if record["type"] != "step"),
-                    {"type": "end", "step": state.global_step},
-                ]
-            )
+            self._write([*records, {"type": "end", "step": state.global_step}])
             self._show()
             for sink in self._sinks:
                 sink.close()

@@ -131,6 +131,15 @@ def test_rows_keep_their_numbers_where_preparation_drops_some(tmp_path):
         assert row["prompt"] == data[row["row"]]["prompt"].replace("<bos> ", "")
 
 
+def test_the_last_step_is_recorded_once(tmp_path):
+    """Whether it is logged or not."""
+    for every in (1, 2):
+        train(shaped(*watching(), max_steps=3, logging_steps=every, output_dir=str(tmp_path / str(every))))
+        for kind in ("step", "pairs"):
+            assert [record["step"] for record in records(tmp_path / str(every), kind)].count(3) == 1
+        assert read_records(tmp_path / str(every))[-1] == {"type": "end", "step": 3}
+
+
 def test_a_stream_has_row_numbers_only(tmp_path):
     train(shaped(Concept("goblin", Regex("goblin")), data=pairs().to_iterable_dataset(), output_dir=str(tmp_path)))
     rows = records(tmp_path, "pairs")[-1]["concepts"]["goblin"]
