@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,8 +29,6 @@ from .settings import MonitorSettings, run_record
 if TYPE_CHECKING:
     from ..metrics import Pairs
     from .access import TrainerAccess
-
-logger = get_logger(__name__)
 
 STATE_NAME = "monitor.safetensors"
 """Name of the monitor's state in a checkpoint."""
