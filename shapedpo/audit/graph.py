@@ -1,0 +1,130 @@
+"""Clusters of features that fire together: mutual information of binary firing, a graph of the strongest pairs, Leiden communities."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse, stats
+from tqdm.auto import tqdm
+
+from .settings import AuditSettings
+
+
+_BLOCK = 8_000_000  # joint counts held at once
+
+
+class Pairs(NamedTuple):
+    """Pairs of features.
+
+    Attributes:
+        first, second: `(E,)` int32, indices of features, `first < second`; in ascending order.
+        weight: `(E,)` float32, normalised mutual information.
+    """
+
+    first: NDArray[np.int32]
+    second: NDArray[np.int32]
+    weight: NDArray[np.float32]
+
+    def take(self, which: NDArray[Any]) -> Pairs:
+        """Some of them."""
+        return Pairs(self.first[which], self.second[which], self.weight[which])
+
+
+def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress: bool = False) -> Pairs:
+    r"""The pairs of features whose firing tells most of each other: \( I(g; h) / \sqrt{H_g H_h} \).
+
+    Only features that fire, and are silent, in `min_firing` samples are eligible. Features that avoid each other have mutual
+    information too; such pairs are left out, as the mean over a cluster of them would cancel. Joint counts are made blockwise by
+    sparse products and only the pairs above a rising threshold are kept, so that memory goes with the number of edges.
+
+    Args:
+        firing: `(n, d_sae)`, nonzero where a feature fires in a sample.
+        settings: Of it `min_firing`, `edge_share`, `max_edges`, `edge_p`.
+        progress: Whether to show a bar.
+    """
+    n = firing.shape[0]
+    often = np.bincount(firing.indices, minlength=firing.shape[1])
+    eligible = np.flatnonzero((often >= settings.min_firing) & (often <= n - settings.min_firing))
+    empty = Pairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+    if len(eligible) < 2:
+        return empty
+    firing = firing[:, eligible].astype(np.int32)
+    firing.data[:] = 1
+    of_feature = firing.T.tocsr()
+    count = often[eligible]
+    x_log_x = np.arange(n + 1) * np.log(np.maximum(np.arange(n + 1), 1))
+    entropy = x_log_x[n] - x_log_x[count] - x_log_x[n - count]  # times n, nats
+
+    keep = min(settings.max_edges, max(1, round(settings.edge_share * len(eligible) * (len(eligible) - 1) / 2)))
+    least = stats.chi2.isf(settings.edge_p, 1) / 2  # of n times the mutual information, on which the G test is
+    threshold, found = 0.0, [empty]
+    step = max(1, _BLOCK // len(eligible))
+    for start in tqdm(range(0, len(eligible), step), desc="Features that fire together", disable=not progress):
+        joint = (of_feature[start : start + step] @ firing[:, start:]).tocoo()
+        a, b, both = joint.row + start, joint.col + start, joint.data
+        upper = (b > a) & (both * float(n) > count[a] * count[b].astype(float))
+        a, b, both = a[upper], b[upper], both[upper]
+        only_a, only_b = count[a] - both, count[b] - both
+        shared = x_log_x[both] + x_log_x[only_a] + x_log_x[only_b] + x_log_x[n - both - only_a - only_b]
+        shared -= x_log_x[n] - entropy[a] - entropy[b]
+        weight = (shared / np.sqrt(entropy[a] * entropy[b])).astype(np.float32)
+        strong = (shared > least) & (weight >= threshold)
+        found.append(Pairs(eligible[a[strong]].astype(np.int32), eligible[b[strong]].astype(np.int32), weight[strong]))
+        if sum(len(part.weight) for part in found) > 2 * keep:
+            threshold, found = _cut(found, keep)
+    _, (pairs,) = _cut(found, keep)
+    order = np.lexsort((pairs.second, pairs.first))
+    return pairs.take(order)
+
+
+def _cut(found: list[Pairs], keep: int) -> tuple[float, list[Pairs]]:
+    """The strongest `keep`, and those that tie with the last of them, so that the order of the features does not matter."""
+    pairs = Pairs(*(np.concatenate(part) for part in zip(*found, strict=True)))
+    if len(pairs.weight) <= keep:
+        return 0.0, [pairs]
+    threshold = np.partition(pairs.weight, -keep)[-keep]
+    strong = pairs.weight >= threshold
+    return float(threshold), [pairs.take(strong)]
+
+
+def feature_clusters(firing: sparse.csr_matrix, settings: AuditSettings, progress: bool = False) -> NDArray[np.int32]:
+    """Leiden communities of the features that fire together.
+
+    Args:
+        firing: `(n, d_sae)`, nonzero where a feature fires in a sample.
+        settings: Those of [`strongest_pairs`], and `seed`, `resolution`, `min_cluster_features`.
+        progress: Whether to show a bar.
+
+    Returns:
+        `(d_sae,)`: each feature's cluster, the largest cluster first; -1 for features that are not eligible or in too small a one.
+    """
+    import igraph
+    import leidenalg
+
+    often = np.bincount(firing.indices, minlength=firing.shape[1])
+    eligible = np.flatnonzero((often >= settings.min_firing) & (often <= firing.shape[0] - settings.min_firing))
+    pairs = strongest_pairs(firing, settings, progress)
+    edges = np.searchsorted(eligible, np.stack([pairs.first, pairs.second], axis=1))
+    graph = igraph.Graph(n=len(eligible), edges=edges)
+    partition = leidenalg.find_partition(
+        graph,
+        leidenalg.RBConfigurationVertexPartition,
+        weights=pairs.weight.astype(float).tolist(),
+        resolution_parameter=settings.resolution,
+        seed=settings.seed,
+    )
+    clusters = np.full(firing.shape[1], -1, np.int32)
+    clusters[eligible] = partition.membership
+    return _by_size(clusters, settings.min_cluster_features)
+
+
+def _by_size(clusters: NDArray[np.int32], least: int) -> NDArray[np.int32]:
+    """Renumbered, the largest first and of equals the one with the smallest member; too small ones become -1."""
+    numbers, first, size = np.unique(clusters, return_index=True, return_counts=True)
+    kept = (numbers >= 0) & (size >= least)
+    order = np.lexsort((first[kept], -size[kept]))
+    new = np.full(clusters.max(initial=-1) + 2, -1, np.int32)  # its last entry is for -1
+    new[numbers[kept][order]] = np.arange(len(order))
+    return new[clusters]

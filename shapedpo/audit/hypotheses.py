@@ -1,0 +1,221 @@
+"""What the views find: hypotheses that say where in the data what is rewarded, ranked, with the rows that are responsible."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .settings import AuditSettings
+from .statistics import Comparison, corrected
+
+
+View = Literal["global", "feature", "prompt"]
+
+FILES = ("hypotheses.json", "clusters.json", "settings.json", "rows.parquet", "data.parquet")
+"""What [`Analysis.save`] writes."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Among the rows of a condition, chosen and rejected completions differ in a response cluster as they do not elsewhere.
+
+    Attributes:
+        view: `feature` (the condition is a data cluster), `prompt` (it is a cluster of prompt features) or `global` (all rows, against 0).
+        condition: Number of the data cluster or of `A_k`; -1 for `global`.
+        response: Number of the response cluster: `T_m`, in the prompt view `R_m`.
+        delta: Mean of the response score in the condition minus that elsewhere; above 0 where chosen has more.
+        mean_in, mean_out: These means.
+        d, z, p: Cohen's d, Welch's statistic and its p value.
+        q: `p` after Benjamini and Hochberg, over all hypotheses of the view that were tested, also those that were then dropped.
+        halves: `delta` among rows of even and of odd number.
+        n_in: Rows in the condition.
+        rows: `(n,)` int64, the responsible rows by number in the source dataset, the most responsible first.
+        contributions: `(n,)` float32, their response scores.
+    """
+
+    view: View
+    condition: int
+    response: int
+    delta: float
+    mean_in: float
+    mean_out: float
+    d: float
+    z: float
+    p: float
+    q: float
+    halves: tuple[float, float]
+    n_in: int
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False)
+    contributions: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False
+    )
+
+    @property
+    def strength(self) -> float:
+        """What the view is ranked by: the smaller of the two halves' effects."""
+        return min(map(abs, self.halves))
+
+
+def ranked(
+    view: View,
+    found: Comparison,
+    settings: AuditSettings,
+    conditions: NDArray[np.bool_] | bool = True,
+    responses: NDArray[np.bool_] | bool = True,
+) -> list[Hypothesis]:
+    """The hypotheses of a view, the strongest first.
+
+    All pairs of an allowed condition with `min_rows` rows and an allowed response are tested. Kept are those whose halves agree in sign
+    and whose effect is `min_effect` or more, at most `max_hypotheses`.
+
+    Args:
+        view: Which.
+        found: Its comparisons, `(conditions, responses)`.
+        settings: Of it `min_rows`, `min_effect`, `max_hypotheses`.
+        conditions: `(conditions,)`, which are allowed.
+        responses: `(responses,)`, which are allowed.
+    """
+    large = (found.n_in >= settings.min_rows) & ((found.n_out >= settings.min_rows) | (view == "global"))
+    tested = large & np.atleast_1d(conditions)[:, None] & np.atleast_1d(responses)[None, :]
+    p = np.where(tested, found.p, np.nan)
+    q = corrected(p)
+    strength = found.strength
+    kept = np.argwhere(np.isfinite(p) & (strength > 0) & (np.abs(found.d) >= settings.min_effect))
+    a, b = kept.T
+    order = np.lexsort((b, a, -np.abs(found.z[a, b]), -strength[a, b]))[: settings.max_hypotheses]
+    statistics: dict[str, Any] = {
+        name: getattr(found, name) for name in ("delta", "mean_in", "mean_out", "d", "z", "p")
+    }
+    return [
+        Hypothesis(
+            view=view,
+            condition=-1 if view == "global" else int(i),
+            response=int(j),
+            q=float(q[i, j]),
+            halves=(float(found.halves[0, i, j]), float(found.halves[1, i, j])),
+            n_in=int(found.n_in[i, 0]),
+            **{name: values[i, j].item() for name, values in statistics.items()},
+        )
+        for i, j in kept[order]
+    ]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the analysis of a harvest found.
+
+    Attributes:
+        settings: The constants it was made with.
+        n_rows: Number of pairs.
+        hypotheses: Those of each view together, `global`, `feature`, `prompt`, the strongest of each view first.
+        clusters: Features of each cluster: `feature` (`T_m`), `prompt` (`A_k`) and `response` (`R_m`).
+        rows: `(n_rows,)` int64, row numbers in the source dataset.
+        data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
+        typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
+        tested: How many hypotheses each view tested.
+    """
+
+    settings: AuditSettings
+    n_rows: int
+    hypotheses: list[Hypothesis]
+    clusters: dict[str, list[list[int]]]
+    rows: NDArray[np.int64] = field(repr=False)
+    data_clusters: NDArray[np.int32] = field(repr=False)
+    typicality: NDArray[np.float32] = field(repr=False)
+    tested: dict[str, int] = field(default_factory=dict)
+
+    def of(self, view: View) -> list[Hypothesis]:
+        """The hypotheses of one view, the strongest first."""
+        return [hypothesis for hypothesis in self.hypotheses if hypothesis.view == view]
+
+    def response_features(self, hypothesis: Hypothesis) -> list[int]:
+        """Features of a hypothesis' response cluster."""
+        return self.clusters["response" if hypothesis.view == "prompt" else "feature"][hypothesis.response]
+
+    def condition_features(self, hypothesis: Hypothesis) -> list[int]:
+        """Features of a hypothesis' prompt cluster; none in the other views."""
+        return self.clusters["prompt"][hypothesis.condition] if hypothesis.view == "prompt" else []
+
+    def exemplars(self, data_cluster: int, n: int = 10) -> NDArray[np.int64]:
+        """The rows nearest a data cluster's centroid."""
+        members = np.flatnonzero(self.data_clusters == data_cluster)
+        return self.rows[members[np.argsort(-self.typicality[members], kind="stable")[:n]]]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as plain files, [`FILES`]: JSON, and Parquet for what has a line a row."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = [
+            {key: value for key, value in vars(h).items() if key not in ("rows", "contributions")}
+            for h in self.hypotheses
+        ]
+        _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
+        _write(folder / "clusters.json", self.clusters)
+        _write(folder / "settings.json", asdict(self.settings))
+        lengths = [len(h.rows) for h in self.hypotheses]
+        responsible = {
+            "hypothesis": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            "row": _joined([h.rows for h in self.hypotheses], np.int64),
+            "contribution": _joined([h.contributions for h in self.hypotheses], np.float32),
+        }
+        pq.write_table(pa.table(responsible), folder / "rows.parquet", compression="zstd")
+        data = {"row": self.rows, "data_cluster": self.data_clusters, "typicality": self.typicality}
+        pq.write_table(pa.table(data), folder / "data.parquet", compression="zstd")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Analysis:
+        """Read what [`Analysis.save`] wrote.
+
+        Raises:
+            FileNotFoundError: If a file is missing; the text names it.
+        """
+        import pyarrow.parquet as pq
+
+        folder = Path(folder)
+        if missing := [name for name in FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(
+                f"'{folder}' holds no analysis: {', '.join(missing)} missing. Run `shapedpo audit` first."
+            )
+        found = json.loads((folder / "hypotheses.json").read_text(encoding="utf-8"))
+        table = pq.ParquetFile(folder / "rows.parquet").read()
+        of, rows, contributions = (table[name].to_numpy() for name in ("hypothesis", "row", "contribution"))
+        ends = np.searchsorted(of, np.arange(len(found["hypotheses"]) + 1))
+        hypotheses = [
+            Hypothesis(
+                **{**plain, "halves": tuple(plain["halves"])},
+                rows=rows[ends[i] : ends[i + 1]],
+                contributions=contributions[ends[i] : ends[i + 1]],
+            )
+            for i, plain in enumerate(found["hypotheses"])
+        ]
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        data = pq.ParquetFile(folder / "data.parquet").read()
+        known = {f.name for f in fields(AuditSettings)}
+        return cls(
+            settings=AuditSettings(**{key: value for key, value in settings.items() if key in known}),
+            n_rows=found["n_rows"],
+            hypotheses=hypotheses,
+            clusters=json.loads((folder / "clusters.json").read_text(encoding="utf-8")),
+            rows=data["row"].to_numpy(),
+            data_clusters=data["data_cluster"].to_numpy(),
+            typicality=data["typicality"].to_numpy(),
+            tested=found["tested"],
+        )
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def _write(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The rows that score highest, kept while rows stream by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+
+class Leading:
+    """The rows that score highest on each of some columns, kept while rows stream by.
+
+    Args:
+        n_columns: Number of columns.
+        most: Rows that are kept of each.
+    """
+
+    def __init__(self, n_columns: int, most: int) -> None:
+        self.most = most
+        self.scores: NDArray[np.floating] = np.zeros((0, n_columns))
+        self.rows: NDArray[np.int64] = np.zeros((0, n_columns), np.int64)
+
+    def add(self, rows: NDArray[np.int64], scores: NDArray[np.floating], luck: NDArray[np.float64]) -> None:
+        """Adds rows, `(n,)`, and their scores, `(n, n_columns)`, of which only those above 0 count.
+
+        `luck`, `(n,)` in [0, 1), decides between equals.
+        """
+        broken = scores + np.where(scores > 0, 1e-6 * luck[:, None], 0.0)
+        scores = np.concatenate([self.scores, broken])
+        of = np.concatenate([self.rows, np.broadcast_to(rows[:, None], broken.shape)])
+        if len(scores) > self.most:
+            best = np.argpartition(-scores, self.most - 1, axis=0)[: self.most]
+            scores, of = np.take_along_axis(scores, best, axis=0), np.take_along_axis(of, best, axis=0)
+        self.scores, self.rows = scores, of
+
+    def members(self, rows: NDArray[np.int64]) -> sparse.csr_matrix:
+        """`(n, n_columns)`: 1 where a row is among a column's."""
+        place = np.searchsorted(rows, self.rows)
+        found = (self.scores > 0) & (place < len(rows)) & (rows[np.minimum(place, len(rows) - 1)] == self.rows)
+        columns = np.broadcast_to(np.arange(self.rows.shape[1]), self.rows.shape)[found]
+        shape = (len(rows), self.rows.shape[1])
+        return sparse.csr_matrix((np.ones(len(columns)), (place[found], columns)), shape=shape)
+
+
+class Responsible:
+    """The rows of largest score above 0 for each of some hypotheses; of equals those that come first."""
+
+    def __init__(self, n: int, most: int) -> None:
+        self.n, self.most = n, most
+        self.parts: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
+        self.held, self.bound = 0, 10_000_000
+        self.least = np.zeros(n, np.float32)
+
+    def add(self, numbers: NDArray[np.int64], rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        """Adds scores, `(rows, numbers)`, for some hypotheses."""
+        row, column = np.nonzero(scores > self.least[numbers])
+        self.parts.append((numbers[column], rows[row], scores[row, column]))
+        self.held += len(row)
+        if self.held > self.bound:
+            self._cut()
+
+    def _cut(self) -> NDArray[np.int64]:
+        """Keeps the best; returns where each hypothesis' rows begin."""
+        if not self.parts:
+            return np.zeros(self.n + 1, np.int64)
+        numbers, rows, scores = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        order = np.lexsort((rows, -scores, numbers))
+        begins = np.searchsorted(numbers[order], np.arange(self.n + 1))
+        rank = np.arange(len(order)) - begins[numbers[order]]
+        full = order[rank == self.most - 1]
+        self.least[numbers[full]] = scores[full]
+        kept = order[rank < self.most]
+        self.parts, self.held = [(numbers[kept], rows[kept], scores[kept])], len(kept)
+        self.bound = max(self.bound, 2 * self.held)
+        return np.searchsorted(numbers[kept], np.arange(self.n + 1))
+
+    def each(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Rows and scores of each hypothesis."""
+        begins = self._cut()
+        _, rows, scores = self.parts[0] if self.parts else (begins[:0], begins[:0], self.least[:0])
+        for start, end in pairwise(begins):
+            yield rows[start:end], scores[start:end]
