@@ -15,7 +15,7 @@ from .hookpoints import LENS_HOOKS, Side, Site, decoder_layers, resolve_site
 if TYPE_CHECKING:
     from .readouts.base import ActivationReader
 
-__all__ = ["LENS_HOOKS", "CapturePass", "Side", "Site", "activation", "decoder_layers", "resolve_site"]
+__all__ = ["LENS_HOOKS", "CapturePass", "Side", "Site", "activation", "decoder_layers", "resolve_site", "run_to"]
 
 
 def activation(side: Side, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Tensor:
@@ -133,3 +133,41 @@ class CapturePass:
     def _remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+class _Reached(Exception):
+    """Ends a forward pass where it has got what was asked for."""
+
+
+@torch.no_grad()
+def run_to(model: nn.Module, hook_name: str, **inputs: Any) -> Tensor:
+    """Run a model up to a hook point. What comes after it is not computed.
+
+    Args:
+        model: A causal language model, unwrapped.
+        hook_name: Where to stop (see [`resolve_site`]).
+        **inputs: What the model takes.
+
+    Returns:
+        The activations there, `(N, T, d)`.
+
+    Raises:
+        ValueError: If the hook name does not fit the model.
+        RuntimeError: If the forward pass ends without coming there.
+    """
+    module, side, _ = resolve_site(model, hook_name)
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        found.append(activation(side, args, kwargs, output))
+        raise _Reached
+
+    register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+    handle = register(stop, with_kwargs=True)
+    try:
+        model(**inputs)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"Nothing was read at {hook_name!r}: no forward pass reached it.")

@@ -4,6 +4,7 @@
 * Where `precompute_ref_logps` is true, the reference's log-probabilities are the batch's.
 * Where `use_weighting` is true, a pair's loss is multiplied by a weight made of `log_sum_sq_probs`.
 * `compute_ref_log_probs(model, inputs)` reduces any model's token log-probabilities as the loss does.
+* `_prepare_dataset` tokenises a dataset, and needs nothing of the trainer but its tokenizer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ _METHODS = {
     "compute_ref_log_probs": ["self", "model", "inputs"],
     "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
     "_set_signature_columns_if_needed": ["self"],
+    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
 }
 _OUTPUT_FIELDS = ("log_probs", "log_sum_sq_probs")
 
@@ -53,6 +56,20 @@ def check_trl() -> None:
             f"trl {version('trl')} lacks {', '.join(missing)}, through which ShapedDPOTrainer enters the loss. The "
             f"versions that have it are trl{TRL_VERSIONS}: pip install 'trl{TRL_VERSIONS}'."
         )
+
+
+def tokenised(dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
+    """A preference dataset as DPOTrainer tokenises it, without a trainer: with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+
+    Args:
+        dataset: In any form that TRL takes.
+        tokenizer: The model's.
+        args: Has `max_length`, `truncation_mode` and `dataset_num_proc`; a row whose prompt fills `max_length` is dropped.
+        name: What to call the dataset in progress bars.
+    """
+    check_trl()
+    trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
+    return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, name)
 
 
 class Computed(NamedTuple):

@@ -111,17 +111,8 @@ class ConceptReader:
         for owner, reader in [*named, ("The monitored SAE", self.monitored)]:
             if not isinstance(reader, ActivationReader):
                 continue
-            try:
-                site = resolve_site(model, reader.hook_name)
-            except ValueError as error:
-                raise ValueError(f"{owner}: {error}") from error
-            if site.width != reader.d_in:
-                raise ValueError(
-                    f"{owner}: its readout is {reader.d_in} wide, but {reader.hook_name!r} of "
-                    f"{type(model).__name__} is {site.width} wide. Was it made for another model?"
-                )
-            if mismatch := family_mismatch(reader.model_name, config):
-                warnings.append(f"{owner}: {mismatch}")
+            if mismatch := check_reader(owner, reader, model, config):
+                warnings.append(mismatch)
         return warnings
 
     def capture(self, model: nn.Module, completion: Tensor, prompt: Tensor) -> CapturePass:
@@ -221,6 +212,34 @@ class ConceptReader:
             return raw
         # Concept by concept, so that no second tensor as wide as a whole SAE is made for all of them.
         return torch.stack([((raw[:, part] - mean[part]) / std[part]).mean(dim=1) for part in columns], dim=1)
+
+
+def check_reader(owner: str, reader: ActivationReader, model: nn.Module, config: Any) -> str | None:
+    """Check that a model has a reader's hook point, as wide as the reader.
+
+    Args:
+        owner: Whose reader it is, for texts.
+        reader: The reader.
+        model: The model, unwrapped.
+        config: Its configuration, of the text part.
+
+    Returns:
+        A warning if the reader's weights name another model family.
+
+    Raises:
+        ValueError: If it does not fit; the text names the owner.
+    """
+    try:
+        site = resolve_site(model, reader.hook_name)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
+    if site.width != reader.d_in:
+        raise ValueError(
+            f"{owner}: its readout is {reader.d_in} wide, but {reader.hook_name!r} of "
+            f"{type(model).__name__} is {site.width} wide. Was it made for another model?"
+        )
+    mismatch = family_mismatch(reader.model_name, config)
+    return f"{owner}: {mismatch}" if mismatch else None
 
 
 def reading_masks(

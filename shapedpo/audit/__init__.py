@@ -1,1 +1,26 @@
-"""What a preference dataset teaches, before anything is trained (METHOD: arXiv 2606.12360, data-centric audit)."""
+"""What a preference dataset teaches, before anything is trained.
+
+After the data-centric audit of Bergen et al. (arXiv 2606.12360): [`harvest`] reads every feature of an SAE on every pair, once, and keeps
+it on disk; [`Harvest`] opens what it has written.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+# Loaded on first use: `harvest` needs torch and trl, which take seconds.
+_HOME = {"harvest": "harvesting", "HarvestSettings": "harvesting", "Harvest": "store"}
+
+if TYPE_CHECKING:
+    from .harvesting import HarvestSettings, harvest
+    from .store import Harvest
+
+__all__ = ["Harvest", "HarvestSettings", "harvest"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -104,6 +104,48 @@ class SAEReader(ActivationReader):
             activations = activations.index_select(-1, self._columns)
         return activations.float()
 
+    @torch.no_grad()
+    def active(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The active features of tokens, for readers of the whole SAE: no `(M, F)` tensor is made.
+
+        Args:
+            x: Activations of M tokens, `(M, d_in)`, of any floating type.
+
+        Returns:
+            For each activation above 0, in no certain order: its token, `(E,)` int64; its feature, `(E,)` int64; and how large it
+            is, `(E,)` float32.
+        """
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        with torch.autocast(x.device.type, enabled=False):
+            for tokens, features, values in self._activations(x.detach()):
+                token, feature = torch.nonzero(values > 0, as_tuple=True)
+                found.append((token + tokens.start, feature + features.start, values[token, feature].float()))
+        if not found:
+            return x.new_zeros(0, dtype=torch.int64), x.new_zeros(0, dtype=torch.int64), x.new_zeros(0).float()
+        token, feature, value = (torch.cat(part) for part in zip(*found, strict=True))
+        return token, feature, value
+
+    def _activations(self, x: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Activations of tokens, `(M, d_in)`, piece by piece: which tokens, which features, `(M', F')`. A piece lives until the next."""
+        if not self._linear:
+            size = max(1, max_elements(x.device) // self._sae.W_dec.shape[0])
+            for start in range(0, len(x), size):
+                yield slice(start, start + size), slice(0, self.n_features), self.encode(x[start : start + size])
+            return
+        x = self._sae.process_sae_in(x)
+        width = min(self.n_features, _CHUNK)
+        size = max(1, max_elements(x.device) // width)
+        scratch = x.new_empty(min(len(x), size) * width)
+        for first in range(0, self.n_features, width):
+            features = slice(first, first + width)
+            weight = self._sae.W_enc[:, features]  # (d_in, F')
+            for start in range(0, len(x), size):
+                tile = x[start : start + size]
+                hidden = scratch[: len(tile) * weight.shape[1]].view(len(tile), -1)  # (M', F')
+                torch.mm(tile, weight, out=hidden)
+                self._activate_(hidden, features)
+                yield slice(start, start + size), features, hidden
+
     def directions(self) -> Tensor:
         rows = self._sae.W_dec.detach()
         return (rows if self._columns is None else rows[self._columns]).float()

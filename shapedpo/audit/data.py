@@ -1,0 +1,161 @@
+"""Preference pairs as training would read them: a sample of a dataset, tokenised and truncated by TRL."""
+
+from __future__ import annotations
+
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor
+from trl import DatasetMixtureConfig, ScriptArguments
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from ..collator import ROW
+from ..openings import tokenised
+from ..scripts.errors import UserError
+from ..scripts.sources import load_preferences
+from .layout import Tokens, row_length
+
+
+_PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+class Pairs:
+    """Tokenised pairs.
+
+    Args:
+        dataset: Preference pairs in any form that TRL takes.
+        tokenizer: The model's. Gets a padding token if it has none, as TRL gives it one.
+        max_length: Longest prompt and completion together, in tokens; `None` for no truncation.
+        truncation_mode: `keep_start` or `keep_end`.
+        limit: Take the first rows only; of a stream no more are fetched.
+        sample: Take that many of those at random.
+        seed: Of the sample.
+
+    Attributes:
+        rows: `(n,)` int64, row numbers in the source, ascending.
+        lengths: `(n,)` int64, tokens of each pair with its prompt once.
+        longest: Place of the pair with the longest sequence.
+        fingerprint: Hash of row numbers and tokens.
+        dropped: How many rows TRL leaves out, since their prompt fills `max_length`.
+
+    Raises:
+        ValueError: If the dataset has not the columns of preference pairs, or no row is left.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        truncation_mode: str,
+        limit: int | None = None,
+        sample: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        taken = _taken(dataset, limit, sample, seed)
+        args = SimpleNamespace(max_length=max_length, truncation_mode=truncation_mode, dataset_num_proc=None)
+        self._data = tokenised(taken, tokenizer, args, "audit").select_columns([ROW, *_PARTS])
+        self.dropped = len(taken) - len(self._data)
+        if len(self._data) == 0:
+            raise ValueError(
+                f"None of the {len(taken)} pairs is left: each prompt alone fills max_length={max_length}. Raise it."
+            )
+        self._collate = DataCollatorForPreference(
+            pad_token_id=tokenizer.pad_token_id, max_length=max_length, truncation_mode=truncation_mode
+        )
+        digest = hashlib.sha256(repr(self.tokens).encode())
+        rows, lengths, longest = [], [], []
+        for batch in self._data.with_format("arrow").iter(4096):
+            rows.append(batch[ROW].to_numpy())
+            parts = [pa.chunked_array(batch[name]).combine_chunks() for name in _PARTS]
+            prompt, chosen, rejected = (part.value_lengths().to_numpy().astype(np.int64) for part in parts)
+            lengths.append(row_length(prompt, chosen, rejected, max_length, truncation_mode == "keep_end"))
+            longest.append(prompt + np.maximum(chosen, rejected))
+            for array in (rows[-1], prompt, chosen, rejected, *(part.flatten().to_numpy() for part in parts)):
+                digest.update(np.ascontiguousarray(array).data)
+        self.rows = np.concatenate(rows)
+        self.lengths = np.concatenate(lengths)
+        self.longest = int(np.concatenate(longest).argmax())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def collated(self, places: Any) -> dict[str, Tensor]:
+        """A batch as the trainer makes it, `(2B, T)` each: truncated, chosen completions first."""
+        examples = self._data[list(map(int, places))]
+        return self._collate(
+            [dict(zip(examples, values, strict=True)) for values in zip(*examples.values(), strict=True)]
+        )
+
+
+def load_pairs(name: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Any:
+    """Load preference pairs by name.
+
+    Args:
+        name: What `shapedpo train` takes as `dataset_name`: a data file, a folder, a name on the hub, or `lab:WORLD`.
+        split: Which split.
+        config: Which configuration, where the hub has several.
+        streaming: Fetch rows only when they are needed.
+
+    Raises:
+        UserError: If nothing can be loaded, or there is no such split.
+    """
+    script = ScriptArguments(dataset_name=name, dataset_config=config, dataset_streaming=streaming)
+    splits = load_preferences(script, DatasetMixtureConfig())
+    if split not in splits:
+        raise UserError(f"The dataset {name!r} has no split {split!r}; it has {', '.join(map(str, splits))}.")
+    return splits[split]
+
+
+def _taken(dataset: Any, limit: int | None, sample: int | None, seed: int) -> Dataset:
+    """The rows to read, numbered as in the source."""
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise ValueError(f"The dataset has several splits ({', '.join(dataset)}): pass one, `dataset['train']`.")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(f"The dataset must be one of the library `datasets`, got {type(dataset).__name__}.")
+    if isinstance(dataset, IterableDataset):
+        dataset = _on_disk(dataset if limit is None else dataset.take(limit))
+    n = len(dataset) if limit is None else min(limit, len(dataset))
+    rows = np.arange(n)
+    if sample is not None and sample < n:
+        rows = np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+    columns = dataset.column_names
+    _check_columns(columns)
+    if n == 0:
+        raise ValueError("The dataset has no rows.")
+    dataset = dataset.select_columns([name for name in _READ_BY_TRL if name in columns])
+    if len(rows) < len(dataset):
+        dataset = dataset.select(rows)
+    return dataset.add_column(ROW, rows)
+
+
+def _on_disk(stream: IterableDataset) -> Dataset:
+    """A stream, fetched once into the cache of `datasets`: lengths must be known before the first batch is made."""
+    with PartialState().main_process_first():
+        return Dataset.from_generator(_rows, gen_kwargs={"stream": stream}, features=stream.features)
+
+
+def _rows(stream: IterableDataset) -> Any:
+    yield from stream
+
+
+def _check_columns(columns: list[str]) -> None:
+    found = f"It has the columns {', '.join(columns)}."
+    if not {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"The dataset must have the columns `chosen` and `rejected` (and `prompt`, unless they hold it). {found}"
+        )
+    if {"image", "images"} & set(columns):
+        raise ValueError(f"The audit reads text only, and the dataset has images. {found} Remove that column.")

@@ -1,0 +1,197 @@
+"""One pass of the reference over preference pairs: each SAE feature's maximum and frequency in each span, on disk.
+
+After Bergen et al. (arXiv 2606.12360), the harvest of the data-centric audit. The numbers are those that training reads: the tokens are
+TRL's, the activations the reference's, and the SAE is read by the trainer's own reader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from torch import nn
+
+from ..readouts import SAEFeatures
+from ..readouts.base import fingerprint
+from ..scripts.sources import model_source
+from . import store
+from .data import Pairs, load_pairs
+from .harvester import Harvester
+from .store import Harvest
+
+
+logger = get_logger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRUNCATION_MODES = ("keep_start", "keep_end")
+
+
+@dataclass(frozen=True)
+class HarvestSettings:
+    """How to harvest.
+
+    Args:
+        limit: Take the first rows of the dataset only; of a stream no more are fetched.
+        sample: Take that many of those at random.
+        seed: Of the sample.
+        max_length: Longest prompt and completion together, in tokens, as in `DPOConfig`; `None` for no truncation.
+        truncation_mode: What to keep of longer ones, `keep_start` or `keep_end`, as in `DPOConfig`.
+        dtype: Type in which the model computes: `float32` (as TRL loads it), `bfloat16` or `float16`.
+        min_freq: Leave out of the store what is active on a smaller fraction of a span's tokens.
+        shard_rows: Pairs in a file. What a kill costs is at most one file's work.
+        batch_tokens: Tokens in a forward pass, padding included. Does not change the result but for rounding.
+
+    Raises:
+        ValueError: If a number is out of range, or a choice unknown.
+    """
+
+    limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    dtype: str = "float32"
+    min_freq: float = 0.0
+    shard_rows: int = 512
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "sample", "max_length", "shard_rows", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+        for name, known in (("truncation_mode", TRUNCATION_MODES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(known)}.")
+        if not 0 <= self.min_freq < 1:
+            raise ValueError(f"`min_freq` must be at least 0 and less than 1, got {self.min_freq!r}.")
+
+
+def harvest(
+    model: str | nn.Module,
+    sae: str | SAEFeatures,
+    dataset: str | Dataset | IterableDataset,
+    folder: str | Path,
+    settings: HarvestSettings | None = None,
+    *,
+    tokenizer: Any = None,
+) -> Harvest:
+    """Harvest a preference dataset, or open the harvest that is there.
+
+    What is in `folder` already is used: all of it at once if it is finished, else its finished shards. Several processes
+    (`accelerate launch`, `torchrun`) each make their own shards.
+
+    Args:
+        model: The reference: a folder, a name on the hub, `lab`, or a loaded causal language model.
+        sae: The SAE, as [`SAEFeatures`] takes it, or one of these with all features, for further fields.
+        dataset: Preference pairs in any form that TRL takes, or the name of some (see [`~shapedpo.audit.data.load_pairs`]).
+        folder: Where the harvest goes.
+        settings: How to harvest.
+        tokenizer: The model's, if it is not where the model is.
+
+    Raises:
+        ValueError: If model, SAE and dataset do not fit each other, or the folder holds a harvest of something else.
+    """
+    settings = settings or HarvestSettings()
+    readout = sae if isinstance(sae, SAEFeatures) else SAEFeatures(sae, "all")
+    if readout.features != "all":
+        raise ValueError(f"A harvest reads all features of the SAE: pass features='all', not {readout.features!r}.")
+    state = PartialState()
+    folder = Path(folder)
+    reader = readout.load()
+    pairs = Pairs(
+        load_pairs(dataset) if isinstance(dataset, str) else dataset,
+        tokenizer or _tokenizer(model),
+        max_length=settings.max_length,
+        truncation_mode=settings.truncation_mode,
+        limit=settings.limit,
+        sample=settings.sample,
+        seed=settings.seed,
+    )
+    if pairs.dropped:
+        logger.warning(f"{pairs.dropped} pairs are left out, as in training: their prompt alone fills max_length.")
+    given = {
+        "model": model if isinstance(model, str) else type(model).__name__,
+        "dataset": dataset if isinstance(dataset, str) else None,
+        "sae": readout.to_dict(),
+        **dataclasses.asdict(settings),
+    }
+    prints = {
+        "model": _model_fingerprint(model),
+        "SAE": reader.fingerprint,
+        "data": pairs.fingerprint,
+        **{name: given[name] for name in ("max_length", "truncation_mode", "dtype", "min_freq", "shard_rows")},
+    }
+    count = store.n_shards(len(pairs), settings.shard_rows)
+    if (folder / store.MANIFEST).exists():
+        _check_same(folder, store.read_manifest(folder)["fingerprint"], prints)
+    elif state.is_main_process:
+        store.write_manifest(
+            folder,
+            d_sae=reader.n_features,
+            n_rows=len(pairs),
+            shard_rows=settings.shard_rows,
+            settings=given,
+            fingerprint=prints,
+        )
+    # By number, not by what is missing: another process may have finished one by the time that this one looks.
+    mine = [
+        index for index in store.missing_shards(folder, count) if index % state.num_processes == state.process_index
+    ]
+    if mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        Harvester(_loaded(model, settings.dtype, state.device), reader, pairs, settings).write(folder, mine)
+    state.wait_for_everyone()
+    return Harvest.open(folder)
+
+
+def _tokenizer(model: str | nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    name = model_source(model) if isinstance(model, str) else getattr(model, "name_or_path", "")
+    if not name:
+        raise ValueError("The model does not say where it came from: pass its `tokenizer` too.")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _loaded(model: str | nn.Module, dtype: str, device: torch.device) -> nn.Module:
+    if not isinstance(model, str):
+        return model
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
+    return loaded.to(device).eval().requires_grad_(False)
+
+
+def _model_fingerprint(model: str | nn.Module) -> str:
+    """Hash of a model's files, its commit on the hub, or its weights where it is loaded: of what it is, not of where it lies."""
+    if not isinstance(model, str):
+        names, tensors = zip(*sorted(model.state_dict().items()), strict=True)
+        return fingerprint(names, *tensors)
+    name = model_source(model)
+    if not Path(name).is_dir():
+        from transformers import AutoConfig
+
+        return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in ("config.json", "*.safetensors") for path in Path(name).glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()
+
+
+def _check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    changed = [name for name in asked if there.get(name) != asked[name]]
+    if changed:
+        raise ValueError(
+            f"The folder '{folder}' holds a harvest of something else: {' and '.join(changed)} differ. Choose another folder, or "
+            "delete that one."
+        )
