@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | demo | concepts | report | wandb-report`.
+"""The command line: `shapedpo train | audit | demo | concepts | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .scripts import audit
 from .scripts.errors import UserError
 
 
@@ -57,6 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", metavar="RECIPE", help="the YAML file")
     train.add_argument("--help-all", action="store_true", help="list every key of a recipe (takes some seconds)")
+
+    auditing = commands.add_parser(
+        "audit",
+        help="read what a preference dataset teaches, before training",
+        description=audit.HELP,
+        usage="shapedpo audit --model M --sae S --dataset D --out DIR [...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    audit.add_arguments(auditing)
 
     demo = commands.add_parser(
         "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
@@ -124,6 +135,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from .scripts import train
 
         return train.main(args.config, rest, help_all=args.help_all)
+    if args.command == "audit":
+        return audit.main(args)
     if args.command == "demo":
         from . import demo
 

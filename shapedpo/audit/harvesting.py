@@ -83,6 +83,7 @@ def harvest(
     settings: HarvestSettings | None = None,
     *,
     tokenizer: Any = None,
+    source: str | None = None,
 ) -> Harvest:
     """Harvest a preference dataset, or open the harvest that is there.
 
@@ -96,6 +97,7 @@ def harvest(
         folder: Where the harvest goes.
         settings: How to harvest.
         tokenizer: The model's, if it is not where the model is.
+        source: What to call the dataset in the harvest's settings; its name by default.
 
     Raises:
         ValueError: If model, SAE and dataset do not fit each other, or the folder holds a harvest of something else.
@@ -120,7 +122,7 @@ def harvest(
         logger.warning(f"{pairs.dropped} pairs are left out, as in training: their prompt alone fills max_length.")
     given = {
         "model": model if isinstance(model, str) else type(model).__name__,
-        "dataset": dataset if isinstance(dataset, str) else None,
+        "dataset": dataset if source is None and isinstance(dataset, str) else source,
         "sae": readout.to_dict(),
         **dataclasses.asdict(settings),
     }
