@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked
-from .leading import Leading, Responsible
+from .leading import Leading, Responsible, beyond_chance
 from .settings import AuditSettings
 from .statistics import Moments
 from .store import Harvest, Shard
@@ -236,7 +236,7 @@ def _one_of(labels: NDArray[np.int32], k: int) -> sparse.csr_matrix:
 def _responsible(
     passes: _Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
 ) -> list[Hypothesis]:
-    """The fourth pass: the rows of each hypothesis whose response goes its way, the most responsible first."""
+    """The fourth pass: the rows of each hypothesis whose response goes its way, and how many of them it names."""
     asked: dict[tuple[str, int], list[int]] = {}  # by view and condition, so that each condition's rows are taken once
     for number, hypothesis in enumerate(analysis.hypotheses):
         asked.setdefault((hypothesis.view, hypothesis.condition), []).append(number)
@@ -256,7 +256,15 @@ def _responsible(
             if len(inside):
                 scores = (moved if view == "prompt" else u)[np.ix_(inside, response[numbers])] * sign[numbers]
                 most.add(np.array(numbers), shard.rows[inside], scores)
-    return [
-        dataclasses.replace(hypothesis, rows=rows, contributions=scores * sign[number])
-        for number, (hypothesis, (rows, scores)) in enumerate(zip(analysis.hypotheses, most.each(), strict=True))
-    ]
+    finished = []
+    for number, (hypothesis, (rows, scores)) in enumerate(zip(analysis.hypotheses, most.each(), strict=True)):
+        own = scores > 0
+        finished.append(
+            dataclasses.replace(
+                hypothesis,
+                n_named=beyond_chance(scores, analysis.settings.max_chance),
+                rows=rows[own],
+                contributions=scores[own] * sign[number],
+            )
+        )
+    return finished

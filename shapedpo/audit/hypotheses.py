@@ -36,8 +36,9 @@ class Hypothesis:
         q: `p` after Benjamini and Hochberg, over all hypotheses of the view that were tested, also those that were then dropped.
         halves: `delta` among rows of even and of odd number.
         n_in: Rows in the condition.
-        rows: `(n,)` int64, the responsible rows by number in the source dataset, the most responsible first.
+        rows: `(n,)` int64, numbers in the source dataset of the condition's rows whose response goes this way, the most responsible first.
         contributions: `(n,)` float32, their response scores.
+        n_named: How many of these rows are more than chance: see [`beyond_chance`].
     """
 
     view: View
@@ -52,10 +53,16 @@ class Hypothesis:
     q: float
     halves: tuple[float, float]
     n_in: int
+    n_named: int = 0
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64), repr=False, compare=False)
     contributions: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros(0, np.float32), repr=False, compare=False
     )
+
+    @property
+    def named(self) -> NDArray[np.int64]:
+        """The rows that are held responsible, the most responsible first."""
+        return self.rows[: self.n_named]
 
     @property
     def strength(self) -> float:

@@ -46,7 +46,12 @@ class Leading:
 
 
 class Responsible:
-    """The rows of largest score above 0 for each of some hypotheses; of equals those that come first."""
+    """For each of some hypotheses, the rows whose scores are largest in size; of equals those that come first.
+
+    Args:
+        n: Number of hypotheses.
+        most: Rows that are kept of each.
+    """
 
     def __init__(self, n: int, most: int) -> None:
         self.n, self.most = n, most
@@ -56,30 +61,49 @@ class Responsible:
 
     def add(self, numbers: NDArray[np.int64], rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
         """Adds scores, `(rows, numbers)`, for some hypotheses."""
-        row, column = np.nonzero(scores > self.least[numbers])
+        row, column = np.nonzero(np.abs(scores) > self.least[numbers])
         self.parts.append((numbers[column], rows[row], scores[row, column]))
         self.held += len(row)
         if self.held > self.bound:
             self._cut()
+            self.bound = max(self.bound, 2 * self.held)
 
     def _cut(self) -> NDArray[np.int64]:
-        """Keeps the best; returns where each hypothesis' rows begin."""
+        """Keeps the largest; returns where each hypothesis' rows begin."""
         if not self.parts:
             return np.zeros(self.n + 1, np.int64)
         numbers, rows, scores = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        order = np.lexsort((rows, -scores, numbers))
+        order = np.lexsort((rows, -np.abs(scores), numbers))
         begins = np.searchsorted(numbers[order], np.arange(self.n + 1))
         rank = np.arange(len(order)) - begins[numbers[order]]
         full = order[rank == self.most - 1]
-        self.least[numbers[full]] = scores[full]
+        self.least[numbers[full]] = np.abs(scores[full])
         kept = order[rank < self.most]
         self.parts, self.held = [(numbers[kept], rows[kept], scores[kept])], len(kept)
-        self.bound = max(self.bound, 2 * self.held)
         return np.searchsorted(numbers[kept], np.arange(self.n + 1))
 
     def each(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Rows and scores of each hypothesis."""
+        """Rows and scores of each hypothesis, the largest in size first."""
         begins = self._cut()
         _, rows, scores = self.parts[0] if self.parts else (begins[:0], begins[:0], self.least[:0])
         for start, end in pairwise(begins):
             yield rows[start:end], scores[start:end]
+
+
+def beyond_chance(scores: NDArray[np.floating], max_chance: float) -> int:
+    """How many of the largest scores can be named so that about `max_chance` of them are chance.
+
+    Where the two completions of a pair differ by chance alone, a score is as likely below 0 as above, so the scores of `-c` and below
+    tell how many of `c` and above are chance. The lowest such `c` is taken (Barber and Candes, 2015, knockoff+).
+
+    Args:
+        scores: `(n,)`, above 0 where the row goes the hypothesis' way.
+        max_chance: Share that may be chance.
+    """
+    size = np.sort(np.abs(scores))[::-1]
+    above = np.sort(scores[scores > 0])
+    below = np.sort(-scores[scores < 0])
+    for_c = len(above) - np.searchsorted(above, size, side="left")
+    against = len(below) - np.searchsorted(below, size, side="left")
+    fine = 1 + against <= max_chance * for_c
+    return int(for_c[fine].max(initial=0))

@@ -39,7 +39,7 @@ class AuditSettings:
         max_edges: No more than these (the strongest), to bound Leiden's time and memory: 1 % of 65,000 features' pairs are 21M.
         edge_p: An edge's p value (a likelihood-ratio test of independence) must be below this. It matters where 1 % of the pairs is
             more than the data can tell from noise.
-        resolution: Of Leiden's modularity; higher gives more and smaller clusters.
+        resolution: Mean normalised mutual information within a cluster that Leiden asks for; higher gives more and smaller clusters.
         min_cluster_features: Features of a cluster `T_m` that is kept.
 
         tau: A feature is on in a span if it fires on more than this share of its tokens.
@@ -52,7 +52,8 @@ class AuditSettings:
         min_rows: Rows of a data cluster that hypotheses are made of.
         min_effect: Cohen's d that a hypothesis must reach: half of what is called a small effect.
         max_hypotheses: Kept of each view, the strongest.
-        max_rows: Rows that are named of each hypothesis, the most responsible.
+        max_rows: Rows that are kept of each hypothesis, those with the largest scores.
+        max_chance: Share of the rows named as responsible that may be so by chance.
 
         min_seen: Rows in which a response or prompt feature must be seen.
         min_delta_sd: Standard deviation that a response feature's delta must have.
@@ -64,7 +65,7 @@ class AuditSettings:
         prompt_rows: How many of the prompts that express `A_k` most are compared with the rest, at most.
 
     Source: "Anatomy of Post-Training" (arXiv 2606.12360), the pipelines of its predictive data debugging. Sizes of samples, `edge_p`,
-    `min_effect`, `prompt_clusters`, `response_clusters` and `prompt_rows` are ours: the paper leaves them open.
+    `resolution`, `min_effect`, `max_chance`, `prompt_clusters`, `response_clusters` and `prompt_rows` are ours: the paper leaves them open.
     """
 
     seed: int = 0
@@ -74,7 +75,7 @@ class AuditSettings:
     edge_share: float = 0.01
     max_edges: int = 5_000_000
     edge_p: float = 1e-6
-    resolution: float = 1.0
+    resolution: float = 0.02
     min_cluster_features: int = _constant(4, features=1)
 
     tau: float = 0.01
@@ -88,6 +89,7 @@ class AuditSettings:
     min_effect: float = 0.1
     max_hypotheses: int = 2_000
     max_rows: int = 10_000
+    max_chance: float = 0.1
 
     min_seen: int = _constant(200, rows=10)
     min_delta_sd: float = 1e-3
@@ -105,7 +107,7 @@ class AuditSettings:
                 continue
             if not value > 0:
                 raise ValueError(f"`{f.name}` must be above 0, got {value!r}.")
-            if f.name in ("edge_share", "edge_p", "tau") and value > 1:
+            if f.name in ("edge_share", "edge_p", "tau", "max_chance") and value > 1:
                 raise ValueError(f"`{f.name}` must be a share of at most 1, got {value!r}.")
         if self.silent_percentile >= 100:
             raise ValueError(f"`silent_percentile` must be below 100, got {self.silent_percentile!r}.")
