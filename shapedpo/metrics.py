@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from .calibration import raise_non_finite
 from .concept import Concept
 from .shapers import ConceptSignal
+
+
+_REWARDS = ("chosen", "rejected", "accuracies", "margins")
 
 
 class Pairs(NamedTuple):
@@ -40,7 +43,7 @@ def concept_metrics(
     beta: float,
     reduce: Callable[[Tensor], Tensor],
     where: str,
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, float], int, dict[str, float]]:
     r"""A batch's metrics, over all processes.
 
     With \\( l \\) a completion's log-ratio of policy and reference, \\( m = \beta(l(y^+) - l(y^-)) \\) and \\( d \\) the
@@ -56,7 +59,8 @@ def concept_metrics(
         where: What to call the batch in an error.
 
     Returns:
-        The metrics, and the number of pairs with an empty completion.
+        The metrics, the number of pairs with an empty completion, and TRL's `rewards/*` against the reference as it is, for a
+        batch whose loss saw a tilted one.
 
     Raises:
         FloatingPointError: If a score is not finite, on any process; on all processes alike.
@@ -70,9 +74,17 @@ def concept_metrics(
     ]
     weight = push.new_zeros(()) if pairs.weights is None else pairs.weights.sum()
     count = torch.ones_like(push).sum()
-    # One reduction and one copy to the host; a spare column makes the row as long as the others.
-    totals = reduce(torch.stack([*sums, torch.stack([count, pairs.empty.float().sum(), weight, 0 * count])])).tolist()
+    rewards = [beta * (logps - ref).float() for logps, ref in zip(pairs.policy_logps, pairs.ref_logps, strict=True)]
+    right = (rewards[0] > rewards[1]).float().sum()
+    # One reduction and one copy to the host; a spare column makes a row as long as the others.
+    rows = [
+        *sums,
+        torch.stack([rewards[0].sum(), rewards[1].sum(), right, (rewards[0] - rewards[1]).sum()]),
+        torch.stack([count, pairs.empty.float().sum(), weight, 0 * count]),
+    ]
+    totals = reduce(torch.stack(rows)).tolist()
     size, empty, weight_sum, _ = totals.pop()
+    unshaped = {f"rewards/{name}": value / size for name, value in zip(_REWARDS, totals.pop(), strict=True)}
     raise_non_finite(concepts, [row[3] for row in totals], where)
     metrics = {}
     for concept, strength, (amplification, pressure, delta, _) in zip(concepts, strengths, totals, strict=True):
@@ -83,17 +95,4 @@ def concept_metrics(
         metrics[f"{prefix}/strength"] = strength
     if pairs.weights is not None:
         metrics["concepts/pair_weight"] = weight_sum / size
-    return metrics, int(empty)
-
-
-def unshaped_rewards(pairs: Pairs, beta: float, gather: Callable[[Tensor], Any]) -> dict[str, float]:
-    """TRL's `rewards/*` of a batch against the reference as it is, for a batch whose loss saw a tilted one."""
-    rewards = [beta * (logps - ref) for logps, ref in zip(pairs.policy_logps, pairs.ref_logps, strict=True)]
-    chosen, rejected = gather(torch.stack(rewards, dim=1)).unbind(dim=1)
-    values = {
-        "chosen": chosen,
-        "rejected": rejected,
-        "accuracies": (chosen > rejected).float(),
-        "margins": chosen - rejected,
-    }
-    return {f"rewards/{name}": value.mean().item() for name, value in values.items()}
+    return metrics, int(empty), unshaped

@@ -21,7 +21,7 @@ from .calibration import Calibration, load_calibration, save_calibration
 from .collator import check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
-from .metrics import Pairs, concept_metrics, unshaped_rewards
+from .metrics import Pairs, concept_metrics
 from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
@@ -259,7 +259,7 @@ class ShapedDPOTrainer(ReadingTrainer):
         if batch.pairs is None:
             return
         where = f"a batch of step {self.state.global_step}"
-        metrics, empty = concept_metrics(
+        metrics, empty, unshaped = concept_metrics(
             batch.pairs, self.concepts, self._shaping.strengths, self.beta, self._sum, where
         )
         logged = self._metrics["train" if self._training else "eval"]
@@ -273,7 +273,7 @@ class ShapedDPOTrainer(ReadingTrainer):
             self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
             self._shaping.observe(batch.pairs, self.accelerator.gather, last=self.accelerator.sync_gradients)
         if batch.tilted:
-            for name, value in unshaped_rewards(batch.pairs, self.beta, self.accelerator.gather).items():
+            for name, value in unshaped.items():
                 logged[name][-1] = value  # TRL's own is against the tilted reference
 
     # ------------------------------------------------------------ checkpoints
