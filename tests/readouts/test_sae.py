@@ -91,6 +91,11 @@ class TestAgainstSaeLens:
                 pooled = reader.pooled(x, mask)
                 assert pooled.dtype == torch.float32
                 torch.testing.assert_close(pooled.double(), slowly_pooled(columns, mask, pooling), atol=1e-5, rtol=0)
+                token, feature, value = reader.active(x.flatten(0, 1))
+                active = torch.zeros(len(x.flatten(0, 1)), columns.shape[-1])
+                active[token, feature] = value
+                torch.testing.assert_close(active, columns.flatten(0, 1).clamp(min=0), atol=1e-5, rtol=0)
+                assert (value > 0).all()
                 rows = sae.W_dec if features == "all" else sae.W_dec[features]
                 torch.testing.assert_close(reader.directions(), rows)
 
