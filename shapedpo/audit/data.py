@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
@@ -23,6 +25,19 @@ from .layout import Tokens, row_length
 
 _PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _READ_BY_TRL = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+
+def processes() -> PartialState:
+    """The processes that share the work. On a machine without an accelerator `accelerate` must be told so, or each takes itself for the
+    only one."""
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise RuntimeError(
+            f"{started} processes were started, but accelerate's state knows {state.num_processes}: it was made before the audit. Call "
+            "`shapedpo.audit.harvest` first, or make it with `PartialState(cpu=True)`."
+        )
+    return state
 
 
 class Pairs:
@@ -143,7 +158,7 @@ def _taken(dataset: Any, limit: int | None, sample: int | None, seed: int) -> Da
 
 def _on_disk(stream: IterableDataset) -> Dataset:
     """A stream, fetched once into the cache of `datasets`: lengths must be known before the first batch is made."""
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         return Dataset.from_generator(_rows, gen_kwargs={"stream": stream}, features=stream.features)
 
 

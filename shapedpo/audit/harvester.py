@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from ..reading import check_reader
 from ..readouts.sae_reader import SAEReader
 from . import store
-from .data import Pairs
+from .data import Pairs, processes
 from .layout import best_layout, run
 from .pooling import Entries, pool
 from .store import SPANS, Active
@@ -49,7 +48,7 @@ class Harvester:
     """
 
     def __init__(self, model: nn.Module, reader: SAEReader, pairs: Pairs, settings: HarvestSettings) -> None:
-        self.state = PartialState()
+        self.state = processes()
         self.model, self.reader, self.pairs, self.settings = model.eval(), reader, pairs, settings
         config: Any = model.config
         self.config = config.get_text_config()

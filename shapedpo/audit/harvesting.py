@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -23,7 +22,7 @@ from ..readouts import SAEFeatures
 from ..readouts.base import fingerprint
 from ..scripts.sources import model_source
 from . import store
-from .data import Pairs, load_pairs
+from .data import Pairs, load_pairs, processes
 from .harvester import Harvester
 from .store import Harvest
 
@@ -106,7 +105,7 @@ def harvest(
     readout = sae if isinstance(sae, SAEFeatures) else SAEFeatures(sae, "all")
     if readout.features != "all":
         raise ValueError(f"A harvest reads all features of the SAE: pass features='all', not {readout.features!r}.")
-    state = PartialState()
+    state = processes()
     folder = Path(folder)
     reader = readout.load()
     pairs = Pairs(

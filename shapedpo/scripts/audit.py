@@ -62,9 +62,9 @@ def main(args: argparse.Namespace) -> int:
     """
     harvest = run_harvest(args)
     size = sum(path.stat().st_size for path in harvest.folder.glob("*.parquet"))
-    from accelerate import PartialState
+    from ..audit.data import processes
 
-    PartialState().print(f"{harvest.n_rows} pairs, {harvest.d_sae} features: {harvest.folder} ({size / 2**20:.1f} MiB)")
+    processes().print(f"{harvest.n_rows} pairs, {harvest.d_sae} features: {harvest.folder} ({size / 2**20:.1f} MiB)")
     return 0
 
 
