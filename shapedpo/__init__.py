@@ -25,13 +25,14 @@ _HOME = {
     "Reward": "shapers",
     "Reweight": "shapers",
     "Shaper": "shapers",
+    "Tokens": "shapers",
 }
 
 if TYPE_CHECKING:
     from .concept import Concept, Gate, load_concepts
     from .config import ShapedDPOConfig
     from .readouts import Direction, Readout, Regex, SAEFeatures, TextFunction
-    from .shapers import Mask, Project, Reward, Reweight, Shaper
+    from .shapers import Mask, Project, Reward, Reweight, Shaper, Tokens
     from .trainer import ShapedDPOTrainer
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "ShapedDPOTrainer",
     "Shaper",
     "TextFunction",
+    "Tokens",
     "load_concepts",
 ]
 

@@ -37,6 +37,7 @@ class Calibration(NamedTuple):
         thresholds: `(C,)`, the standardised score above which a completion counts as showing the concept.
         empty_pairs: How many pairs without completion tokens on one side the run has met.
         hold: State of the controller of held concepts, as a checkpoint has it; `None` while there is none.
+        tokens: `(C,)`, the scores above which a token leaves the loss, nan for concepts of other methods; `None` while not known.
     """
 
     statistics: Statistics
@@ -45,6 +46,7 @@ class Calibration(NamedTuple):
     thresholds: Tensor
     empty_pairs: int = 0
     hold: dict[str, Tensor] | None = None
+    tokens: Tensor | None = None
 
     def signal(self, concept: int) -> ConceptSignal:
         """The sample's deltas and gates of one concept."""
@@ -58,6 +60,7 @@ class Calibration(NamedTuple):
             self.thresholds.to(device),
             self.empty_pairs,
             self.hold,
+            None if self.tokens is None else self.tokens.to(device),
         )
 
 
@@ -192,6 +195,7 @@ def save_calibration(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**calibration.statistics._asdict(), "deltas": calibration.deltas, "gates": calibration.gates}
     tensors["thresholds"] = calibration.thresholds
+    tensors |= {} if calibration.tokens is None else {"tokens": calibration.tokens}
     tensors |= {f"{HOLD}{name}": tensor for name, tensor in (calibration.hold or {}).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {
@@ -246,7 +250,8 @@ def load_calibration(
     if changes:
         return None
     hold = {name.removeprefix(HOLD): tensors.pop(name) for name in list(tensors) if name.startswith(HOLD)}
-    return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs), hold or None)
+    tokens = tensors.pop("tokens", None)
+    return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs), hold or None, tokens)
 
 
 def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

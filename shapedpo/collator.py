@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .concept import Concept, Gate
+from .marks import MATCHED, WORDS
 from .openings import REF_COLUMNS
 from .readouts import Readout, TextReader
 
@@ -20,8 +21,10 @@ TEXT = "concept_text"
 PROMPT_TEXT = "concept_prompt_text"
 CACHED = "concept_cached"
 ROW = "shapedpo_row"
-KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED, ROW)
-"""What the collator may add to a batch."""
+KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
+"""What the collator may add to a batch, beside integers."""
+INTEGERS = (ROW, MATCHED, WORDS)
+"""What it may add as integers."""
 
 
 class ConceptCollator:
@@ -37,6 +40,7 @@ class ConceptCollator:
         prompt_text: Whether to score the prompts' texts too, for gates.
         weight_column: Column of pair weights, if any.
         gate_columns: Columns that gate concepts.
+        further: What else is added to a batch: each gives tensors by key, from the rows and the batch so far.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ConceptCollator:
         prompt_text: bool = False,
         weight_column: str | None = None,
         gate_columns: Sequence[str] = (),
+        further: Sequence[Callable[[list[dict[str, Any]], dict[str, Any]], Mapping[str, Tensor]]] = (),
     ) -> None:
         self.inner = inner
         self.tokenizer = tokenizer
@@ -54,6 +59,7 @@ class ConceptCollator:
         self.prompt_text = prompt_text
         self.weight_column = weight_column
         self.gate_columns = list(gate_columns)
+        self.further = list(further)
         self._readers: list[TextReader] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +76,8 @@ class ConceptCollator:
             batch[GATES] = pack([[check_gate(example, column) for column in self.gate_columns] for example in examples])
         if ROW in examples[0]:
             batch[ROW] = torch.tensor([example[ROW] for example in examples])
+        for add in self.further:
+            batch.update(add(examples, batch))
         if cached is not None:
             batch[CACHED] = cached
         elif self.text_readouts:
@@ -119,8 +127,9 @@ def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
 
 def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the collator added to a batch, unpacked, and what TRL knows of it."""
-    extras = {key: value if key == ROW else unpack(value) for key, value in inputs.items() if key in KEYS}
-    return extras, {key: value for key, value in inputs.items() if key not in KEYS}
+    extras = {key: unpack(inputs[key]) for key in KEYS if key in inputs}
+    extras |= {key: inputs[key] for key in INTEGERS if key in inputs}
+    return extras, {key: value for key, value in inputs.items() if key not in extras}
 
 
 def check_columns(concepts: Sequence[Concept], weight_column: str | None, dataset: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ def concept_metrics(
     beta: float,
     reduce: Callable[[Tensor], Tensor],
     where: str,
+    shares: Mapping[str, tuple[Tensor, Tensor]],
 ) -> tuple[dict[str, float], int, dict[str, float]]:
     r"""A batch's metrics, over all processes.
 
@@ -57,10 +58,11 @@ def concept_metrics(
         beta: DPO's.
         reduce: Sums a tensor over processes.
         where: What to call the batch in an error.
+        shares: Further metrics by name, each a part and the whole that it is a part of, on this process.
 
     Returns:
-        The metrics, the number of pairs with an empty completion, and TRL's `rewards/*` against the reference as it is, for a
-        batch whose loss saw a tilted one.
+        The metrics, the number of pairs with an empty completion, and TRL's `rewards/*` and `logps/*` of all tokens against the
+        reference as it is, for a batch whose loss saw a tilted one or fewer tokens.
 
     Raises:
         FloatingPointError: If a score is not finite, on any process; on all processes alike.
@@ -76,17 +78,23 @@ def concept_metrics(
     count = torch.ones_like(push).sum()
     rewards = [beta * (logps - ref).float() for logps, ref in zip(pairs.policy_logps, pairs.ref_logps, strict=True)]
     right = (rewards[0] > rewards[1]).float().sum()
-    # One reduction and one copy to the host; a spare column makes a row as long as the others.
+    # One reduction and one copy to the host; spare columns make a row as long as the others.
     rows = [
         *sums,
+        *(torch.stack([part, whole, 0 * whole, 0 * whole]).to(count.dtype) for part, whole in shares.values()),
+        torch.stack([chosen.float().sum(), rejected.float().sum(), 0 * count, 0 * count]),
         torch.stack([rewards[0].sum(), rewards[1].sum(), right, (rewards[0] - rewards[1]).sum()]),
         torch.stack([count, pairs.empty.float().sum(), weight, 0 * count]),
     ]
     totals = reduce(torch.stack(rows)).tolist()
     size, empty, weight_sum, _ = totals.pop()
     unshaped = {f"rewards/{name}": value / size for name, value in zip(_REWARDS, totals.pop(), strict=True)}
+    unshaped |= {
+        f"logps/{name}": value / size for name, value in zip(("chosen", "rejected"), totals.pop(), strict=False)
+    }
+    found = [(totals.pop(), name) for name in reversed(shares)]
     raise_non_finite(concepts, [row[3] for row in totals], where)
-    metrics = {}
+    metrics = {name: part / max(whole, 1.0) for (part, whole, *_), name in found}
     for concept, strength, (amplification, pressure, delta, _) in zip(concepts, strengths, totals, strict=True):
         prefix = f"concepts/{concept.name}"
         metrics[f"{prefix}/amplification"] = amplification / size

@@ -81,6 +81,17 @@ class Computed(NamedTuple):
         return self
 
 
+def without(log_probs: Tensor, leaving: Tensor) -> Tensor:
+    """Token log-probabilities, 0 for the tokens that leave.
+
+    Args:
+        log_probs: `(2B, T')`, of a model's output.
+        leaving: `(2B, T)` bool. (The first token has no log-probability; virtual tokens of prompt-learning PEFT come before.)
+    """
+    virtual, real = log_probs.split([log_probs.shape[1] - leaving.shape[1] + 1, leaving.shape[1] - 1], dim=1)
+    return torch.cat([virtual, real.masked_fill(leaving[:, 1:], 0.0)], dim=1)
+
+
 def hand_pair_weights(outputs: Any, weights: Tensor, completion_mask: Tensor, wpo: bool) -> None:
     """Hand pair weights to TRL's loss by way of its WPO weights.
 

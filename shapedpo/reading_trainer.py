@@ -79,12 +79,17 @@ class ReadingTrainer(DPOTrainer):
                 prompt_text=bool(reader.prompt_index),
                 weight_column=self._weight_column,
                 gate_columns=reader.gate_columns,
+                further=self._additions(),
             )
         if not self._reads:
             return
         model = self.accelerator.unwrap_model(self._reference())
         for warning in reader.check_model(model, model.config.get_text_config()):
             logger.warning(warning)
+
+    def _additions(self) -> list[Any]:
+        """What else the collator is to add to a batch (see [`ConceptCollator`])."""
+        return []
 
     # --------------------------------------------------- the reference reads
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import get_config_model_id
 
 from . import collator as keys
+from .batch import Batch
 from .calibration import Calibration, load_calibration, save_calibration
 from .collator import check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
+from .intervening_trainer import InterveningTrainer
 from .metrics import Pairs, concept_metrics
 from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
-from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored
+from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored, without
 from .reading import ConceptReader
-from .reading_trainer import ReadingTrainer, valid_pairs
+from .reading_trainer import valid_pairs
 from .shaping import Shaping, check_methods, project_policy
 
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class ShapedDPOTrainer(ReadingTrainer):
+class ShapedDPOTrainer(InterveningTrainer):
     r"""[`~trl.DPOTrainer`] that reads concepts in the reference pass and shapes what the policy learns about them.
 
     TRL computes the loss. The reference pass that it would make is made with hooks that read the concepts, and its
@@ -132,6 +133,7 @@ class ShapedDPOTrainer(ReadingTrainer):
                 "Leave the concepts or `sync_ref_model` out."
             )
         self._shaping = Shaping(self.concepts, args.beta)
+        self._prepare_interventions(args)
         self._calibration: Calibration | None = None
         self._reading_ready = False
         self._precomputing = False
@@ -182,55 +184,71 @@ class ShapedDPOTrainer(ReadingTrainer):
             return super()._compute_loss(model, inputs, return_outputs)
         if self._reads:
             self._make_ready()
-        batch = _Batch(extras, inputs)
+        batch = Batch(extras, inputs)
         with restored(self, "precompute_ref_logps", "use_weighting"), batch.loss_context:
-            loss = super()._compute_loss(self._policy(model, batch), inputs, return_outputs)
+            if self._reads_first and self._training:
+                self._read(batch)
+                self._intervene(batch)
+            loss = super()._compute_loss(self._policy(model, batch), batch.inputs, return_outputs)
         # After TRL's metrics: their `.item()` calls have made the host wait for the device already.
         self._log_batch(batch)
         return loss
 
-    def _policy(self, model: Any, batch: _Batch) -> Callable[..., Any]:
+    def _policy(self, model: Any, batch: Batch) -> Callable[..., Any]:
         """The policy as TRL's loss is to see it: after its forward pass, the reference is read and the signal shaped.
 
-        In this order, because it is TRL's, and dropout draws from one stream of random numbers.
+        In this order, because it is TRL's, and dropout draws from one stream of random numbers. Only what changes the policy's own pass
+        has had the reference read before.
         """
 
         def policy(**kwargs: Any) -> Any:
+            if not kwargs.get("fused_lm_head"):  # the extra pass for `compute_metrics`
+                return model(**kwargs)
+            if batch.leaving is not None:  # all tokens are wanted first
+                kwargs["labels"] = kwargs["input_ids"].masked_fill(batch.mask == 0, -100)
             outputs = model(**kwargs)
-            if kwargs.get("fused_lm_head"):  # not in the extra pass for `compute_metrics`
-                if self._reads:
-                    self._read(outputs, batch)
-                if self._training:
-                    self._shape(outputs, batch)  # evaluation is plain DPO's
+            if self._reads:
+                if batch.ref_logps is None:
+                    self._read(batch)
+                batch.pairs = self._pairs(outputs, batch)
+            if self._training:
+                self._shape(outputs, batch)  # evaluation is plain DPO's
             return outputs
 
         return policy
 
-    def _read(self, outputs: Any, batch: _Batch) -> None:
+    def _read(self, batch: Batch) -> None:
         """Make the reference pass, or take its results from the cache, and hand them to TRL."""
-        inputs, mask = batch.inputs, batch.inputs["completion_mask"]
+        inputs, mask = batch.inputs, batch.mask
         if self.precompute_ref_logps:
             ref_logps, raw = tuple(inputs[name] for name in REF_COLUMNS), self._cached_scores(batch.extras[keys.CACHED])
         else:
             ref_logps, raw = self._reference_pass(self._reference(), inputs, batch.extras)
             self.precompute_ref_logps = True  # until the loss is computed: TRL takes what the batch holds
             inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
-        batch.features = raw.features
+        batch.ref_logps, batch.features = ref_logps, raw.features
         valid = valid_pairs(mask)
         assert self._calibration is not None  # by _compute_loss
         gates = batch.extras.get(keys.GATES, raw.prompt.new_ones(len(valid), len(self._reader.gate_columns)))
-        batch.pairs = Pairs(
+        batch.signals = self._reader.signals(raw, self._calibration.statistics, valid, gates)
+        batch.non_finite = self._reader.non_finite(raw)
+
+    def _pairs(self, outputs: Any, batch: Batch) -> Pairs:
+        """What metrics need of the batch, all of its tokens counted."""
+        inputs = {**batch.inputs, "completion_mask": batch.mask}
+        return Pairs(
             policy_logps=super().compute_ref_log_probs(Computed(outputs.log_probs.detach()), inputs),
-            ref_logps=ref_logps,
-            signals=self._reader.signals(raw, self._calibration.statistics, valid, gates),
-            non_finite=self._reader.non_finite(raw),
-            empty=~valid,
+            ref_logps=batch.ref_logps,
+            signals=batch.signals,
+            non_finite=batch.non_finite,
+            empty=~valid_pairs(batch.mask),
             weights=None,
         )
 
-    def _shape(self, outputs: Any, batch: _Batch) -> None:
-        inputs, mask = batch.inputs, batch.inputs["completion_mask"]
-        signals = batch.pairs.signals if batch.pairs is not None else []
+    def _shape(self, outputs: Any, batch: Batch) -> None:
+        inputs, mask, signals = batch.inputs, batch.inputs["completion_mask"], batch.signals
+        if batch.leaving is not None:
+            outputs.log_probs = without(outputs.log_probs, batch.leaving)
         if (tilt := self._shaping.tilt(signals)) is not None:
             batch.tilted = True
             for name, offset in zip(REF_COLUMNS, tilt.chunk(2), strict=True):
@@ -254,13 +272,13 @@ class ShapedDPOTrainer(ReadingTrainer):
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum") if self.accelerator.num_processes > 1 else tensor
 
-    def _log_batch(self, batch: _Batch) -> None:
+    def _log_batch(self, batch: Batch) -> None:
         """Add a batch's concept metrics to those that TRL averages and logs."""
         if batch.pairs is None:
             return
         where = f"a batch of step {self.state.global_step}"
         metrics, empty, unshaped = concept_metrics(
-            batch.pairs, self.concepts, self._shaping.strengths, self.beta, self._sum, where
+            batch.pairs, self.concepts, self._shaping.strengths, self.beta, self._sum, where, batch.shares
         )
         logged = self._metrics["train" if self._training else "eval"]
         for name, value in metrics.items():
@@ -272,9 +290,10 @@ class ShapedDPOTrainer(ReadingTrainer):
             assert self._monitor is not None  # it is there wherever there is a reading
             self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
             self._shaping.observe(batch.pairs, self.accelerator.gather, last=self.accelerator.sync_gradients)
-        if batch.tilted:
+        if batch.tilted or batch.leaving is not None:
             for name, value in unshaped.items():
-                logged[name][-1] = value  # TRL's own is against the tilted reference
+                if name.startswith("rewards/") or batch.leaving is not None:
+                    logged[name][-1] = value  # TRL's own is against the tilted reference, or of the tokens that stay
 
     # ------------------------------------------------------------ checkpoints
 
@@ -309,24 +328,3 @@ class ShapedDPOTrainer(ReadingTrainer):
             save_calibration(folder, self._calibration._replace(hold=hold), self.concepts, self._reader.fingerprint)
             if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
                 self._monitor.save_state(Path(folder))
-
-
-class _Batch:
-    """The batch whose loss is being computed.
-
-    Attributes:
-        extras: What the collator added, unpacked.
-        inputs: What TRL knows of it.
-        pairs: What was read of it, if anything is read.
-        features: Raw scores of the monitored features, `(2B, F)`, if there are any.
-        tilted: Whether TRL was handed a tilted reference.
-        loss_context: Open until TRL has computed the loss.
-    """
-
-    def __init__(self, extras: dict[str, Tensor], inputs: dict[str, Any]) -> None:
-        self.extras = extras
-        self.inputs = inputs
-        self.pairs: Pairs | None = None
-        self.features: Tensor | None = None
-        self.tilted = False
-        self.loss_context = ExitStack()

@@ -39,6 +39,11 @@ class ActivationReader(ABC):
     pooling: str
     model_name: str | None = None
 
+    @property
+    def width(self) -> int:
+        """How many numbers `encode` makes of a token on its way, at most."""
+        return self.n_features
+
     @abstractmethod
     def to(self, device: torch.device | str) -> ActivationReader:
         """Move the weights in place; does nothing when they are there already."""
@@ -98,6 +103,10 @@ class WrappedReader(ActivationReader):
     def to(self, device: torch.device | str) -> WrappedReader:
         self.reader.to(device)
         return self
+
+    @property
+    def width(self) -> int:
+        return self.reader.width
 
     def encode(self, x: Tensor) -> Tensor:
         return self.reader.encode(x)

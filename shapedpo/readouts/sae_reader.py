@@ -78,6 +78,10 @@ class SAEReader(ActivationReader):
             self._columns = torch.tensor(features)
         self._sae = sae
 
+    @property
+    def width(self) -> int:
+        return int(self._sae.W_dec.shape[0])
+
     def to(self, device: torch.device | str) -> SAEReader:
         target, current = torch.device(device), self._sae.W_dec.device
         if target.type != current.type or target.index not in (None, current.index):

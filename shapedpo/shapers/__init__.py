@@ -4,6 +4,17 @@ from .base import SHAPERS, ConceptSignal, Shaper, shaper_from_config
 from .pairs import Mask, Reweight
 from .projection import Project
 from .reward import Reward
+from .tokens import Tokens
 
 
-__all__ = ["SHAPERS", "ConceptSignal", "Mask", "Project", "Reward", "Reweight", "Shaper", "shaper_from_config"]
+__all__ = [
+    "SHAPERS",
+    "ConceptSignal",
+    "Mask",
+    "Project",
+    "Reward",
+    "Reweight",
+    "Shaper",
+    "Tokens",
+    "shaper_from_config",
+]

@@ -8,7 +8,8 @@ with one of these, which [`~shapedpo.shaping.Shaping`] carries to the opening of
 | `reward`, an offset of each completion's reward | the reference log-probabilities | `reward` |
 | `pair_weight`, a factor of each pair's loss | TRL's own pair weights (those of WPO) | `reweight`, `mask` |
 
-`project` gives neither: its concepts are projected out of the gradient together (see `projection.py`).
+`project` gives neither: its concepts are projected out of the gradient together (see `projection.py`). `tokens` says which of a
+completion's tokens stay in the loss ([`~shapedpo.tokens.TokenFilter`]).
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class Shaper(ABC):
     """The actions that the method can carry out."""
     per_pair: ClassVar[bool] = False
     """Whether it needs a loss that is a mean over pairs, each with a loss of its own."""
+    reads_first: ClassVar[bool] = False
+    """Whether the reference must be read before the policy's forward pass. (TRL runs the policy first.)"""
+    fits_sft: ClassVar[bool] = False
+    """Whether it has a meaning for the loss type `sft` alone, which compares no pairs and reads no reference."""
 
     def reward(self, signal: ConceptSignal, strength: float) -> Tensor | None:
         """What to add to each completion's reward: `(2B,)` in units of the margin, or `None`.

@@ -1,0 +1,45 @@
+"""The batch whose loss is being computed, and what has been found out about it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metrics import Pairs
+from .shapers import ConceptSignal
+
+
+class Batch:
+    """The batch whose loss is being computed.
+
+    Attributes:
+        extras: What the collator added, unpacked.
+        inputs: What TRL knows of it.
+        mask: `(2B, T)`, all completion tokens, also those that leave the loss.
+        ref_logps: The reference's log-probabilities, `(B,)` each, once it has been read.
+        signals: The concepts' scores, once it has been read.
+        non_finite: `(C,)`, how many of a concept's raw scores are not finite.
+        features: Raw scores of the monitored features, `(2B, F)`, if there are any.
+        pairs: What metrics need of it, if anything is read.
+        leaving: `(2B, T)` bool, the tokens that leave the loss, if any may.
+        shares: By name of the metric, the numbers of which the log has the quotient, both summed over processes.
+        tilted: Whether TRL was handed a tilted reference.
+        loss_context: Open until TRL has computed the loss.
+    """
+
+    def __init__(self, extras: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        self.extras = extras
+        self.inputs = inputs
+        self.mask: Tensor = inputs["completion_mask"]
+        self.ref_logps: Any = None
+        self.signals: list[ConceptSignal] = []
+        self.non_finite = torch.empty(0)
+        self.features: Tensor | None = None
+        self.pairs: Pairs | None = None
+        self.leaving: Tensor | None = None
+        self.shares: dict[str, tuple[Tensor, Tensor]] = {}
+        self.tilted = False
+        self.loss_context = ExitStack()

@@ -1,0 +1,315 @@
+"""Which completion tokens show a concept, and leave the loss with method `tokens`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .calibration import read_sample
+from .capture import CapturePass
+from .concept import Concept
+from .marks import MATCHED, WORDS, TokenMarks
+from .reading import Statistics
+from .readouts import ActivationReader, LoadedReadout, Regex
+from .readouts.base import WrappedReader
+from .readouts.contrast import tokenize_response
+from .readouts.sae_reader import max_elements, tiles
+from .shapers import ConceptSignal, Tokens
+
+
+WIDEST = 64
+"""Features that a concept may read, at most: every token of a batch has a number for each."""
+
+
+class EveryToken(WrappedReader):
+    """Reads every token: its `pooled` pools nothing and gives `(N, T, F)`, 0 outside the mask."""
+
+    def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
+        raw = torch.zeros(*mask.shape, self.n_features, device=x.device)
+        for rows, tokens in tiles(mask, max(1, max_elements(x.device) // self.width)):
+            raw[rows, tokens] = self.encode(x[rows, tokens])
+        return raw * mask[..., None]
+
+
+class _Job(NamedTuple):
+    """A concept whose tokens leave: its number, its options, its columns of the raw scores, whether it is to suppress, its reader."""
+
+    concept: int
+    shaper: Tokens
+    columns: slice
+    suppress: bool
+    reader: EveryToken | None
+
+    def side(self, pairs: int, device: torch.device) -> Tensor:
+        """`(2B, 1)` bool, the completions of the sides that tokens leave."""
+        return torch.tensor(self.shaper.sides(self.suppress), device=device).repeat_interleave(pairs)[:, None]
+
+
+class TokenFilter:
+    """Says of each batch which completion tokens stay in the loss.
+
+    The reference is read inside `reading`. Thresholds are found once (`sample`, `thresholds`) and belong to the run's calibration.
+
+    Args:
+        concepts: All concepts; those of other methods are passed over.
+        readers: Their readers.
+        columns: Their columns of the raw scores.
+        precomputed: Whether the reference's log-probabilities are computed before training.
+
+    Raises:
+        ValueError: If a concept's readout has no tokens, its options do not fit its readout, or `precomputed` is set.
+    """
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        readers: Sequence[LoadedReadout],
+        columns: Sequence[slice],
+        precomputed: bool = False,
+    ) -> None:
+        self._concepts = list(concepts)
+        self._jobs: list[_Job] = []
+        for index, (concept, reader, part) in enumerate(zip(concepts, readers, columns, strict=True)):
+            if concept.shapes and isinstance(concept.shaper, Tokens):
+                _check(concept, concept.shaper, reader, precomputed)
+                every = EveryToken(reader) if isinstance(reader, ActivationReader) else None
+                self._jobs.append(_Job(index, concept.shaper, part, concept.action == "suppress", every))
+        self._read = [job for job in self._jobs if job.reader is not None]
+        self._matched = [job for job in self._jobs if job.reader is None]
+        self._raw: list[Tensor] = []
+        self._mask = torch.empty(0)
+        self._samples: dict[int, list[Tensor]] = {
+            job.concept: [] for job in self._read if job.shaper.quantile is not None
+        }
+        self.log_probs = torch.empty(0)
+        """`(2B, T')`, the token log-probabilities of the last pass inside `reading`."""
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def marks(self, tokenizer: Any) -> TokenMarks | None:
+        """What the collator is to add to a batch, if anything."""
+        patterns = [
+            readout for job in self._matched if isinstance(readout := self._concepts[job.concept].readout, Regex)
+        ]
+        words = any(job.shaper.whole_words for job in self._jobs)
+        return TokenMarks(tokenizer, patterns, words) if patterns or words else None
+
+    @contextmanager
+    def reading(self, model: nn.Module, completion: Tensor) -> Iterator[None]:
+        """A context that reads every completion token in the one pass of the reference inside it.
+
+        Args:
+            model: The reference, unwrapped.
+            completion: `(2B, T)` bool, the completion tokens to read.
+        """
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.log_probs = output.log_probs.detach()
+
+        readers = [job.reader for job in self._read if job.reader is not None]
+        handle = model.register_forward_hook(keep)
+        try:
+            with CapturePass(model, readers, [completion] * len(readers)) if readers else nullcontext() as capture:
+                yield
+        finally:
+            handle.remove()
+        self._raw, self._mask = capture.scores if capture is not None else [], completion
+
+    # ------------------------------------------------------------------------------------------------------ thresholds
+
+    def sample(self, fresh: Tensor) -> None:
+        """Keep the tokens of the last pass for the quantiles.
+
+        Args:
+            fresh: `(B,)` bool, the pairs that count.
+        """
+        for job, raw in zip(self._read, self._raw, strict=True):
+            if job.concept in self._samples:
+                counts = self._mask & fresh.to(raw.device).repeat(2)[:, None] & job.side(len(fresh), raw.device)
+                self._samples[job.concept].append(raw[counts].cpu())
+
+    def thresholds(
+        self,
+        statistics: Statistics,
+        accelerator: Accelerator,
+        batch_size: int,
+        tokenizer: Any,
+        read: Callable[[list[Any]], Any],
+    ) -> Tensor:
+        """Find the thresholds, all processes together.
+
+        Args:
+            statistics: What scores are standardised by.
+            accelerator: The run's.
+            batch_size: Rows that a process reads at once.
+            tokenizer: Of the responses of contrast sets.
+            read: Makes the reference's pass over rows as TRL's tokenization gives them, inside `reading`.
+
+        Returns:
+            `(C,)` float32, nan for concepts that have none.
+        """
+        found = torch.full((len(self._concepts),), torch.nan)
+        for job in self._read:
+            if job.shaper.quantile is not None:
+                tokens = torch.cat(self._samples.pop(job.concept)).to(accelerator.device)
+                tokens = accelerator.pad_across_processes(tokens, dim=0, pad_index=torch.nan)
+                scores = self._standardised(job, accelerator.gather(tokens), statistics)
+                scores = scores[~scores.isnan()].double().cpu()
+                found[job.concept] = float(np.quantile(scores.numpy(), job.shaper.quantile, method="higher"))
+            elif job.shaper.contrast is not None:
+                rows, labels = contrast_rows(job.shaper.contrast, tokenizer)
+
+                def best(batch: list[Any], fresh: Tensor, job: _Job = job) -> Tensor:
+                    read(batch)
+                    scores = self._standardised(job, self._raw[self._read.index(job)], statistics)
+                    return scores.masked_fill(~self._mask, -torch.inf).amax(dim=1).chunk(2)[0][:, None]
+
+                scores = read_sample(rows, batch_size, best, accelerator)[:, 0]
+                found[job.concept] = best_f1(scores.cpu(), labels)
+            else:
+                assert job.shaper.threshold is not None  # by _check
+                found[job.concept] = job.shaper.threshold
+        return found
+
+    @staticmethod
+    def _standardised(job: _Job, raw: Tensor, statistics: Statistics) -> Tensor:
+        return ((raw - statistics.mean[job.columns]) / statistics.std[job.columns]).mean(dim=-1)
+
+    # -------------------------------------------------------------------------------------------------------- a batch
+
+    def leaving(
+        self,
+        signals: Sequence[ConceptSignal],
+        statistics: Statistics,
+        thresholds: Tensor,
+        extras: Mapping[str, Tensor],
+        completion: Tensor,
+    ) -> dict[int, Tensor]:
+        """Which tokens leave the loss.
+
+        Args:
+            signals: The batch's scores, for their gates.
+            statistics: What scores are standardised by.
+            thresholds: Of `thresholds`.
+            extras: What the collator added.
+            completion: `(2B, T)` bool, all completion tokens.
+
+        Returns:
+            For each concept of this method, by its index, `(2B, T)` bool.
+        """
+        left = {}
+        read = iter(self._raw)
+        matched = iter(extras[MATCHED].unbind(dim=2) if self._matched else ())
+        for job in self._jobs:
+            if job.reader is None:
+                hit = next(matched).bool()
+            else:
+                hit = (self._standardised(job, next(read), statistics) > thresholds[job.concept]) & self._mask
+            if job.shaper.whole_words:
+                words = extras[WORDS].long()  # (2B, T): 0 outside words
+                hit_words = torch.zeros(len(hit), words.shape[1] + 1, dtype=torch.uint8, device=hit.device)
+                hit_words.scatter_reduce_(1, words, hit.to(torch.uint8), "amax")
+                hit |= (hit_words.gather(1, words) > 0) & (words > 0)
+            gated = (signals[job.concept].gate > 0).repeat(2)[:, None]
+            left[job.concept] = hit & gated & job.side(len(hit) // 2, hit.device) & completion
+        return left
+
+
+def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, precomputed: bool) -> None:
+    owner = f"Concept {concept.name!r}: method 'tokens'"
+    given = [name for name in ("threshold", "quantile", "contrast") if getattr(shaper, name) is not None]
+    if precomputed:
+        raise ValueError(
+            f"{owner} leaves tokens out of the reference's log-probabilities too, and `precompute_ref_log_probs=True` keeps only their "
+            "sums. Set it to False."
+        )
+    if isinstance(reader, ActivationReader):
+        if not given:
+            raise ValueError(
+                f"{owner} needs one of `threshold`, `quantile` and `contrast`, for example {{name: tokens, quantile: 0.99}}."
+            )
+        if reader.n_features > WIDEST:
+            raise ValueError(
+                f"{owner} reads every token, and its readout has {reader.n_features} features. Name {WIDEST} at most."
+            )
+        if shaper.contrast is not None:
+            read_contrast(shaper.contrast, owner)
+    elif not isinstance(concept.readout, Regex):
+        raise ValueError(
+            f"{owner} needs a readout that says where in the text it fires: SAEFeatures, Direction or Regex. A function of the whole "
+            "text does not."
+        )
+    elif given:
+        raise ValueError(f"{owner} takes no `{given[0]}` with a Regex, whose matches leave as they are. Leave it out.")
+
+
+# ------------------------------------------------------------------------------------------------------- contrast sets
+
+
+def read_contrast(path: str, owner: str) -> list[dict[str, Any]]:
+    """Read a labelled contrast set: JSON Lines of `prompt`, `response` and `label`.
+
+    Raises:
+        ValueError: If it is not one, or lacks responses that show the concept, or that do not.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{owner}: there is no contrast set '{path}'.")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{owner}: '{path}', line {number}: not JSON ({error}).") from error
+        missing = [key for key in ("prompt", "response", "label") if not isinstance(row, dict) or key not in row]
+        if missing or row["label"] not in (0, 1):
+            what = f"no {missing[0]!r}" if missing else f"the label {row['label']!r}"
+            raise ValueError(
+                f"{owner}: '{path}', line {number} has {what}. Expected `prompt`, `response`, and a `label` of true or false."
+            )
+        rows.append(row)
+    shown = sum(bool(row["label"]) for row in rows)
+    if shown in (0, len(rows)):
+        raise ValueError(
+            f"{owner}: of the {len(rows)} responses of '{path}', {shown} show the concept: both kinds are needed."
+        )
+    return rows
+
+
+def contrast_rows(path: str, tokenizer: Any) -> tuple[list[dict[str, Any]], Tensor]:
+    """A contrast set as rows of TRL's, the responses as chosen completions, and their labels, `(N,)` bool."""
+    rows, labels = [], []
+    for row in read_contrast(path, "Method 'tokens'"):
+        ids, start = tokenize_response(tokenizer, row["prompt"], row["response"])
+        # One token will do on the side that is not looked at.
+        rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": ids[-1:]})
+        labels.append(bool(row["label"]))
+    return rows, torch.tensor(labels)
+
+
+def best_f1(scores: Tensor, labels: Tensor) -> float:
+    """The threshold above which scores tell the labelled ones best, by F1: half-way between the neighbouring scores.
+
+    Args:
+        scores: `(N,)`.
+        labels: `(N,)` bool.
+    """
+    order = scores.double().argsort(descending=True)
+    ordered, hits = scores.double()[order], labels[order].double().cumsum(dim=0)
+    n = torch.arange(1, len(ordered) + 1)
+    f1 = 2 * hits / (n + labels.sum())
+    # Equal scores stay together.
+    following = torch.cat([ordered[1:], ordered[-1:] - 1])
+    best = int(torch.where(following < ordered, f1, -1.0).argmax())
+    return float((ordered[best] + following[best]) / 2)
