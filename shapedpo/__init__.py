@@ -20,11 +20,13 @@ _HOME = {
     "Regex": "readouts",
     "SAEFeatures": "readouts",
     "TextFunction": "readouts",
+    "Ablate": "shapers",
     "Mask": "shapers",
     "Project": "shapers",
     "Reward": "shapers",
     "Reweight": "shapers",
     "Shaper": "shapers",
+    "Steer": "shapers",
     "Tokens": "shapers",
 }
 
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
     from .concept import Concept, Gate, load_concepts
     from .config import ShapedDPOConfig
     from .readouts import Direction, Readout, Regex, SAEFeatures, TextFunction
-    from .shapers import Mask, Project, Reward, Reweight, Shaper, Tokens
+    from .shapers import Ablate, Mask, Project, Reward, Reweight, Shaper, Steer, Tokens
     from .trainer import ShapedDPOTrainer
 
 __all__ = [
+    "Ablate",
     "Concept",
     "Direction",
     "Gate",
@@ -49,6 +52,7 @@ __all__ = [
     "ShapedDPOConfig",
     "ShapedDPOTrainer",
     "Shaper",
+    "Steer",
     "TextFunction",
     "Tokens",
     "load_concepts",

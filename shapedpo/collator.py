@@ -12,6 +12,7 @@ from torch import Tensor
 from .concept import Concept, Gate
 from .marks import MATCHED, WORDS
 from .openings import REF_COLUMNS
+from .prompts import TURN
 from .readouts import Readout, TextReader
 
 
@@ -23,7 +24,7 @@ CACHED = "concept_cached"
 ROW = "shapedpo_row"
 KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
 """What the collator may add to a batch, beside integers."""
-INTEGERS = (ROW, MATCHED, WORDS)
+INTEGERS = (ROW, MATCHED, WORDS, TURN)
 """What it may add as integers."""
 
 

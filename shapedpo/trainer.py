@@ -29,6 +29,7 @@ from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutab
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
 from .shaping import Shaping, check_methods, project_policy
+from .steering import policy_steering
 
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._prepare_reading()
         policy: Any = self.model
         self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
+        self._steering = policy_steering(policy, self.concepts, self._reader.readers)
         if self._reads:
             run = TrainerAccess(self, source)
             reader: Any = self._reader.monitored
@@ -175,7 +177,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         if not self.concepts:
             return super().training_step(*args, **kwargs)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
-        with self._residual_projection:
+        with self._residual_projection, self._steering:
             return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:

@@ -4,17 +4,20 @@ from .base import SHAPERS, ConceptSignal, Shaper, shaper_from_config
 from .pairs import Mask, Reweight
 from .projection import Project
 from .reward import Reward
+from .steering import Ablate, Steer
 from .tokens import Tokens
 
 
 __all__ = [
     "SHAPERS",
+    "Ablate",
     "ConceptSignal",
     "Mask",
     "Project",
     "Reward",
     "Reweight",
     "Shaper",
+    "Steer",
     "Tokens",
     "shaper_from_config",
 ]

@@ -9,7 +9,8 @@ with one of these, which [`~shapedpo.shaping.Shaping`] carries to the opening of
 | `pair_weight`, a factor of each pair's loss | TRL's own pair weights (those of WPO) | `reweight`, `mask` |
 
 `project` gives neither: its concepts are projected out of the gradient together (see `projection.py`). `tokens` says which of a
-completion's tokens stay in the loss ([`~shapedpo.tokens.TokenFilter`]).
+completion's tokens stay in the loss ([`~shapedpo.tokens.TokenFilter`]), `steer` and `ablate` how the policy's hidden states change
+([`~shapedpo.steering.Steering`]).
 """
 
 from __future__ import annotations

@@ -1,0 +1,169 @@
+"""Changing hidden states in the forward pass: adding directions, or projecting them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .capture import Side, activation, decoder_layers, resolve_site
+from .concept import Concept
+from .readouts import ActivationReader, LoadedReadout
+from .shapers.projection import orthonormal_basis
+from .shapers.steering import Ablate, ForwardEdit
+
+
+class Edit(NamedTuple):
+    """What is done at some places of a model.
+
+    Attributes:
+        places: Modules, and whether their input or their output is meant.
+        basis: `(d, k)` float32, orthonormal columns. One column if it is added.
+        ablate: Whether it is projected out, or added.
+    """
+
+    places: list[tuple[nn.Module, Side]]
+    basis: Tensor
+    ablate: bool
+
+    def __call__(self, x: Tensor, amount: Tensor) -> Tensor:
+        """`(N, T, d)`, changed by `amount`, `(N, T, 1)` float32."""
+        basis = self.basis.to(x.device)
+        if not self.ablate:
+            return x + (amount * basis[:, 0]).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # not in bf16, or most of the direction would stay
+            basis = basis.to(torch.promote_types(x.dtype, torch.float32))
+            return (x - amount.to(basis.dtype) * ((x.to(basis.dtype) @ basis) @ basis.T)).to(x.dtype)
+
+
+class Steering:
+    """Context manager inside which a model's hidden states are changed, as soon as `aim` has said how much and where.
+
+    Hooks live inside `with` only, also if something fails there. It must enclose the backward pass too: with gradient checkpointing
+    modules run again there, and the same is done again. Before `aim`, and after leaving, nothing is changed: a pass of the reference
+    through the same module comes first.
+
+    Args:
+        edits: By concept, by its index.
+    """
+
+    def __init__(self, edits: Mapping[int, Edit]) -> None:
+        self._edits = dict(edits)
+        self._amounts: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._edits)
+
+    def __enter__(self) -> Steering:
+        try:
+            for concept, edit in self._edits.items():
+                for module, side in edit.places:
+                    self._handles.append(self._hook(concept, edit, module, side))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._amounts = {}
+        while self._handles:
+            self._handles.pop().remove()
+
+    def aim(self, amounts: Mapping[int, Tensor], positions: Tensor) -> None:
+        """Say what the passes from now on are changed by.
+
+        Args:
+            amounts: By concept, by its index, `(N,)` float32, how much each sequence is.
+            positions: `(N, T)` bool, which of its tokens are. If the model puts virtual tokens before the text, it speaks of the last T.
+        """
+        self._amounts = {
+            concept: (amount[:, None] * positions)[..., None].detach() for concept, amount in amounts.items()
+        }
+
+    def _hook(self, concept: int, edit: Edit, module: nn.Module, side: Side) -> Any:
+        def changed(x: Tensor) -> Tensor:
+            amount = self._amounts[concept]
+            return edit(x, F.pad(amount, (0, 0, x.shape[1] - amount.shape[1], 0)))
+
+        if side == "output":
+
+            def output_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                if concept not in self._amounts:
+                    return None
+                x = changed(activation(side, args, kwargs, output))
+                return x if isinstance(output, Tensor) else type(output)([x, *output[1:]])
+
+            return module.register_forward_hook(output_hook, with_kwargs=True)
+
+        def input_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if concept not in self._amounts:
+                return None
+            x = changed(activation(side, args, kwargs))
+            if args:
+                return (x, *args[1:]), kwargs
+            name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            return args, {**kwargs, name: x}
+
+        return module.register_forward_pre_hook(input_hook, with_kwargs=True)
+
+
+def policy_steering(model: nn.Module, concepts: Sequence[Concept], readers: Sequence[LoadedReadout]) -> Steering:
+    """The steering of the concepts with the methods `steer` and `ablate`.
+
+    Args:
+        model: The policy, unwrapped.
+        concepts: All concepts.
+        readers: Their readers, checked by `check_steering`.
+
+    Raises:
+        ValueError: If a layer is not there; the text names the concept.
+    """
+    edits = {}
+    for index, (concept, reader) in enumerate(zip(concepts, readers, strict=True)):
+        if concept.shapes and isinstance(concept.shaper, ForwardEdit):
+            assert isinstance(reader, ActivationReader)  # by check_steering
+            ablate = isinstance(concept.shaper, Ablate)
+            try:
+                edits[index] = make_edit(model, reader, concept.shaper.layers, ablate)
+            except ValueError as error:
+                raise ValueError(f"Concept {concept.name!r}: method {concept.shaper.name!r}: {error}") from error
+    return Steering(edits)
+
+
+def make_edit(model: nn.Module, reader: ActivationReader, layers: Sequence[int] | None, ablate: bool) -> Edit:
+    """An edit by a readout's directions, after some decoder layers or, without `layers`, where it reads.
+
+    Raises:
+        ValueError: If a layer is not there.
+    """
+    if layers is None:
+        module, side, _ = resolve_site(model, reader.hook_name)
+        places: list[tuple[nn.Module, Side]] = [(module, side)]
+    else:
+        found = decoder_layers(model)
+        if outside := [layer for layer in layers if layer >= len(found)]:
+            raise ValueError(f"there is no layer {outside[0]}: the model has {len(found)} (0 to {len(found) - 1}).")
+        places = [(found[layer], "output") for layer in layers]
+    directions = reader.directions()
+    if ablate:
+        return Edit(places, orthonormal_basis(directions), True)
+    mean = F.normalize(directions.double(), dim=1).mean(dim=0)
+    return Edit(places, F.normalize(mean, dim=0).float()[:, None], False)
+
+
+def check_steering(concepts: Sequence[Concept], readers: Sequence[LoadedReadout]) -> None:
+    """Check that there is a direction to steer by.
+
+    Raises:
+        ValueError: If there is none; the text names the concept.
+    """
+    for concept, reader in zip(concepts, readers, strict=True):
+        if concept.shapes and isinstance(concept.shaper, ForwardEdit) and not isinstance(reader, ActivationReader):
+            raise ValueError(
+                f"Concept {concept.name!r}: method {concept.shaper.name!r} needs a readout with a direction (SAEFeatures or Direction); "
+                "a readout of text has none."
+            )
