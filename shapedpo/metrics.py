@@ -92,7 +92,7 @@ def concept_metrics(
     unshaped |= {
         f"logps/{name}": value / size for name, value in zip(("chosen", "rejected"), totals.pop(), strict=False)
     }
-    found = [(totals.pop(), name) for name in reversed(shares)]
+    found = [(totals.pop(), name) for name in reversed(list(shares))]
     raise_non_finite(concepts, [row[3] for row in totals], where)
     metrics = {name: part / max(whole, 1.0) for (part, whole, *_), name in found}
     for concept, strength, (amplification, pressure, delta, _) in zip(concepts, strengths, totals, strict=True):

@@ -31,7 +31,6 @@ REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _METHODS = {
     "_compute_loss": ["self", "model", "inputs", "return_outputs"],
     "compute_ref_log_probs": ["self", "model", "inputs"],
-    "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],
     "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
     "_set_signature_columns_if_needed": ["self"],
     "_prepare_dataset": ["self", "dataset", "processing_class", "args", "dataset_name"],

@@ -74,9 +74,10 @@ def test_explaining_away(peft, checkpointing):
     slow = Slow(trainer_of(way("steer"), peft=peft, **CHECKPOINTING[checkpointing]))
     delta = deltas(slow)
     amounts = ALPHA * torch.cat([delta > 0, delta < 0]).double()
-    before = hooks(slow)
     assert 0 < (delta > 0).sum() < len(delta)
-    slow.assert_step(slow.loss(steered_logps(slow, amounts), slow.logps(slow.reference)))
+    objective = slow.loss(steered_logps(slow, amounts), slow.logps(slow.reference))
+    before = hooks(slow)
+    slow.assert_step(objective)
     assert slow.trainer._metrics["train"]["concepts/way/steer"] == [0.5]
     assert hooks(slow) == before
 
