@@ -1,7 +1,7 @@
 """What a preference dataset teaches, before anything is trained.
 
 After the data-centric audit of Bergen et al. (arXiv 2606.12360): [`harvest`] reads every feature of an SAE on every pair, once, and keeps
-it on disk; [`Harvest`] opens what it has written.
+it on disk; [`Harvest`] opens what it has written. [`analyse`] makes both views of it, as ranked hypotheses.
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 
 # Loaded on first use: `harvest` needs torch and trl, which take seconds.
-_HOME = {"harvest": "harvesting", "HarvestSettings": "harvesting", "Harvest": "store"}
+_HOME = {
+    "Analysis": "hypotheses",
+    "AuditSettings": "settings",
+    "Harvest": "store",
+    "HarvestSettings": "harvesting",
+    "Hypothesis": "hypotheses",
+    "analyse": "analysis",
+    "harvest": "harvesting",
+}
 
 if TYPE_CHECKING:
+    from .analysis import analyse
     from .harvesting import HarvestSettings, harvest
+    from .hypotheses import Analysis, Hypothesis
+    from .settings import AuditSettings
     from .store import Harvest
 
-__all__ = ["Harvest", "HarvestSettings", "harvest"]
+__all__ = ["Analysis", "AuditSettings", "Harvest", "HarvestSettings", "Hypothesis", "analyse", "harvest"]
 
 
 def __getattr__(name: str) -> Any:

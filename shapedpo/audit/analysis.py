@@ -203,11 +203,9 @@ def _compare(
         of_features.add(shard.rows, _one_of(labels[place], k), feature_view.disparity(shard))
         of_prompts.add(shard.rows, leading.members(shard.rows), prompt_view.movement(shard))
     large = sizes(feature_view.clusters) >= settings.min_hypothesis_features
-    views = {
-        "global": ranked("global", of_features.overall(), settings, responses=large),
-        "feature": ranked("feature", of_features.compare(), settings, responses=large),
-        "prompt": ranked("prompt", of_prompts.compare(), settings),
-    }
+    everywhere, everywhere_tested = ranked("global", of_features.overall(), settings, responses=large)
+    conditional, conditional_tested = ranked("feature", of_features.compare(), settings, responses=large)
+    prompted, prompted_tested = ranked("prompt", of_prompts.compare(), settings)
     named = {
         "feature": feature_view.clusters,
         "prompt": prompt_view.prompts,
@@ -216,7 +214,7 @@ def _compare(
     return Analysis(
         settings=settings,
         n_rows=n,
-        hypotheses=[hypothesis for view in views.values() for hypothesis in view],
+        hypotheses=[*everywhere, *conditional, *prompted],
         clusters={
             name: [np.flatnonzero(of == number).tolist() for number in range(len(sizes(of)))]
             for name, of in named.items()
@@ -224,6 +222,7 @@ def _compare(
         rows=rows,
         data_clusters=labels,
         typicality=typicality,
+        tested={"global": everywhere_tested, "feature": conditional_tested, "prompt": prompted_tested},
     )
 
 

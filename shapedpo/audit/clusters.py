@@ -79,9 +79,11 @@ def feature_embedding(x: sparse.csr_matrix, dims: int, seed: int) -> Float:
     """
     n, f = x.shape
     dims = min(dims, n, f)
-    mean = np.asarray(x.mean(axis=0), np.float64).ravel()
-    variance = np.asarray(x.multiply(x).mean(axis=0), np.float64).ravel() - mean**2
-    scale = np.where(variance > 1e-12, 1 / np.sqrt(np.maximum(variance, 1e-12)), 0).astype(np.float32)
+    mean = np.bincount(x.indices, x.data, f) / n
+    square = np.bincount(x.indices, np.square(x.data, dtype=np.float64), f) / n
+    variance = square - mean**2
+    varies = variance > 1e-9 * square  # else it is rounding
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0).astype(np.float32)
     shift = (mean * scale).astype(np.float32)
     of_feature = x.T.tocsr()
 
@@ -99,7 +101,7 @@ def feature_embedding(x: sparse.csr_matrix, dims: int, seed: int) -> Float:
         basis = forward(basis)
     basis, _ = np.linalg.qr(basis)
     _, values, right = np.linalg.svd(backward(basis).T, full_matrices=False)
-    return unit((right[:dims] * values[:dims, None]).T)
+    return unit(np.where(varies[:, None], (right[:dims] * values[:dims, None]).T, 0))
 
 
 def embedded_clusters(x: sparse.csr_matrix, k: int, dims: int, seed: int) -> NDArray[np.int32]:

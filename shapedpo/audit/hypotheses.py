@@ -76,8 +76,8 @@ def ranked(
     settings: AuditSettings,
     conditions: NDArray[np.bool_] | bool = True,
     responses: NDArray[np.bool_] | bool = True,
-) -> list[Hypothesis]:
-    """The hypotheses of a view, the strongest first.
+) -> tuple[list[Hypothesis], int]:
+    """The hypotheses of a view, the strongest first, and how many were tested.
 
     All pairs of an allowed condition with `min_rows` rows and an allowed response are tested. Kept are those whose halves agree in sign
     and whose effect is `min_effect` or more, at most `max_hypotheses`.
@@ -100,7 +100,7 @@ def ranked(
     statistics: dict[str, Any] = {
         name: getattr(found, name) for name in ("delta", "mean_in", "mean_out", "d", "z", "p")
     }
-    return [
+    hypotheses = [
         Hypothesis(
             view=view,
             condition=-1 if view == "global" else int(i),
@@ -112,6 +112,7 @@ def ranked(
         )
         for i, j in kept[order]
     ]
+    return hypotheses, int(np.isfinite(p).sum())
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Analysis:
         rows: `(n_rows,)` int64, row numbers in the source dataset.
         data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
         typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
-        tested: How many hypotheses each view tested.
+        tested: How many hypotheses each view tested, over which its q values are.
     """
 
     settings: AuditSettings

@@ -14,6 +14,8 @@ Array = NDArray[np.float64]
 LARGEST = 1e6
 """Where z and d are cut off, so that a perfect separation is still a number."""
 
+_ROUNDING = 1e-12  # relative
+
 
 class Comparison(NamedTuple):
     """Groups of rows, each against the rest; every array is `(groups, scores)` but for the counts, `(groups, 1)`.
@@ -85,6 +87,7 @@ class Moments:
         n_in, mean_in, var_in = _mean_and_variance(*(part.sum(axis=0) for part in inside))
         n_out, mean_out, var_out = _mean_and_variance(*(part.sum(axis=0) for part in outside))
         delta = mean_in - mean_out
+        delta[np.abs(delta) <= _ROUNDING * np.maximum(np.abs(mean_in), np.abs(mean_out))] = 0
         with np.errstate(divide="ignore", invalid="ignore"):
             pooled = np.sqrt(((n_in - 1) * var_in + (n_out - 1) * var_out) / (n_in + n_out - 2))
             halves = inside[1] / inside[0] - outside[1] / outside[0]
@@ -107,7 +110,7 @@ def _mean_and_variance(n: Array, total: Array, square: Array) -> tuple[Array, Ar
     mean = total / np.maximum(n, 1)
     variance = np.maximum(square - n * mean**2, 0) / np.maximum(n - 1, 1)
     # what is left of a constant's variance is rounding
-    return n, mean, np.where(variance <= 1e-12 * mean**2, 0.0, variance)
+    return n, mean, np.where(variance <= _ROUNDING * mean**2, 0.0, variance)
 
 
 def _ratio(x: Array, y: Array) -> Array:

@@ -15,12 +15,19 @@ from .store import Shard
 Float = NDArray[np.float32]
 
 
-def membership(clusters: NDArray[np.int32], weights: NDArray[np.floating] | float = 1.0) -> sparse.csr_matrix:
-    """`(d_sae, clusters)` float32: each feature's weight in its own cluster; features of none (-1) have an empty row."""
+def membership(
+    clusters: NDArray[np.int32], weights: NDArray[np.floating] | float = 1.0, mean: bool = False
+) -> sparse.csr_matrix:
+    """`(d_sae, clusters)` float32: each feature's weight in its own cluster; features of none (-1) have an empty row.
+
+    A product with it sums over clusters; with `mean` the weights are divided by the cluster's size.
+    """
     features = np.flatnonzero(clusters >= 0)
-    values = np.broadcast_to(np.asarray(weights, np.float32), clusters.shape)[features]
+    values = np.broadcast_to(np.asarray(weights, np.float64), clusters.shape)[features]
+    if mean:
+        values = values / sizes(clusters)[clusters[features]]
     shape = (len(clusters), int(clusters.max(initial=-1)) + 1)
-    return sparse.csr_matrix((values, (features, clusters[features])), shape=shape)
+    return sparse.csr_matrix((values.astype(np.float32), (features, clusters[features])), shape=shape)
 
 
 def sizes(clusters: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -57,7 +64,7 @@ class FeatureView:
 
     def disparity(self, shard: Shard) -> Float:
         """`u`, `(n, M)`: by what share of a cluster's features more are on in the chosen than in the rejected completion."""
-        share = membership(self.clusters, 1 / np.maximum(sizes(self.clusters), 1)[self.clusters])
+        share = membership(self.clusters, mean=True)
         return (on(shard.chosen.freq, self.tau) @ share - on(shard.rejected.freq, self.tau) @ share).toarray()
 
     def data_clusters(self, shard: Shard) -> tuple[NDArray[np.int32], Float]:
@@ -84,7 +91,7 @@ class PromptView:
 
     def expression(self, shard: Shard) -> Float:
         """`(n, A)`: the share of a cluster's features that fire in the prompt."""
-        share = membership(self.prompts, 1 / np.maximum(sizes(self.prompts), 1)[self.prompts])
+        share = membership(self.prompts, mean=True)
         return (on(shard.prompt.freq, 0) @ share).toarray()
 
     def movement(self, shard: Shard) -> Float:
@@ -93,6 +100,5 @@ class PromptView:
         The deltas are divided by their standard deviation and not centred: it makes no difference to a comparison of rows, and
         leaves 0 for two sides that do not differ.
         """
-        mean = 1 / np.maximum(sizes(self.responses), 1)[self.responses]
-        scale = membership(self.responses, mean / np.where(self.delta_sd > 0, self.delta_sd, 1))
+        scale = membership(self.responses, 1 / np.where(self.delta_sd > 0, self.delta_sd, 1), mean=True)
         return (shard.chosen.freq @ scale - shard.rejected.freq @ scale).toarray()

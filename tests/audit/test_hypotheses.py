@@ -1,0 +1,228 @@
+"""Both views on worlds with planted lessons, from harvest to hypotheses, and against the whole written out in loops."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from shapedpo.audit.analysis import analyse
+from shapedpo.audit.hypotheses import Analysis
+from shapedpo.audit.lessons import lessons
+from shapedpo.audit.settings import AuditSettings
+
+from .worlds import GROUP, TOKENS, Planted, World, write_harvest
+
+
+EVERYWHERE = Planted(0, rate=0.1)
+CONDITIONAL = Planted(1, topic=3)
+SUPPRESSED = Planted(2, topic=5, rate=0.5, chosen=False)
+WORLD = World(1500, groups=8, lessons=(EVERYWHERE, CONDITIONAL, SUPPRESSED))
+# within a group the features' normalised mutual information is 0.3; between a topic and what it is taught, 0.05
+SETTINGS = AuditSettings.for_data(WORLD.n, WORLD.d_sae, resolution=0.1)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The planted world's analysis."""
+    folder = tmp_path_factory.mktemp("planted")
+    return analyse(WORLD.harvest(folder / "harvest"), SETTINGS, out=folder / "analysis", progress=False), folder
+
+
+def responds_with(analysis, hypothesis, group: int) -> bool:
+    """Whether most of a hypothesis' response features are those of a group."""
+    features = analysis.response_features(hypothesis)
+    return len(set(features) & set(WORLD.group_features(group))) > len(features) / 2
+
+
+def test_each_planted_group_is_a_feature_cluster(found) -> None:
+    analysis, _ = found
+    clusters = [set(features) for features in analysis.clusters["feature"]]
+    for group in range(WORLD.groups):
+        own = set(WORLD.group_features(group))
+        best = max(clusters, key=lambda features: len(features & own))
+        assert len(best & own) >= GROUP - 1
+        assert len(best - own) <= 1
+
+
+def test_feature_view_ranks_the_conditional_lesson_first(found) -> None:
+    analysis, _ = found
+    first, *others = lessons(analysis, "feature")
+    assert responds_with(analysis, first.first, 1)
+    assert first.first.delta > 0.5
+    assert first.first.q < 1e-6
+    in_topic = WORLD.topic_of_rows()[
+        np.isin(analysis.rows, analysis.rows[analysis.data_clusters == first.first.condition])
+    ]
+    assert (in_topic == 3).mean() > 0.9
+    named = np.unique(
+        np.concatenate([lesson.rows for lesson in [first, *others] if responds_with(analysis, lesson.first, 1)])
+    )
+    planted = WORLD.planted_rows(CONDITIONAL)
+    assert len(np.intersect1d(named, planted)) >= 0.8 * len(planted)
+    assert len(np.intersect1d(named, planted)) >= 0.9 * len(named)
+
+
+def test_prompt_view_ranks_the_conditional_lesson_first_and_the_suppressed_one_next(found) -> None:
+    analysis, _ = found
+    first, second, *_ = lessons(analysis, "prompt")
+    for lesson, planted in ((first, CONDITIONAL), (second, SUPPRESSED)):
+        assert set(analysis.condition_features(lesson.first)) == set(WORLD.prompt_features(planted.topic))
+        assert responds_with(analysis, lesson.first, planted.group)
+        assert (lesson.first.delta > 0) == planted.chosen
+        # beside these, rows of the topic whose completions differ in it by chance
+        assert len(np.intersect1d(lesson.rows, WORLD.planted_rows(planted))) >= 0.75 * len(lesson.rows)
+
+
+def test_global_view_finds_what_is_taught_everywhere(found) -> None:
+    analysis, _ = found
+    groups = [
+        next((g for g in range(WORLD.groups) if responds_with(analysis, h, g)), None) for h in analysis.of("global")[:2]
+    ]
+    assert set(groups) == {EVERYWHERE.group, CONDITIONAL.group}  # 10 and 12 % of the rows
+
+
+def test_analysis_comes_back_from_its_files(found) -> None:
+    analysis, folder = found
+    back = Analysis.load(folder / "analysis")
+    assert (back.settings, back.n_rows, back.clusters) == (analysis.settings, 1500, analysis.clusters)
+    assert back.tested == analysis.tested
+    assert analysis.tested["global"] == len(analysis.clusters["feature"])
+    assert back.hypotheses == analysis.hypotheses
+    for one, other in zip(back.hypotheses, analysis.hypotheses, strict=True):
+        np.testing.assert_array_equal(one.named, other.named)
+        np.testing.assert_array_equal(one.contributions, other.contributions)
+    for name in ("rows", "data_clusters", "typicality"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(analysis, name))
+    (folder / "analysis" / "rows.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"rows\.parquet"):
+        Analysis.load(folder / "analysis")
+
+
+def test_the_same_again_and_whatever_the_size_of_shards(found, tmp_path) -> None:
+    analysis, _ = found
+    again = analyse(WORLD.harvest(tmp_path, shard_rows=97), SETTINGS, progress=False)
+    assert again.clusters == analysis.clusters
+    np.testing.assert_array_equal(again.data_clusters, analysis.data_clusters)
+    assert len(again.hypotheses) == len(analysis.hypotheses)
+    for one, other in zip(again.hypotheses, analysis.hypotheses, strict=True):
+        assert (one.view, one.condition, one.response) == (other.view, other.condition, other.response)
+        np.testing.assert_array_equal(one.named, other.named)
+        np.testing.assert_allclose([one.delta, one.z, one.p], [other.delta, other.z, other.p], rtol=1e-5, atol=1e-12)
+
+
+def test_every_number_is_what_loops_give(found, tmp_path) -> None:
+    """Scores, tests and halves of the hypotheses, from dense float64 frequencies."""
+    analysis, _ = found
+    counts = WORLD.counts()
+    freq = {span: counts[span] / TOKENS for span in counts}
+    delta_freq = freq["chosen"] - freq["rejected"]
+    for hypothesis in analysis.of("global")[:3] + analysis.of("feature")[:8] + analysis.of("prompt")[:8]:
+        features = analysis.response_features(hypothesis)
+        if hypothesis.view == "prompt":
+            score = np.mean([delta_freq[:, f] / delta_freq[:, f].std() for f in features], axis=0)
+        else:
+            score = np.mean(
+                [1.0 * (freq["chosen"][:, f] > 0.01) - (freq["rejected"][:, f] > 0.01) for f in features], axis=0
+            )
+        if hypothesis.view == "global":
+            expected = stats.ttest_1samp(score, 0)
+            inside, outside = np.ones(WORLD.n, bool), np.zeros(WORLD.n, bool)
+        else:
+            if hypothesis.view == "feature":
+                inside = analysis.data_clusters == hypothesis.condition
+            else:
+                share = np.mean([freq["prompt"][:, f] > 0 for f in analysis.condition_features(hypothesis)], axis=0)
+                least = np.sort(share)[-hypothesis.n_in]
+                inside = share > least
+                ties = np.flatnonzero(share == least)  # some of these
+                inside[np.intersect1d(ties, hypothesis.rows)] = True
+                missing = hypothesis.n_in - inside.sum()
+                if missing:  # those whose response does not go the hypothesis' way are not listed
+                    continue
+            outside = ~inside
+            expected = stats.ttest_ind(score[inside], score[outside], equal_var=False)
+        assert hypothesis.n_in == inside.sum()
+        np.testing.assert_allclose(hypothesis.z, expected.statistic, rtol=1e-4)
+        np.testing.assert_allclose(hypothesis.p, expected.pvalue, rtol=1e-2, atol=1e-300)
+        for half in (0, 1):
+            which = np.arange(WORLD.n) % 2 == half
+            rest = score[outside & which].mean() if outside.any() else 0
+            np.testing.assert_allclose(hypothesis.halves[half], score[inside & which].mean() - rest, rtol=1e-4)
+        assert (np.diff(np.abs(hypothesis.contributions)) <= 0).all()
+        np.testing.assert_allclose(hypothesis.contributions, score[hypothesis.rows], rtol=1e-4)
+        assert inside[hypothesis.rows].all()
+
+
+def test_data_clusters_do_not_depend_on_which_side_is_chosen(tmp_path) -> None:
+    """Otherwise the test of their rows' difference would be circular."""
+    counts = dataclasses.replace(WORLD, n=600).counts()
+    swap = np.random.default_rng(0).random(600) < 0.5
+    swapped = {
+        "prompt": counts["prompt"],
+        "chosen": np.where(swap[:, None], counts["rejected"], counts["chosen"]),
+        "rejected": np.where(swap[:, None], counts["chosen"], counts["rejected"]),
+    }
+    one, other = (
+        analyse(write_harvest(tmp_path / name, part), progress=False)
+        for name, part in (("one", counts), ("other", swapped))
+    )
+    assert one.clusters["feature"] == other.clusters["feature"]
+    assert (one.data_clusters == other.data_clusters).mean() > 0.99  # sums in another order may round otherwise
+
+
+def test_a_clean_world_teaches_nothing(tmp_path) -> None:
+    discovered = tested = 0
+    for seed in range(3):
+        analysis = analyse(World(600, seed=seed).harvest(tmp_path / str(seed)), progress=False)
+        tested += 1
+        discovered += any(h.q < 0.05 for h in analysis.hypotheses)
+        assert sum(h.q < 0.05 for h in analysis.hypotheses) <= 2
+    assert discovered < tested
+
+
+def test_silent_rows_are_in_no_data_cluster(tmp_path) -> None:
+    counts = dataclasses.replace(WORLD, n=300).counts()
+    for span in counts:
+        counts[span][:60] = 0  # more than the percentile
+    analysis = analyse(write_harvest(tmp_path / "a", counts), progress=False)
+    assert (analysis.data_clusters[:60] == -1).all()
+    assert (analysis.data_clusters[60:] >= 0).mean() > 0.9
+    for cluster in np.unique(analysis.data_clusters[analysis.data_clusters >= 0]):
+        assert set(analysis.exemplars(cluster, 3)) <= set(np.flatnonzero(analysis.data_clusters == cluster))
+
+
+def test_a_harvest_in_which_nothing_fires_teaches_nothing(tmp_path) -> None:
+    empty = {span: np.zeros((30, 50), int) for span in ("prompt", "chosen", "rejected")}
+    analysis = analyse(write_harvest(tmp_path / "empty", empty), out=tmp_path / "out", progress=False)
+    assert analysis.hypotheses == []
+    assert (analysis.data_clusters == -1).all()
+    assert Analysis.load(tmp_path / "out").hypotheses == []
+    one = {span: np.ones((1, 5), int) for span in empty}
+    with pytest.raises(ValueError, match="two at least"):
+        analyse(write_harvest(tmp_path / "one", one), progress=False)
+
+
+# --- constants ---------------------------------------------------------------------------------------------------------
+
+
+def test_constants_are_the_papers_at_its_size_and_scale_by_the_rule() -> None:
+    assert AuditSettings.for_data(260_000, 65_536) == AuditSettings() == AuditSettings.for_data(10**7, 10**6)
+    small = AuditSettings.for_data(65_000, 65_536)  # a quarter of the rows: half of each count
+    assert (small.data_clusters, small.min_rows, small.min_seen) == (256, 12, 100)
+    assert small.min_cluster_features == 4
+    few = AuditSettings.for_data(260_000, 16_384)
+    assert (few.min_cluster_features, few.min_hypothesis_features, few.response_clusters) == (2, 5, 256)
+    assert few.edge_share == 0.02
+    assert AuditSettings.for_data(100, 512).min_rows == 10  # its floor
+    assert AuditSettings.for_data(100, 512, data_clusters=7).data_clusters == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tau", 0), ("edge_share", 1.5), ("data_clusters", -1), ("silent_percentile", 100)]
+)
+def test_constants_out_of_range_are_refused(name, value) -> None:
+    with pytest.raises(ValueError, match=name):
+        AuditSettings(**{name: value})
