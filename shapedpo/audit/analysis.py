@@ -13,7 +13,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .clusters import embedded_clusters, spherical_kmeans, unit
-from .graph import feature_clusters
+from .graph import affordable, feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked
 from .leading import Leading, Responsible, beyond_chance
 from .settings import AuditSettings
@@ -50,7 +50,7 @@ def analyse(
     settings = settings or AuditSettings.for_data(harvest.n_rows, harvest.d_sae)
     passes = _Passes(harvest, progress)
     survey = _survey(passes, settings)
-    features = feature_clusters(survey.completions, settings, progress)
+    features = feature_clusters(affordable(survey.completions, settings), settings, progress)
     prompt_view = _prompt_view(survey, settings)
     del survey
     feature_view, leading = _conditions(passes, features, prompt_view, settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,8 @@ from tqdm.auto import tqdm
 from .settings import AuditSettings
 
 
-_BLOCK = 8_000_000  # joint counts held at once
+_BLOCK = 4_000_000  # joint counts that each thread holds at once
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class Pairs(NamedTuple):
@@ -60,8 +63,8 @@ def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress
     keep = min(settings.max_edges, max(1, round(settings.edge_share * len(eligible) * (len(eligible) - 1) / 2)))
     least = stats.chi2.isf(settings.edge_p, 1) / 2  # of n times the mutual information, on which the G test is
     threshold, found = 0.0, [empty]
-    step = max(1, _BLOCK // len(eligible))
-    for start in tqdm(range(0, len(eligible), step), desc="Features that fire together", disable=not progress):
+
+    def strong(start: int) -> Pairs:
         joint = (of_feature[start : start + step] @ firing[:, start:]).tocoo()
         a, b, both = joint.row + start, joint.col + start, joint.data
         upper = (b > a) & (both * float(n) > count[a] * count[b].astype(float))
@@ -70,13 +73,28 @@ def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress
         shared = x_log_x[both] + x_log_x[only_a] + x_log_x[only_b] + x_log_x[n - both - only_a - only_b]
         shared -= x_log_x[n] - entropy[a] - entropy[b]
         weight = (shared / np.sqrt(entropy[a] * entropy[b])).astype(np.float32)
-        strong = (shared > least) & (weight >= threshold)
-        found.append(Pairs(eligible[a[strong]].astype(np.int32), eligible[b[strong]].astype(np.int32), weight[strong]))
-        if sum(len(part.weight) for part in found) > 2 * keep:
-            threshold, found = _cut(found, keep)
+        which = (shared > least) & (weight >= threshold)
+        return Pairs(eligible[a[which]].astype(np.int32), eligible[b[which]].astype(np.int32), weight[which])
+
+    step = max(1, _BLOCK // len(eligible))
+    starts = range(0, len(eligible), step)
+    with ThreadPoolExecutor(_THREADS) as threads:  # scipy's products and numpy's arithmetic leave Python's lock alone
+        blocks = threads.map(strong, starts)
+        for part in tqdm(blocks, "Features that fire together", len(starts), disable=not progress):
+            found.append(part)
+            if sum(len(part.weight) for part in found) > 2 * keep:
+                threshold, found = _cut(found, keep)
     _, (pairs,) = _cut(found, keep)
     order = np.lexsort((pairs.second, pairs.first))
     return pairs.take(order)
+
+
+def affordable(firing: sparse.csr_matrix, settings: AuditSettings) -> sparse.csr_matrix:
+    """Of a sample `(n, d_sae)` as many rows, at random, as have no more than `max_joint` pairs of features that fire together."""
+    lengths = np.diff(firing.indptr).astype(float)
+    order = np.random.default_rng(settings.seed).permutation(len(lengths))
+    n = np.searchsorted(np.cumsum(lengths[order] ** 2 / 2), settings.max_joint, side="right")
+    return firing if n == len(lengths) else firing[np.sort(order[: max(1, n)])]
 
 
 def _cut(found: list[Pairs], keep: int) -> tuple[float, list[Pairs]]:

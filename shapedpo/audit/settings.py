@@ -33,6 +33,8 @@ class AuditSettings:
         cluster_sample: Completions in which features' joint firing is counted. Two features that fire `c` times each, independently,
             have a normalised mutual information of about \( \chi^2_1 / (2 c (1 + \ln(n/c))) \), which hardly depends on the sample
             size n: with `c` of 20 and more the noise is 0.003, and a larger sample only adds rarer features.
+        max_joint: Joint firings that are counted at most, which bounds the time (20 billion are some five minutes on one core): where
+            completions show thousands of features, fewer of them are sampled.
         min_firing: Completions of the sample that a feature must fire in, and must not fire in, to be clustered.
         edge_share: Share of all pairs of features, those of highest normalised mutual information, that become edges. It scales so that
             the mean number of neighbours, 655 in the paper, is the count of features that the rule speaks of.
@@ -71,6 +73,7 @@ class AuditSettings:
     seed: int = 0
 
     cluster_sample: int = 20_000
+    max_joint: int = 20_000_000_000
     min_firing: int = 20
     edge_share: float = 0.01
     max_edges: int = 5_000_000
