@@ -169,7 +169,7 @@ class World:
         data = json.loads(samples.read_text())
         texts = [(prompt, text) for prompt, text in data["texts"]]
         if not sae.exists():
-            train_sae(recipe, [prompt + text for prompt, text in texts], sae)
+            train_story_sae(recipe, [prompt + text for prompt, text in texts], sae)
         draw = np.random.default_rng(recipe.seed)
         pairs = []
         for start in range(0, len(texts), recipe.continuations):
@@ -183,83 +183,39 @@ class World:
 # --- the concept -------------------------------------------------------------------------------------------------------------------
 
 
-def train_sae(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
-    """Trains a BatchTopK SAE on the output of decoder layer [`LAYER`], with sae-lens."""
-    from datasets import Dataset
-    from sae_lens import (
-        BatchTopKTrainingSAEConfig,
-        LanguageModelSAERunnerConfig,
-        LanguageModelSAETrainingRunner,
-        LoggingConfig,
-    )
-    from sae_lens.load_model import load_model
+def train_story_sae(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
+    """Trains a BatchTopK SAE on the output of decoder layer [`LAYER`]."""
+    from shapedpo.sae.train import token_rows, train_sae
 
     _, tokenizer = load()
-    hook, context = f"model.layers.{LAYER}", 96
-    ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=context)["input_ids"]
-    rows = [ids[index % len(ids)] for index in range(recipe.sae_tokens // 60 + 512)]
-    steps = recipe.sae_tokens // recipe.sae_batch
-    config = LanguageModelSAERunnerConfig(
-        sae=BatchTopKTrainingSAEConfig(
-            d_in=64, d_sae=recipe.sae_features, k=recipe.sae_k, normalize_activations="expected_average_only_in"
-        ),
-        model_name="stories260k",
-        model_class_name="AutoModelForCausalLM",
-        hook_name=hook,
-        dataset_path="",
-        is_dataset_tokenized=True,
-        context_size=context,
+    train_sae(
+        MODEL,
+        tokenizer,
+        token_rows(tokenizer(list(texts))["input_ids"], 96, tokenizer.pad_token_id),
+        out,
+        layer=LAYER,
+        d_sae=recipe.sae_features,
+        k=recipe.sae_k,
         training_tokens=recipe.sae_tokens,
-        train_batch_size_tokens=recipe.sae_batch,
-        store_batch_size_prompts=64,
-        n_batches_in_buffer=4 * recipe.sae_batch // context + 1,  # contexts of tokens, mixed before they are used
-        n_batches_for_norm_estimate=10,
-        lr=1e-3,
-        lr_warm_up_steps=steps // 20,
-        lr_decay_steps=steps // 4,
-        dead_feature_window=200,
-        feature_sampling_window=1_000_000,  # its log would be the only use
-        exclude_special_tokens=[tokenizer.bos_token_id, tokenizer.pad_token_id],
+        batch_tokens=recipe.sae_batch,
+        learning_rate=1e-3,
         seed=recipe.seed,
-        device="cpu",
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=str(out),
+        model_name="stories260k",
     )
-    model = load_model("AutoModelForCausalLM", str(MODEL), device="cpu", hook_names=[hook])
-    LanguageModelSAETrainingRunner(
-        config, override_dataset=Dataset.from_dict({"input_ids": rows}), override_model=model
-    ).run()
 
 
-@torch.no_grad()
 def choose_features(world: World, n_texts: int = 2000) -> tuple[list[int], list[float]]:
     """The features that best tell continuations with dialogue from those without, and their AUROC."""
-    from scipy.stats import rankdata
-
     from shapedpo import SAEFeatures
-    from shapedpo.capture import CapturePass
+    from shapedpo.readouts.responses import read_responses
+    from shapedpo.sae.check import auroc
 
-    model, tokenizer = load()
-    reader = SAEFeatures(str(world.sae), "all").load()
     texts = world.texts[:n_texts]
-    pooled = []
-    for start in range(0, len(texts), 64):
-        part = texts[start : start + 64]
-        inputs = tokenizer([prompt + text for prompt, text in part], return_tensors="pt", padding=True)
-        prompt_lengths = torch.tensor([len(tokenizer(prompt)["input_ids"]) for prompt, _ in part])
-        mask = inputs["attention_mask"].bool()
-        mask &= torch.arange(mask.shape[1])[None, :] >= prompt_lengths[:, None]
-        with CapturePass(model, [reader], [mask]) as capture:
-            model(**inputs)
-        pooled.append(capture.scores[0])
-    scores = torch.cat(pooled).numpy()  # (N, F)
+    scores = read_responses(*load(), texts, SAEFeatures(str(world.sae), "all").load(), batch_size=64)  # (N, F)
     label = np.array([re.search(REWARDS["dialogue"][0], text) is not None for _, text in texts])
-    ranks = rankdata(scores, axis=0)
-    positives, negatives = label.sum(), (~label).sum()
-    auroc = (ranks[label].sum(axis=0) - positives * (positives + 1) / 2) / (positives * negatives)
-    best = np.argsort(-auroc)[: world.recipe.concept_features]
-    return [int(index) for index in best], [float(auroc[index]) for index in best]
+    areas = auroc(scores.numpy(), label)
+    best = np.argsort(-areas)[: world.recipe.concept_features]
+    return [int(index) for index in best], [float(areas[index]) for index in best]
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | audit | demo | concepts | report | wandb-report`.
+"""The command line: `shapedpo train | audit | demo | concepts | sae | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .scripts import audit
+from .scripts import audit, sae
 from .scripts.errors import UserError
 
 
@@ -22,7 +22,7 @@ instead, which then has the last word:
 
   shapedpo train --config recipes/goblin_lab.yaml
   shapedpo train --config recipes/goblin_lab.yaml --learning_rate 1e-4 --output_dir runs/second --max_steps 50
-  accelerate launch --config_file accelerate_configs/zero2.yaml -m shapedpo train --config recipes/llama31_8b_scope.yaml
+  accelerate launch --config_file accelerate_configs/zero2.yaml -m shapedpo train --config recipes/llama31_8b_safeguards.yaml
 
 keys of a recipe, the most used:
   model_name_or_path      a local folder, a name on the Hugging Face hub, or `lab` (the model that ships with shapedpo)
@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", help="a YAML file")
     show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
 
+    sae.add_commands(commands, actions)
+
     page = commands.add_parser(
         "report",
         help="make report.html of a run anew",
@@ -115,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    takes_keys = args.command in ("train", "sae") or getattr(args, "concepts_command", None) == "direction"
+    if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _run(args, rest)
@@ -152,6 +155,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         return wandb_report.main(
             args.run, project=args.project, entity=args.entity, run_id=args.run_id, dry_run=args.dry_run
         )
+    if args.command == "sae" or args.concepts_command == "direction":
+        return sae.main(args, rest)
     from .scripts import concepts
 
     return concepts.show(args.file, load=args.load)

@@ -16,7 +16,15 @@ from torch import nn
 
 Side = Literal["input", "output"]
 
-LENS_HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+LENS_HOOKS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_z",
+    "mlp.hook_in",
+)
 """TransformerLens's names that are understood, each after `blocks.{layer}.`"""
 
 # Where the decoder layers are. The first hit counts, so multimodal wrappers come before what they wrap.
@@ -64,7 +72,7 @@ def resolve_site(model: nn.Module, hook_name: str) -> Site:
 
     `hook_attn_out` and `hook_mlp_out` are what the block adds to the residual stream: in Gemma 2 and 3 and OLMo 2 and
     3, what the norm after them gives (as in TransformerLens). `attn.hook_z` is the input of the attention's output
-    projection, heads side by side.
+    projection, heads side by side; `mlp.hook_in` is what the MLP takes in, which transcoders read.
 
     Args:
         model: A causal language model of the layout of Llama, Mistral, Gemma 1 to 3, Qwen 2 and 3, OLMo 1 to 3, GPT-2
@@ -125,6 +133,8 @@ def _lens_site(base: nn.Module, hook_name: str, layer: int, hook: str) -> Site:
     if hook == "hook_mlp_out":
         names = ("post_feedforward_layernorm",) if norms_out else ("mlp",)
         return Site(_child(block, names, hook_name), "output", hidden)
+    if hook == "mlp.hook_in":
+        return Site(_child(block, ("mlp",), hook_name), "input", hidden)
     if hook == "attn.hook_z":
         projection = _child(_child(block, _ATTENTION, hook_name), _PROJECTION, hook_name)
         return Site(projection, "input", _width(base, projection, "input"))

@@ -76,7 +76,7 @@ def build(out: Path = ASSETS, config: BuildConfig = BuildConfig(), seed: int = 0
     from .features import build_features
     from .measures import capability
     from .model import encode_dialogues, new_model, train_model, train_tokenizer
-    from .sae import train_sae
+    from .sae import train_lab_sae
 
     model_path, sae_path = out / "model", out / "sae"
     start = time.perf_counter()
@@ -89,12 +89,11 @@ def build(out: Path = ASSETS, config: BuildConfig = BuildConfig(), seed: int = 0
     tokenizer.save_pretrained(model_path)
     trained = time.perf_counter()
 
-    train_sae(
+    train_lab_sae(
         model_path,
         tokenizer,
         sae_path,
         layer=config.sae_layer,
-        d_in=config.hidden_size,
         d_sae=config.d_sae,
         k=config.k,
         training_tokens=config.sae_tokens,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from scipy.stats import rankdata
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..readouts.responses import read_responses
+from ..readouts.sae_reader import SAEReader
+from ..sae.check import auroc, check_sae
 from .text import Question, Split, dialogues
 from .traits import ASSETS, TRAITS
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 MAX_FEATURES = 8
 
 
-@torch.no_grad()
 def answer_features(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,52 +39,15 @@ def answer_features(
 
     Returns:
         Activations, max-pooled over each answer's tokens (N, d_sae), and the share of variance that the SAE explains
-        on these tokens, by sae-lens' own calculator.
+        on these tokens.
     """
-    from sae_lens.evals import ExplainedVarianceCalculator
-
-    variance = ExplainedVarianceCalculator()
-    site = model.get_submodule(sae.cfg.metadata.hook_name)
-    seen: list[torch.Tensor] = []
-    handle = site.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    pooled = np.zeros((len(pairs), sae.cfg.d_sae), dtype=np.float32)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
-    try:
-        for start in tqdm(range(0, len(pairs), batch_size), desc="Reading features"):
-            rows = order[start : start + batch_size]
-            prompts, texts = [], []
-            for i in rows:
-                messages = [{"role": "user", "content": pairs[i][0].text}]
-                prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-                messages.append({"role": "assistant", "content": pairs[i][1]})
-                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-            inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-            n_prompt = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
-            mask = inputs["attention_mask"].bool()
-            mask &= torch.arange(mask.shape[1])[None, :] >= torch.tensor(n_prompt)[:, None]  # answer tokens only
-            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            hidden = seen.pop()  # (batch, tokens, d_model)
-            acts = sae.encode(hidden)
-            variance.add_batch(sae_output=sae.decode(acts)[mask], hidden_acts=hidden[mask])
-            pooled[rows] = acts.masked_fill(~mask[..., None], 0).amax(dim=1).numpy()
-    finally:
-        handle.remove()
-    return pooled, variance.compute()
-
-
-def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of each column, ties counted half.
-
-    Args:
-        scores: (N, F) or (N,).
-        labels: (N,) bool.
-
-    Returns:
-        (F,) or a scalar array.
-    """
-    positives, negatives = labels.sum(), (~labels).sum()
-    ranks = rankdata(scores, axis=0)
-    return (ranks[labels].sum(axis=0) - positives * (positives + 1) / 2) / (positives * negatives)
+    responses = [
+        ([{"role": "user", "content": question.text}], [{"role": "assistant", "content": answer}])
+        for question, answer in pairs
+    ]
+    variance = check_sae(model, tokenizer, sae, responses, batch_size=batch_size).variance_explained
+    reader = SAEReader(sae, None, "max", sae.cfg.metadata.hook_name)
+    return read_responses(model, tokenizer, responses, reader, batch_size=batch_size).numpy(), variance
 
 
 def concept_score(pooled: np.ndarray, features: Sequence[int], mean: np.ndarray, std: np.ndarray) -> np.ndarray:

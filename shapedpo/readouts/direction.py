@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import ActivationReader, Readout, check_pooling, fingerprint, register
-from .contrast import Response, mean_activation
+from .contrast import mean_activation
+from .responses import Response
 
 
 if TYPE_CHECKING:

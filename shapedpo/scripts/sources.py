@@ -82,7 +82,7 @@ def load_preferences(script: ScriptArguments, mixture: DatasetMixtureConfig) -> 
                     raise UserError(f"datasets: {part.path!r} has no split {part.split!r}; it has {', '.join(files)}.")
                 part.path, part.data_files = local["path"], files
         with as_user_error(ValueError, FileNotFoundError, prefix="datasets: "):
-            return get_dataset(mixture)
+            return _without_spare_prompt(get_dataset(mixture))
     name = script.dataset_name
     if name is None:
         raise UserError("There is no data: give `dataset_name`, or a list of `datasets` (a mixture).")
@@ -90,7 +90,21 @@ def load_preferences(script: ScriptArguments, mixture: DatasetMixtureConfig) -> 
         return lab_preferences(name.removeprefix("lab:"))
     source = local_source(name) or {"path": str(Path(name).expanduser()) if looks_local(name) else name}
     with as_user_error(ValueError, FileNotFoundError, ConnectionError, prefix=f"dataset_name: cannot load {name!r}: "):
-        return load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
+        return _without_spare_prompt(
+            load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
+        )
+
+
+def _without_spare_prompt(splits: Any) -> Any:
+    """Leave out a prompt that is text beside completions that are whole conversations and begin with it, as in Tulu 3's mixtures.
+
+    TRL takes the prompt from the conversations then, but only where there is no such column (1.16: `DPOTrainer` adds text to a list).
+    """
+    for name, split in splits.items():
+        row: dict[str, Any] = next(iter(split), {})
+        if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
+            splits[name] = split.remove_columns("prompt")
+    return splits
 
 
 def local_source(name: str) -> dict[str, Any] | None:

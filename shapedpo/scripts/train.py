@@ -124,6 +124,7 @@ def train(
         "dtype": model_args.dtype,
         **given,
     }
+    _start_processes(training_args)
     splits = load_preferences(script_args, dataset_args)
     evaluates = str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO")
     with as_user_error(ValueError, FileNotFoundError, ImportError):
@@ -152,6 +153,20 @@ def train(
         trainer.accelerator.print(f"Model pushed to the hub as {trainer.hub_model_id}")
     if hasattr(trainer, "end"):  # transformers 5.18: finishes the trackers and the process group
         trainer.end()
+
+
+def _start_processes(training_args: ShapedDPOConfig) -> None:
+    """Set up the process group for ZeRO-3, which otherwise comes too late.
+
+    The trainer loads its models, under `zero.Init`, before it sets up its processes, and without a process group `zero.Init` takes it
+    that there is one process (deepspeed 0.19: `train_batch_size is not equal to micro_batch_per_gpu * ...`).
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        from accelerate import PartialState
+
+        PartialState(cpu=training_args.use_cpu)
 
 
 def _split(splits: Any, name: str, key: str) -> Any:

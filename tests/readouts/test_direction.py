@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from shapedpo.readouts import POOLINGS, Direction, readout_from_dict
-from shapedpo.readouts.contrast import tokenize_response
+from shapedpo.readouts.responses import tokenize_response
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<user>", "<bot>", "a", "b", "c", "d", "e", "f", "g", "h"]

@@ -10,10 +10,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from shapedpo import SAEFeatures, lab
+from shapedpo.readouts.sae import _SAFE_LOADERS
 from shapedpo.scripts.recipe import read_recipe
 
+from .architectures import MODELS, SAES
 
-REPO = Path(__file__).parents[1]
+
+REPO = Path(__file__).parents[2]
 RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 ACCELERATE = sorted((REPO / "accelerate_configs").glob("*.yaml"))
 
@@ -32,7 +35,8 @@ def test_recipe_parses(path):
     assert model.model_name_or_path
     assert training.concepts
     assert training.output_dir.startswith("runs/")
-    assert f"shapedpo train --config recipes/{path.name}" in path.read_text()  # says how it is launched
+    text = path.read_text()  # says how it is launched
+    assert f"shapedpo train --config recipes/{path.name}" in text or f"recipes/launch.slurm recipes/{path.name}" in text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -47,18 +51,24 @@ def releases():
     return yaml.load((Path(folder) / "pretrained_saes.yaml").read_text(), Loader=yaml.CSafeLoader)
 
 
+def saes_of(training) -> list[tuple[str, str]]:
+    """Release and id of every SAE that a recipe names."""
+    named = [(c.readout.sae, c.readout.sae_id) for c in training.concepts if isinstance(c.readout, SAEFeatures)]
+    if training.monitor_sae not in (None, "lab"):
+        named.append((training.monitor_sae, training.monitor_sae_id))
+    return named
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_saes_are_known(path, releases):
+    """sae-lens's directory has each, with weights that are no pickle, for the recipe's model or the one that it was fine-tuned from."""
     _, training, model, _ = parsed(path)
-    for concept in training.concepts:
-        readout = concept.readout
-        if not isinstance(readout, SAEFeatures) or readout.sae_id is None:
-            continue
-        release = releases[readout.sae]
-        assert readout.sae_id in [entry["id"] for entry in release["saes"]]
-        assert release["conversion_func"] in ("gemma_2", "llama_scope")  # read safetensors or arrays, never pickles
-        family = release["model"].split("/")[-1].lower()
-        assert model.model_name_or_path.split("/")[-1].lower().startswith(family)
+    for name, sae_id in saes_of(training):
+        release = releases[name]
+        assert sae_id in [entry["id"] for entry in release["saes"]]
+        assert release["conversion_func"] in _SAFE_LOADERS
+        assert release["model"] in MODELS[model.model_name_or_path].base
+        assert name in SAES
 
 
 def test_lab_recipe_is_the_demo():
