@@ -105,7 +105,7 @@ def build(folder: Path, size: Size) -> None:
     sae.save_model(folder / "sae")
 
 
-def pairs(size: Size, seed: int = 0) -> Any:
+def pairs(size: Size, processes: int = 1, seed: int = 0) -> Any:
     """Random pairs, one step's batch after another, of one length: padding would add noise."""
     from datasets import Dataset
 
@@ -119,7 +119,7 @@ def pairs(size: Size, seed: int = 0) -> Any:
         "chosen": text(size.completion_tokens - 1) + " ",  # TRL adds EOS
         "rejected": text(size.completion_tokens - 1) + " ",
     }
-    return Dataset.from_list([row() for _ in range(size.pairs * size.steps)])
+    return Dataset.from_list([row() for _ in range(size.pairs * size.steps * processes)])
 
 
 def concepts(variant: str, folder: Path, size: Size) -> list[Any]:
@@ -142,30 +142,59 @@ def concepts(variant: str, folder: Path, size: Size) -> list[Any]:
 
 def make_trainer(variant: str | None, folder: Path, size: Size, device: str, output: Path) -> Any:
     """A trainer of a variant, or TRL's for `None`."""
+    if variant is None:
+        return train_on(folder, size, device, output)
+    chosen = concepts(variant, folder, size)
+    if variant != "monitor all features":
+        return train_on(folder, size, device, output, concepts=chosen)
+    return train_on(folder, size, device, output, concepts=chosen, monitor="all", monitor_sae=str(folder / "sae"))
+
+
+def train_on(
+    folder: Path,
+    size: Size,
+    device: str,
+    output: Path,
+    concepts: list[Any] | None = None,
+    trainer_class: Any = None,
+    **settings: Any,
+) -> Any:
+    """A trainer on what [`build`] wrote.
+
+    Args:
+        folder: Where it was written.
+        size: The batches and how many.
+        device: `cpu` or `cuda`.
+        output: For what the trainer writes.
+        concepts: The concepts, or `None` for TRL's own trainer.
+        trainer_class: In place of `ShapedDPOTrainer` or `DPOTrainer`.
+        **settings: Further arguments of the run.
+    """
     from transformers import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     from shapedpo import ShapedDPOConfig, ShapedDPOTrainer
 
-    monitors = variant == "monitor all features"
-    watching = {"monitor": "all", "monitor_sae": str(folder / "sae")} if monitors else {}
-    args = (ShapedDPOConfig if monitors else DPOConfig)(
-        **watching,
-        output_dir=str(output),
-        per_device_train_batch_size=size.pairs,
-        max_steps=size.steps,
-        learning_rate=1e-6,
-        gradient_checkpointing=False,  # it would add the same to both and so flatter the ratio
-        bf16=device == "cuda",
-        use_cpu=device == "cpu",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    args = (DPOConfig if concepts is None else ShapedDPOConfig)(
+        **{
+            "output_dir": str(output),
+            "per_device_train_batch_size": size.pairs,
+            "max_steps": size.steps,
+            "learning_rate": 1e-6,
+            "gradient_checkpointing": False,  # it would add the same to both and so flatter the ratio
+            "bf16": device == "cuda",
+            "use_cpu": device == "cpu",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **settings,
+        }
     )
-    chosen = {} if variant is None else {"concepts": concepts(variant, folder, size)}
-    trainer_class = DPOTrainer if variant is None else ShapedDPOTrainer
-    trainer = trainer_class(model=str(folder / "model"), args=args, train_dataset=pairs(size), **chosen)
+    chosen = {} if concepts is None else {"concepts": concepts}
+    trainer_class = trainer_class or (DPOTrainer if concepts is None else ShapedDPOTrainer)
+    rows = pairs(size, args.world_size)
+    trainer = trainer_class(model=str(folder / "model"), args=args, train_dataset=rows, **chosen)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

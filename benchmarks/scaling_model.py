@@ -1,0 +1,245 @@
+"""A model of what a step costs: floating-point operations, bytes and messages, each times what one of it takes on the machine.
+
+The counts are formulas, checked against what was counted in real steps. What one of it takes is fitted on some cases (non-negative least
+squares of relative errors) and tried on others. Times are CPU time, so that a busy machine disturbs them little, and are scaled by how fast a fixed piece of
+work was in the same minute.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from benchmarks.scaling_cases import COLUMNS, Case
+
+
+FLOAT = 4
+"""Bytes."""
+
+
+# --- counts ------------------------------------------------------------------------------------------------------------------------
+
+
+def matrix_parameters(case: Case) -> int:
+    """Parameters of the layers' matrices: attention's four, and the three of an MLP four times as wide."""
+    return 16 * case.hidden**2 * case.layers
+
+
+def trl_flops(case: Case, scored: int | None = None) -> int:
+    """Of TRL's step: forward, backward and the reference's forward.
+
+    Attention keeps no scores and computes them again in the backward pass (two products forward, five backward, over the whole square, as
+    flash attention is counted); the fused head computes its logits again too.
+
+    Args:
+        case: What is trained.
+        scored: Positions of a batch whose logits are computed: by default all that predict a token, as on a CPU; with Triton the completions' only.
+    """
+    n = 2 * case.pairs * case.tokens
+    scored = 2 * case.pairs * (case.tokens - 1) if scored is None else scored
+    layers = 2 * n * matrix_parameters(case) * (1 + 2 + 1)
+    head = 2 * scored * case.hidden * case.vocabulary * (1 + 3 + 1)
+    attention = 2 * n * case.tokens * case.hidden * case.layers * (2 + 5 + 2)
+    return layers + head + attention
+
+
+def read_tokens(case: Case) -> int:
+    """Completion tokens of a batch: with the EOS that TRL adds, which takes the place of a word."""
+    return 2 * case.pairs * case.completion
+
+
+def read_flops(case: Case) -> int:
+    """Of reading: each watched feature's product with each completion token."""
+    columns = 0 if case.action == "text" else COLUMNS * case.concepts
+    return 2 * read_tokens(case) * case.hidden * (columns + case.features * case.monitor)
+
+
+def shaping_flops(case: Case) -> int:
+    """What shaping adds: reading, the running sums of three figures and of their squares, and a projection's small products."""
+    b, c = case.pairs, case.concepts
+    windows = 2 * 2 * 3 * b * (c + case.features * case.monitor)
+    project = 2 * b * c**2 + 2 * c**2 + 2 * b * c if case.action == "project" else 0
+    return read_flops(case) + windows + project
+
+
+def shaping_messages(case: Case, processes: int, logged: bool = False) -> tuple[int, int]:
+    """How many messages a process sends more than under TRL, and how many bytes it hands in.
+
+    In a step: one sum of all concepts' figures; the pairs' rows for the hold controller (which one process gathers too); the Gram matrix of a
+    projection. At a log: one sum of the windows and a table of the top pairs, for the concepts and for the monitored features.
+    """
+    c = case.concepts
+    sizes = [case.pairs * (1 + c)] if case.action == "hold" else []
+    if processes > 1:
+        sizes.append(4 * (c + 2))
+    if processes > 1 and case.action == "project":
+        sizes.append(2 * c * (c + 1))  # float64
+    if processes > 1 and logged:
+        sizes += [6 * (c + 1), 8 * 6 * c]
+        if case.monitor:
+            sizes += [6 * (case.features + 1), 6 * case.features]
+    return len(sizes), FLOAT * sum(sizes)
+
+
+def held_bytes(case: Case) -> int:
+    """Weights of the watched features and running sums, float32: what stays in memory beside TRL's."""
+    d, c = case.hidden, case.concepts
+    readers = 0 if case.action == "text" else c * (COLUMNS * (2 * d + 2) + d)
+    state = 6 * c + 8 * 6 * c
+    if case.monitor:
+        readers += case.features * (2 * d + 2) + d
+        state += 12 * case.features
+    return FLOAT * (readers + state)
+
+
+# --- terms -------------------------------------------------------------------------------------------------------------------------
+
+
+def trl_terms(case: Case, launch: str) -> dict[str, float]:
+    """TRL's step as a sum of terms. The host's work and that on parameters and gradients is each launch's own."""
+    n = 2 * case.pairs * case.tokens
+    parameters = matrix_parameters(case) + 2 * case.vocabulary * case.hidden
+    return {
+        f"host, {launch}": 1.0,
+        f"layers, {launch.rstrip('12')}": case.layers,
+        "GFLOP": trl_flops(case) / 1e9,
+        "activations, MB": FLOAT * n * case.hidden * case.layers / 1e6,
+        "logits, MB": FLOAT * 2 * case.pairs * (case.tokens - 1) * case.vocabulary / 1e6,
+        f"parameters, MB, {launch}": FLOAT * parameters / 1e6,
+    }
+
+
+def shaping_terms(case: Case, processes: int) -> dict[str, float]:
+    """What shaping adds, as a sum of terms."""
+    c, tokens = case.concepts, read_tokens(case)
+    text = case.action == "text"
+    watched = case.features * case.monitor
+    return {
+        "step": 1.0,
+        "concept": c,
+        "concept that reads activations": 0 if text else c,
+        "text, thousand tokens": tokens / 1e3 if text else 0.0,
+        "reads, MB": 0.0 if text else FLOAT * tokens * case.hidden * c / 1e6,
+        "GFLOP": read_flops(case) / 1e9,
+        "monitor": float(case.monitor),
+        "monitored activations, MB": FLOAT * tokens * watched / 1e6,
+        "monitor's state, MB": FLOAT * watched * 12 / 1e6,
+        "hold": float(case.action == "hold"),
+        "held concept": c * (case.action == "hold"),
+        "project": float(case.action == "project"),
+        "message": float(shaping_messages(case, processes)[0]),
+    }
+
+
+class Costs:
+    """What one of each term takes, milliseconds.
+
+    Args:
+        rows: The terms of each case.
+        times: What each took, milliseconds.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, float]], times: Sequence[float]) -> None:
+        self.names = sorted({name for row in rows for name in row if any(row.get(name, 0) for row in rows)})
+        table = np.array([[row.get(name, 0.0) for name in self.names] for row in rows])
+        scale = np.asarray(times)[:, None]
+        self.each = dict(zip(self.names, nnls(table / scale, np.ones(len(rows)))[0].tolist(), strict=True))
+
+    def predict(self, row: Mapping[str, float]) -> float:
+        """Milliseconds. A term that no fitted case had counts nothing."""
+        return sum(self.each.get(name, 0.0) * amount for name, amount in row.items())
+
+
+# --- what was measured -------------------------------------------------------------------------------------------------------------
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A measured case as one row: medians over its steps, milliseconds.
+
+    `shaping` is the CPU time of shapedpo's own code in a shaped step; `difference` what the whole steps say of it, with all their noise.
+    """
+    case = Case(**found["case"])
+    plain, shaped = ([turn for turn in found["turns"] if turn["plain"] == kind] for kind in (True, False))
+
+    def middle(turns: Sequence[Mapping[str, Any]], kind: str) -> float:
+        return 1e3 * statistics.median(turn[kind] for turn in turns)
+
+    def own(turn: Mapping[str, Any], kind: int) -> float:
+        return sum(times[kind] for times in turn["sections"].values())
+
+    counts = found["counts"]
+    messages = {
+        kind: np.array(list(count["messages"].values()) or [[0, 0]]).sum(axis=0) for kind, count in counts.items()
+    }
+    peaks = [
+        max((turn["peak"] for turn in turns if turn["peak"] is not None), default=None) for turns in (plain, shaped)
+    ]
+    row = {
+        "launch": found["launch"],
+        **case.fields,
+        "processes": found["processes"],
+        "steps": len(plain) + len(shaped),
+        "TRL, CPU ms": middle(plain, "cpu"),
+        "shaped, CPU ms": middle(shaped, "cpu"),
+        "TRL, wall ms": middle(plain, "wall"),
+        "shaped, wall ms": middle(shaped, "wall"),
+        "shaping, CPU ms": 1e3 * statistics.median(own(turn, 0) for turn in shaped),
+        "shaping, wall ms": 1e3 * statistics.median(own(turn, 1) for turn in shaped),
+        "a log, CPU ms": 1e3 * statistics.median(log[0] for log in found["logs"]),
+        "pace, ms": statistics.median(turn["pace"] for turn in found["turns"]),
+        "TRL, FLOP": counts["plain"]["flops"],
+        "extra FLOP": counts["shaped"]["flops"] - counts["plain"]["flops"],
+        "extra operators": counts["shaped"]["operators"] - counts["plain"]["operators"],
+        "TRL, messages": int(messages["plain"][0]),
+        "TRL, bytes": int(messages["plain"][1]),
+        "extra messages": int(messages["shaped"][0] - messages["plain"][0]),
+        "extra bytes": int(messages["shaped"][1] - messages["plain"][1]),
+        "extra messages, logged": int(messages["shaped, logged"][0] - messages["plain, logged"][0]),
+        "extra bytes, logged": int(messages["shaped, logged"][1] - messages["plain, logged"][1]),
+        "held bytes": found["held_bytes"],
+        "TRL, peak bytes": peaks[0],
+        "shaped, peak bytes": peaks[1],
+    }
+    tokens = 2 * case.pairs * case.tokens * found["processes"]
+    for name in ("TRL", "shaped"):
+        row[f"{name}, tokens/s"] = 1e3 * tokens / row[f"{name}, wall ms"]
+    row["overhead, %"] = 100 * row["shaping, CPU ms"] / row["TRL, CPU ms"]
+    row["difference, %"] = 100 * (row["shaped, CPU ms"] / row["TRL, CPU ms"] - 1)
+    return row
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case of a row."""
+    return Case(**{name: row[name] for name in Case().fields})
+
+
+def fit(rows: Sequence[dict[str, Any]], learn: Sequence[bool]) -> tuple[Costs, Costs]:
+    """Fits both models on some rows, and writes into each what they predict for it.
+
+    Args:
+        rows: Of [`summary`]. Gain `predicted TRL, ms`, `predicted shaping, ms`, `predicted overhead, %` and `predicted shaped, ms`.
+        learn: Which to fit on.
+    """
+    pace = statistics.median(row["pace, ms"] for row in rows)
+    cases = [case_of(row) for row in rows]
+    terms = {
+        "TRL": [trl_terms(case, row["launch"]) for case, row in zip(cases, rows, strict=True)],
+        "shaping": [shaping_terms(case, row["processes"]) for case, row in zip(cases, rows, strict=True)],
+    }
+    costs = []
+    for name, table in terms.items():
+        times = [row[f"{name}, CPU ms"] * pace / row["pace, ms"] for row in rows]
+        known = [index for index, one in enumerate(learn) if one]
+        cost = Costs([table[index] for index in known], [times[index] for index in known])
+        for row, one in zip(rows, table, strict=True):
+            row[f"predicted {name}, ms"] = cost.predict(one) * row["pace, ms"] / pace
+        costs.append(cost)
+    for row, one in zip(rows, learn, strict=True):
+        row["predicted shaped, ms"] = row["predicted TRL, ms"] + row["predicted shaping, ms"]
+        row["predicted overhead, %"] = 100 * row["predicted shaping, ms"] / row["predicted TRL, ms"]
+        row["held out"] = not one
+    return costs[0], costs[1]

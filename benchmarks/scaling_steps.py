@@ -1,0 +1,398 @@
+"""The steps that `benchmarks/scaling.py` measures, in every process of a launch.
+
+    LAUNCHER benchmarks/scaling_steps.py JOBS.json
+
+One trainer takes plain and shaped steps in turns (A B B A A B B A ...), so that whatever else the machine does hits both alike, and a GPU need
+not hold two models. In a plain step the loss is `DPOTrainer`'s own code, called on the same model and batch. Measured are whole steps of
+either kind (wall time, and CPU time of the process), and within the shaped ones the time that shapedpo's own code takes, section by section: what
+TRL does inside it is left out. Counted, in one step of each kind and in one that is logged, are floating-point operations (by
+`torch.utils.flop_counter`), operators, and every message handed to `torch.distributed` with its bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import TrainerCallback
+from trl import DPOTrainer
+
+from benchmarks.overhead import Size, build, train_on
+from benchmarks.scaling_cases import COLUMNS, Case
+from shapedpo import Concept, Regex, SAEFeatures, ShapedDPOTrainer, shaping
+from shapedpo.collator import split_batch
+from shapedpo.openings import Computed
+
+
+WINDOW = 512
+"""Pairs that the hold controller has seen before the first step, so that it solves at its full size."""
+
+
+def size_of(case: Case, steps: int) -> Size:
+    """The case in the words of `benchmarks/overhead.py`."""
+    heads, prompt = max(case.hidden // 64, 2), case.tokens - case.completion
+    return Size(
+        case.layers, case.hidden, heads, case.vocabulary, case.features, case.pairs, prompt, case.completion, steps
+    )
+
+
+def make_concepts(case: Case, sae: Path) -> list[Concept]:
+    """The concepts of a case: each a few features of its own, or a pattern of its own."""
+    method = {"method": "project"} if case.action == "project" else {}
+    action = case.action if case.action in ("watch", "hold") else "suppress"
+    strength = {"strength": 1.0} if case.action in ("suppress", "text") else {}
+    concepts = []
+    for index in range(case.concepts):
+        features = [(COLUMNS * index + column) * 7 % case.features for column in range(COLUMNS)]
+        readout = Regex(rf"\bw\d*{index % 10}\b") if case.action == "text" else SAEFeatures(str(sae), features)
+        concepts.append(Concept(f"concept {index}", readout, action=action, **strength, **method))
+    return concepts
+
+
+# --- time, section by section ------------------------------------------------------------------------------------------------------
+
+
+class Sections:
+    """Gives each stretch of a thread's time to the innermost section that is open: seconds of CPU and of wall time."""
+
+    def __init__(self) -> None:
+        self._open: list[str | None] = [None]
+        self._since = self._now()
+        self.spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def timed(self, section: str | None, function: Callable[..., Any], inside: bool = False) -> Callable[..., Any]:
+        """The function, its time a section's; `None` is for what TRL does.
+
+        Args:
+            section: Its name.
+            function: Any.
+            inside: Whether it counts only where it is called from another section.
+        """
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if inside and self._open[-1] is None:
+                return function(*args, **kwargs)
+            self._switch()
+            self._open.append(section)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._switch()
+                self._open.pop()
+
+        return run
+
+    def _switch(self) -> None:
+        now = self._now()
+        if (section := self._open[-1]) is not None:
+            for kind, (before, after) in enumerate(zip(self._since, now, strict=True)):
+                self.spent[section][kind] += after - before
+        self._since = now
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.process_time(), time.perf_counter()
+
+
+class _TRL(DPOTrainer):
+    """What TRL does for the shaped trainer; stands between the two."""
+
+    sections: Sections
+
+    def _compute_loss(self, *args: Any) -> Any:
+        return self.sections.timed(None, super()._compute_loss)(*args)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        section = "shaping" if isinstance(model, Computed) else None  # the policy's, computed once more for the metrics
+        return self.sections.timed(section, super().compute_ref_log_probs)(model, inputs)
+
+
+class MeasuredTrainer(ShapedDPOTrainer, _TRL):
+    """The shaped trainer, which says how long its own part of a step takes, and leaves it out when told to.
+
+    Attributes:
+        plain: Whether the step is to be TRL's.
+        sections: Where the time went.
+    """
+
+    plain = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sections = sections = Sections()
+        super().__init__(*args, **kwargs)
+        monitor, capture = self._monitor, self._reader.capture
+        assert monitor is not None
+
+        def timed_capture(*args: Any) -> Any:
+            found = capture(*args)
+            found._read = sections.timed("read", found._read)
+            return found
+
+        collator: Any = self.data_collator
+        collator.inner = sections.timed(None, collator.inner)
+        self.data_collator = sections.timed("collate", collator)
+        self._reader.capture = timed_capture  # type: ignore[method-assign]
+        monitor.update = sections.timed("monitor", monitor.update)  # type: ignore[method-assign]
+        timed_log = sections.timed("log", monitor.on_log)
+        monitor.on_log = lambda *args, **kwargs: None if self.plain else timed_log(*args, **kwargs)  # type: ignore[method-assign]
+        self._shaping.observe = sections.timed("hold", self._shaping.observe)  # type: ignore[method-assign]
+        for name in ("gather", "reduce"):
+            setattr(self.accelerator, name, sections.timed("messages", getattr(self.accelerator, name), inside=True))
+        shaping.project_pairs = sections.timed("shaping", shaping.project_pairs)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if self.plain:
+            return DPOTrainer._compute_loss(self, model, split_batch(inputs)[1], return_outputs)
+        return self.sections.timed("shaping", super()._compute_loss)(model, inputs, return_outputs)
+
+    def _policy(self, model: Any, batch: Any) -> Callable[..., Any]:
+        return self.sections.timed("shaping", super()._policy(self.sections.timed(None, model), batch))
+
+
+# --- counts ------------------------------------------------------------------------------------------------------------------------
+
+
+def _like(known: Any) -> Callable[..., int]:
+    """Counts an operator as the counter does one that it knows."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return flop_registry[known](*args, **kwargs)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+ATEN = torch.ops.aten
+# What the counter does not know: the products that TRL's fused head accumulates in place, and a CPU's attention.
+FLOPS = {
+    ATEN.addmm_: _like(ATEN.addmm),
+    ATEN._scaled_dot_product_flash_attention_for_cpu: _like(ATEN._scaled_dot_product_flash_attention),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _like(ATEN._scaled_dot_product_flash_attention_backward),
+}
+
+
+class Messages(TorchDispatchMode):
+    """Counts operators (views left out), and the messages of this process with the bytes that it hands in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.messages: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            # What comes out stands first, except where it is the input too.
+            given = args[0] if func._opname in ("allreduce_", "broadcast_", "reduce_", "barrier") else args[1]
+            sizes = [
+                leaf.numel() * leaf.element_size() for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)
+            ]
+            entry = self.messages[func._opname.strip("_")]
+            entry[0] += 1
+            entry[1] += sum(sizes)
+        elif not any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns):
+            self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+COUNTED = {0: "plain", 1: "shaped", 5: "shaped, logged", 11: "plain, logged"}
+"""Steps that are counted, and so not measured; the last two are logged."""
+WARM_UP = 6
+LOGGING = 6
+
+
+class Turns(TrainerCallback):
+    """Tells a trainer which kind of step is next; takes its time, or counts it.
+
+    Attributes:
+        turns: Of each measured step: whether it was plain, its wall and CPU time, the sections' times, how fast the machine was, and how many bytes a
+            GPU held at most above what it held when the step began.
+        logs: CPU and wall time of the monitor at each log.
+        counts: By kind of step.
+    """
+
+    def __init__(self, trainer: MeasuredTrainer, device: str) -> None:
+        self.trainer, self.cuda = trainer, device == "cuda"
+        self.turns: list[dict[str, Any]] = []
+        self.logs: list[list[float]] = []
+        self.counts: dict[str, dict[str, Any]] = {}
+        self._begun: tuple[float, float] | None = None
+        self._held = 0
+        self._a, self._b, self._c = torch.randn(256, 256), torch.randn(256, 1024), torch.randn(2**20)
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._end()
+        step = state.global_step
+        kind, self._logged = COUNTED.get(step), (step + 1) % LOGGING == 0
+        self.trainer.plain = (step - WARM_UP) % 4 in (0, 3) and not self._logged
+        if kind is not None:
+            self.trainer.plain = kind.startswith("plain")
+        if step in COUNTED:
+            self._kind, self._open = COUNTED[step], ExitStack()
+            self._flops = self._open.enter_context(FlopCounterMode(display=False, custom_mapping=FLOPS))
+            self._messages = self._open.enter_context(Messages())
+        elif step >= WARM_UP:
+            self._pace = self.pace()
+            self.trainer.sections.spent.clear()
+            if self.cuda:
+                torch.cuda.reset_peak_memory_stats()
+                self._held = torch.cuda.memory_allocated()
+            self._begun = self._now()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._flops is not None:
+            self._open.close()
+            found = {"flops": self._flops.get_total_flops(), "operators": self._messages.operators}
+            self.counts[self._kind] = {**found, "messages": dict(self._messages.messages)}
+            self._flops = None
+        if self._begun is None:
+            return
+        wall, cpu = (now - then for now, then in zip(self._now(), self._begun, strict=True))
+        spent = {name: list(times) for name, times in self.trainer.sections.spent.items()}
+        log = spent.pop("log", None)
+        if self._logged:  # not a step like the others
+            self.logs += [log] if log is not None else []
+            return
+        peak = torch.cuda.max_memory_allocated() - self._held if self.cuda else None
+        turn = {
+            "plain": self.trainer.plain,
+            "wall": wall,
+            "cpu": cpu,
+            "sections": spent,
+            "pace": self._pace,
+            "peak": peak,
+        }
+        self.turns.append(turn)
+
+    _flops: Any = None
+
+    def pace(self) -> float:
+        """A fixed piece of work of the host, timed: how fast the machine is just now. Milliseconds of CPU."""
+        start = time.process_time()
+        for _ in range(2):
+            self._a @ self._b
+            self._c + 1
+        return 1e3 * (time.process_time() - start)
+
+    def _now(self) -> tuple[float, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+
+# --- a case ------------------------------------------------------------------------------------------------------------------------
+
+
+def held_bytes(trainer: Any) -> int:
+    """What the reading of a trainer keeps: weights of readers, and the monitor's state."""
+    monitor, readers = trainer._monitor, [*trainer._reader.readers, trainer._reader.monitored]
+    tensors = [tensor for reader in readers if hasattr(reader, "_sae") for tensor in reader._sae.parameters()]
+    for one in [monitor, *([monitor.features] if monitor.features is not None else [])]:
+        tensors += [one.window.sums, one.window.squares, one.pairs.table]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure(case: Case, folder: Path, device: str, steps: int) -> dict[str, Any]:
+    """Plain and shaped steps in turns, on the same kind of batches.
+
+    Args:
+        case: What is trained.
+        folder: Where [`build`] has written.
+        device: `cpu` or `cuda`.
+        steps: How many are measured, of both kinds together.
+    """
+    settings: dict[str, Any] = {"logging_steps": LOGGING, "calibration_size": 16}
+    if case.monitor:
+        settings |= {"monitor": "all", "monitor_sae": str(folder / "sae")}
+    concepts = make_concepts(case, folder / "sae")
+    with tempfile.TemporaryDirectory() as output:
+        size = size_of(case, steps + WARM_UP)
+        trainer = train_on(folder, size, device, Path(output), concepts, MeasuredTrainer, **settings)
+        if trainer._shaping.hold is not None:
+            fill_window(trainer._shaping.hold, case.concepts)
+        turns = Turns(trainer, device)
+        trainer.add_callback(turns)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return {
+            "case": case.fields,
+            "device": device,
+            "processes": trainer.accelerator.num_processes,
+            "launched": trainer.accelerator.distributed_type.value,
+            "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()),
+            "turns": turns.turns,
+            "logs": turns.logs,
+            "counts": turns.counts,
+            "held_bytes": held_bytes(trainer),
+            "torch": torch.__version__,
+            "machine": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        }
+
+
+def fill_window(hold: Any, concepts: int) -> None:
+    """Lets a hold controller have seen many pairs before the first step, so that it solves at its full size."""
+    start, draw = hold.start, torch.Generator().manual_seed(0)
+
+    def start_full(*args: torch.Tensor) -> None:
+        start(*args)
+        hold.observe(torch.randn(WINDOW, generator=draw), torch.randn(WINDOW, concepts, generator=draw))
+
+    hold.start = start_full
+
+
+def run(jobs: dict[str, Any]) -> Iterator[Path]:
+    """Measures the cases of a launch that are not in the cache; yields each one's file."""
+    cache, device = Path(jobs["cache"]), jobs["device"]
+    rank = int(os.environ.get("RANK", "0"))
+    for fields in jobs["cases"]:
+        case = Case(**fields)
+        path, folder = cache / jobs["launch"] / f"{case.key}.json", cache / "models" / case.key
+        if rank == 0 and not (folder / "done").exists():
+            build(folder, size_of(case, jobs["steps"]))
+            (folder / "done").touch()
+        while not (folder / "done").exists():
+            time.sleep(0.1)
+        found = {"launch": jobs["launch"], **measure(case, folder, device, jobs["steps"])}
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(found))
+            partial.replace(path)
+        yield path
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    if jobs["device"] == "cpu":
+        torch.set_num_threads(1)
+    if "zero3" in jobs["launch"]:
+        import deepspeed
+
+        # `zero.Init` of the reference model asks for the world's size before the trainer has set it up.
+        deepspeed.init_distributed("gloo" if jobs["device"] == "cpu" else "nccl")
+    for path in run(jobs):
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(path, flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
