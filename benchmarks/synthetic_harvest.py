@@ -12,6 +12,8 @@ What is realistic, and why:
 * **Six features in ten fire in groups** of 16, each group in the texts of some topics more than in others, so that there are clusters to
   find; the rest fire by themselves. A row's chosen and rejected completions share half of what they draw.
 * **Lessons are planted**: on the rows of a topic, most chosen completions show a group that the rejected ones do not.
+
+Only the first 8,192 rows are drawn afresh, which is slow. The rest repeat them, each time without another 15 % of their entries.
 """
 
 from __future__ import annotations
@@ -21,11 +23,23 @@ from pathlib import Path
 
 import numpy as np
 
-from shapedpo.audit.store import MANIFEST, SPANS, Active, Harvest, missing_shards, n_shards, write_manifest, write_shard
+from shapedpo.audit.store import (
+    MANIFEST,
+    SPANS,
+    VALUES,
+    Active,
+    Harvest,
+    missing_shards,
+    n_shards,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 
 
 ACTIVE, BURST = 128, 0.43  # features active on a token; tokens of an active feature over the square root of the span's
 GROUP, GROUPED = 16, 0.6  # features of a group, share of all features that are in one
+FRESH, KEPT = 8192, 0.85  # rows drawn afresh; what a repetition keeps
 LENGTHS = {
     "prompt": (80, 0.7),
     "chosen": (120, 0.6),
@@ -73,34 +87,56 @@ class Synthetic:
         if not (folder / MANIFEST).exists():
             write_manifest(folder, d_sae=self.d_sae, n_rows=self.n_rows, shard_rows=self.shard_rows, settings=settings)
         for index in missing_shards(folder, n_shards(self.n_rows, self.shard_rows)):
-            self._write_shard(folder, index)
+            fresh = FRESH // self.shard_rows
+            spans = self._fresh(index) if index < fresh else self._thinned(folder, index, index % fresh)
+            rows = self._rows(index)
+            texts = {span: [f"{span} {row}" for row in rows] for span in SPANS}
+            write_shard(folder, index, rows, spans, {span: [[]] * len(rows) for span in SPANS}, texts)
         return Harvest.open(folder)
 
-    def _write_shard(self, folder: Path, index: int) -> None:
-        draw = np.random.default_rng([self.seed, index])
-        rows = np.arange(index * self.shard_rows, min(self.n_rows, (index + 1) * self.shard_rows))
+    def _rows(self, index: int) -> np.ndarray:
+        return np.arange(index * self.shard_rows, min(self.n_rows, (index + 1) * self.shard_rows))
+
+    def _thinned(self, folder: Path, index: int, source: int) -> dict[str, Active]:
+        draw, n = np.random.default_rng([self.seed, index]), len(self._rows(index))
+        (shard,) = Harvest(folder, read_manifest(folder)).shards(VALUES, indices=[source])
+        spans = {}
+        for span in SPANS:
+            part = getattr(shard, span)
+            indptr = part.max.indptr[: n + 1]
+            kept = np.flatnonzero(draw.random(indptr[-1], dtype=np.float32) < KEPT)
+            counts = part.freq.data * np.repeat(part.tokens, np.diff(part.max.indptr))
+            spans[span] = Active(
+                indptr=np.searchsorted(kept, indptr).astype(np.int32),
+                features=part.max.indices[kept],
+                counts=np.rint(counts[kept]).astype(np.int32),
+                max=part.max.data[kept],
+                peak=part.peak.data[kept].astype(np.int32) - 1,
+                tokens=part.tokens[:n],
+            )
+        return spans
+
+    def _fresh(self, index: int) -> dict[str, Active]:
+        draw, rows = np.random.default_rng([self.seed, index]), self._rows(index)
         n = len(rows)
-        topic = np.searchsorted(self.topic_chance, draw.random(n))  # type: ignore[attr-defined]
+        topic = np.searchsorted(self.topic_chance, draw.random(n))
         lesson = np.full(self.topics, -1)
-        lesson[self.lesson_topics] = np.arange(self.lessons)  # type: ignore[attr-defined]
+        lesson[self.lesson_topics] = np.arange(self.lessons)
         seeds = draw.integers(2**32, size=2)  # the second makes what the two completions share
+        typical = np.full(n, LENGTHS["chosen"][0])
         spans = {}
         for number, span in enumerate(SPANS):
             median, spread = LENGTHS[span]
             tokens = np.clip(draw.lognormal(np.log(median), spread, n), 3, 1000).astype(np.int32)
             own = np.random.default_rng([int(seeds[0]), number])
             common = np.random.default_rng([int(seeds[1]), min(number, 1)])
-            keys = [self._drawn(generator, topic, tokens, 0.5) for generator in (own, common)]
+            keys = [self._drawn(own, topic, tokens, 0.5), self._drawn(common, topic, typical, 0.5)]
             taught = np.flatnonzero((lesson[topic] >= 0) & (own.random(n) < 0.8))
             if span == "chosen" and len(taught):
-                groups = self.groups[self.lesson_groups[lesson[topic[taught]]]]  # type: ignore[attr-defined]
+                groups = self.groups[self.lesson_groups[lesson[topic[taught]]]]
                 keys.append((taught[:, None] * self.d_sae + groups).ravel())
-            spans[span] = self._active(draw, np.unique(np.concatenate(keys)), tokens)
-        ids = {span: [[]] * n for span in SPANS}
-        texts = {
-            span: [f"{span} of row {row}, topic {t}" for row, t in zip(rows, topic, strict=True)] for span in SPANS
-        }
-        write_shard(folder, index, rows, spans, ids, texts)
+            spans[span] = self._active(draw, np.concatenate(keys), tokens)
+        return spans
 
     def _drawn(self, draw: np.random.Generator, topic: np.ndarray, tokens: np.ndarray, share: float) -> np.ndarray:
         """`row x d_sae + feature` of what is active, with repetitions: a share of what a span of that many tokens shows."""
@@ -108,18 +144,20 @@ class Synthetic:
         loners = np.repeat(
             np.arange(len(tokens)), draw.poisson((1 - GROUPED) * wanted * 1.25)
         )  # a quarter are repetitions
-        feature = self.loners[np.searchsorted(self.loner_chance, draw.random(len(loners)))]  # type: ignore[attr-defined]
+        feature = self.loners[np.searchsorted(self.loner_chance, draw.random(len(loners)))]
         # A row's groups: half are its topic's.
         row = np.repeat(np.arange(len(tokens)), draw.poisson(GROUPED * wanted * 1.4 / (0.7 * GROUP)))
-        group = np.searchsorted(self.group_chance, draw.random(len(row)))  # type: ignore[attr-defined]
+        group = np.searchsorted(self.group_chance, draw.random(len(row)))
         of_topic = draw.random(len(row)) < 0.5
         place = draw.integers(60, size=len(row))
-        group = np.where(of_topic, self.topic_groups[topic[row], place], group)  # type: ignore[attr-defined]
+        group = np.where(of_topic, self.topic_groups[topic[row], place], group)
         shown = draw.random((len(row), GROUP), dtype=np.float32) < 0.7
-        grouped = (row[:, None] * self.d_sae + self.groups[group])[shown]  # type: ignore[attr-defined]
+        grouped = (row[:, None] * self.d_sae + self.groups[group])[shown]
         return np.concatenate([loners * self.d_sae + feature, grouped])
 
     def _active(self, draw: np.random.Generator, keys: np.ndarray, tokens: np.ndarray) -> Active:
+        keys = np.sort(keys)  # `np.unique` hashes, which takes six times as long here
+        keys = keys[np.flatnonzero(np.diff(keys, prepend=-1))]
         row, feature = np.divmod(keys, self.d_sae)
         length = tokens[row]
         counts = np.minimum(draw.geometric(1 / np.maximum(BURST * np.sqrt(length), 1)), length)
