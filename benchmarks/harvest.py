@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from benchmarks.overhead import QUICK, Size, build, interval
 
 
 RESULTS = Path(__file__).parent / "results"
-PAIRS = 16  # in a file
+PAIRS = 8  # in a file
 ACTIVE = 64  # features active on a token
 ROWS = (1000, 10_000, 50_000, 260_000)
 
@@ -86,9 +87,7 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
         reader._sae.threshold.fill_(float(before.flatten()[:: max(1, before.numel() // 2**20)].quantile(1 - share)))
 
         def batches(places: np.ndarray, layout: Any) -> list[Any]:
-            return [
-                layout(pairs.collated(part), harvester.config, pairs.tokens) for part in harvester.batches(places)
-            ]
+            return [layout(pairs.collated(part), harvester.config, pairs.tokens) for part in harvester.batches(places)]
 
         def bare(ready: list[Any]) -> None:
             for batch in ready:
@@ -102,9 +101,9 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"harvest": [], "bare": [], "DPO's": []}
         for index, places in enumerate([all_places[0], *all_places]):  # the first one warms up
             jobs: list[tuple[str, Callable[[], Any]]] = [
-                ("harvest", lambda places=places: harvester._write_shard(folder, 0, places, quiet)),
-                ("bare", lambda ready=batches(places, harvester.layout): bare(ready)),
-                ("DPO's", lambda ready=batches(places, separate): as_dpo(ready)),
+                ("harvest", partial(harvester._write_shard, folder, 0, places, quiet)),
+                ("bare", partial(bare, batches(places, harvester.layout))),
+                ("DPO's", partial(as_dpo, batches(places, separate))),
             ]
             for label, job in jobs if index % 2 else reversed(jobs):
                 spent = _spent(job, device)
@@ -180,7 +179,12 @@ def analyse_alone(folder: Path) -> dict[str, Any]:
         analysis = analyse(Harvest.open(folder), out=out, progress=False)
     wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
-    return {"wall, min": wall / 60, "CPU, min": cpu / 60, "peak, GB": peak / 1e9, "hypotheses": len(analysis.hypotheses)}
+    return {
+        "wall, min": wall / 60,
+        "CPU, min": cpu / 60,
+        "peak, GB": peak / 1e9,
+        "hypotheses": len(analysis.hypotheses),
+    }
 
 
 def write_growth(rows: Sequence[dict[str, Any]], d_sae: int, out: Path) -> str:
