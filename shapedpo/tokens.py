@@ -20,7 +20,7 @@ from .marks import MATCHED, WORDS, TokenMarks
 from .reading import Statistics
 from .readouts import ActivationReader, LoadedReadout, Regex
 from .readouts.base import WrappedReader
-from .readouts.contrast import tokenize_response
+from .readouts.responses import tokenize_response
 from .readouts.sae_reader import max_elements, tiles
 from .shapers import ConceptSignal, Tokens
 
