@@ -21,6 +21,8 @@ _HOME = {
     "SAEFeatures": "readouts",
     "TextFunction": "readouts",
     "Ablate": "shapers",
+    "Filter": "shapers",
+    "Inoculate": "shapers",
     "Mask": "shapers",
     "Project": "shapers",
     "Reward": "shapers",
@@ -34,14 +36,16 @@ if TYPE_CHECKING:
     from .concept import Concept, Gate, load_concepts
     from .config import ShapedDPOConfig
     from .readouts import Direction, Readout, Regex, SAEFeatures, TextFunction
-    from .shapers import Ablate, Mask, Project, Reward, Reweight, Shaper, Steer, Tokens
+    from .shapers import Ablate, Filter, Inoculate, Mask, Project, Reward, Reweight, Shaper, Steer, Tokens
     from .trainer import ShapedDPOTrainer
 
 __all__ = [
     "Ablate",
     "Concept",
     "Direction",
+    "Filter",
     "Gate",
+    "Inoculate",
     "Mask",
     "Project",
     "Readout",

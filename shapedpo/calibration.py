@@ -147,6 +147,7 @@ def read_sample(
     batch_size: int,
     read: Callable[[list[Any], Tensor], Tensor],
     accelerator: Accelerator,
+    title: str = "Calibrating concepts",
 ) -> Tensor:
     """Read a sample of rows, dealt out over processes.
 
@@ -156,6 +157,7 @@ def read_sample(
         read: Gives each row's numbers, `(batch_size, columns)`. It is handed the rows, and `(batch_size,)` bool, which of them
             are read for the first time: the last round is filled up with repeats, which do not count.
         accelerator: The run's.
+        title: Of the progress bar.
 
     Returns:
         `(N, columns)`, in the order of `examples`, the same on all processes.
@@ -167,8 +169,8 @@ def read_sample(
     # A reference with dropout would draw random numbers that the run must not miss.
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         tables = [
-            read([examples[i % len(examples)] for i in rows], torch.from_numpy(rows < len(examples)))
-            for rows in tqdm(dealt, desc="Calibrating concepts")
+            read([examples[int(i) % len(examples)] for i in rows], torch.from_numpy(rows < len(examples)))
+            for rows in tqdm(dealt, desc=title)
         ]
     table = torch.stack(tables)
     if world > 1:

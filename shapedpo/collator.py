@@ -10,9 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from .concept import Concept, Gate
+from .inoculation import ATTENTION, COMPLETION, DICE, IDS, INOCULATED_TURN
 from .marks import MATCHED, WORDS
 from .openings import REF_COLUMNS
-from .prompts import TURN
+from .prompts import ROW, TURN
 from .readouts import Readout, TextReader
 
 
@@ -21,10 +22,9 @@ GATES = "concept_gates"
 TEXT = "concept_text"
 PROMPT_TEXT = "concept_prompt_text"
 CACHED = "concept_cached"
-ROW = "shapedpo_row"
 KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
 """What the collator may add to a batch, beside integers."""
-INTEGERS = (ROW, MATCHED, WORDS, TURN)
+INTEGERS = (ROW, MATCHED, WORDS, TURN, IDS, ATTENTION, COMPLETION, INOCULATED_TURN, DICE)
 """What it may add as integers."""
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.trainer.utils import global_then_local_main_first
 
+from . import inoculation
 from .batch import Batch
-from .openings import REF_COLUMNS, Computed, without
+from .calibration import calibrate, read_sample
+from .composition import check_composition
+from .filtering import FILE_NAME, filtering, leaving_rows, load_record, save_record, without_rows
+from .inoculation import InoculatedSequences, Mixed, inoculated_columns
+from .openings import REF_COLUMNS, Computed, restored, without
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from .reading import reading_masks
-from .reading_trainer import ReadingTrainer
+from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer
+from .shapers import ConceptSignal, Inoculate
 from .shapers.steering import ForwardEdit
 from .steering import Steering, check_steering
 from .tokens import TokenFilter
+
+
+logger = get_logger(__name__)
 
 
 class InterveningTrainer(ReadingTrainer):
@@ -28,6 +39,8 @@ class InterveningTrainer(ReadingTrainer):
         _reads_first: Whether there is such a method. Without one, nothing here is run.
         _tokens: Says which tokens leave the loss.
         _steering: Changes the policy's hidden states; the subclass enters it around a training step.
+        _inoculated: The concept of method `inoculate`, if there is one.
+        _filtered: The record of the rows that left, once they have.
     """
 
     _reads_first: bool
@@ -44,7 +57,11 @@ class InterveningTrainer(ReadingTrainer):
         self._reads_first = any(concept.shapes and concept.shaper.reads_first for concept in self.concepts)
         self._tokens = TokenFilter(self.concepts, reader.readers, reader.columns, args.precompute_ref_log_probs)
         check_steering(self.concepts, reader.readers)
-        self._needs_turns = any(concept.shapes and isinstance(concept.shaper, ForwardEdit) for concept in self.concepts)
+        check_composition(self.concepts, args)
+        shaping = [concept for concept in self.concepts if concept.shapes]
+        self._inoculated = next((c for c in shaping if isinstance(c.shaper, Inoculate)), None)
+        self._filtered: dict[str, Any] | None = None
+        self._needs_turns = any(isinstance(concept.shaper, ForwardEdit) for concept in shaping)
 
     # ------------------------------------------------------------------- data
 
@@ -52,30 +69,41 @@ class InterveningTrainer(ReadingTrainer):
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not self._needs_turns or dataset_name != "train":  # evaluation is plain DPO's
+        if dataset_name != "train":  # evaluation is plain DPO's
             return dataset
-        with global_then_local_main_first():
-            return dataset.map(
-                _add_turn_tokens,
-                fn_kwargs={"processing_class": processing_class},
-                **({"desc": "Finding the final user turns"} if isinstance(dataset, Dataset) else {}),
-            )
+        if self._needs_turns or self._inoculated is not None:
+            given: dict[str, Any] = {"processing_class": processing_class}
+            dataset = _mapped(dataset, _add_turn_tokens, given, "Finding the final user turns")
+        if self._inoculated is not None:
+            shaper: Any = self._inoculated.shaper
+            given |= {"instruction": shaper.instruction, "place": shaper.place}
+            try:
+                inoculated_columns(next(iter(dataset)), **given)
+            except Exception as error:  # whatever a chat template says of a message that it does not take
+                raise ValueError(
+                    f"Concept {self._inoculated.name!r}: method 'inoculate' cannot put its instruction into the first prompt: {error}"
+                ) from error
+            dataset = _mapped(dataset, inoculated_columns, given, "Inoculating prompts")
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        if self._needs_turns and TURN_COLUMN not in columns:
-            columns.append(TURN_COLUMN)
+        extra = [TURN_COLUMN, inoculation.IDS_COLUMN, inoculation.TURN_COLUMN]
+        columns += [name for name in extra if name not in columns]  # of which the data has what there is
 
     def _additions(self) -> list[Any]:
         marks = self._tokens.marks(self._tokenizer)
-        turns = TurnStart() if self._needs_turns else None
+        turns = TurnStart() if self._needs_turns or self._inoculated is not None else None
         if turns is not None and self._is_vision_dataset:
             raise ValueError(
-                "Methods 'steer' and 'ablate' find the final user turn in the tokens of a text; of a vision data set TRL makes these in "
-                "the collator. Use another method."
+                "Methods 'steer', 'ablate' and 'inoculate' look into a prompt's tokens, which TRL makes of a vision data set in the collator "
+                "only. Use another method."
             )
-        return [*super()._additions(), *(adds for adds in (marks, turns) if adds is not None)]
+        sequences = None
+        if self._inoculated is not None:
+            sequences = InoculatedSequences(self._tokenizer.pad_token_id, self.args.seed)
+        return [*super()._additions(), *(adds for adds in (marks, turns, sequences) if adds is not None)]
 
     def _reference_pass(self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]) -> Any:
         if not self._tokens:
@@ -102,12 +130,97 @@ class InterveningTrainer(ReadingTrainer):
             )
             self._calibration = self._calibration._replace(tokens=found.to(self.accelerator.device))
 
+    # --------------------------------------------------------------- the rows
+
+    def _filter_rows(self, checkpoint: Any) -> None:
+        """Leave rows out of the training data, once, before it is counted.
+
+        Args:
+            checkpoint: The folder that the run resumes from, if it does.
+        """
+        dataset: Any = self.train_dataset
+        if not filtering(self.concepts) or self._filtered is not None:
+            return
+        fingerprint = self._reader.fingerprint
+        record = None
+        if isinstance(checkpoint, str | os.PathLike):
+            record = load_record(checkpoint, len(dataset), fingerprint)
+        if record is None:
+            record = leaving_rows(self.concepts, self._read_all_rows(), dataset, fingerprint)
+        self._filtered = record
+        self.train_dataset = without_rows(dataset, record)
+        if self.args.should_save:
+            save_record(str(self.args.output_dir), record)
+        for name, rows in record["concepts"].items():
+            logger.warning(
+                f"Concept {name!r}: method 'filter' leaves {len(rows)} of {record['rows']} pairs out; their rows are in {FILE_NAME}."
+            )
+        if self.precompute_ref_logps and not isinstance(checkpoint, str | os.PathLike):
+            self._calibration = None  # it was of all rows
+            self._calibrate()
+
+    def _read_all_rows(self) -> list[ConceptSignal]:
+        """The concepts' scores on all of the training data, standardised over it. All processes together."""
+        reader, dataset = self._reader, self.train_dataset
+        if reader.n_columns > MAX_CACHED_SCORES:
+            raise ValueError(
+                f"Method 'filter' keeps every concept's scores of every completion, and {reader.n_columns} are more than "
+                f"{MAX_CACHED_SCORES}. Read fewer features."
+            )
+        if self.precompute_ref_logps:
+            table = self._cached_table()
+        else:
+            if self.ref_model is None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                raise ValueError(
+                    "Method 'filter' reads the reference before training, when DeepSpeed or FSDP have not placed the model whose adapter is "
+                    "turned off for it. Set `precompute_ref_log_probs=True`, which has a pass of its own, or give `ref_model`."
+                )
+            self._set_signature_columns_if_needed()
+            rows: Any = dataset
+            keep: Any = self._signature_columns if self.args.remove_unused_columns else rows.column_names
+            rows = rows.select_columns([name for name in rows.column_names if name in keep])
+            with restored(reader, "monitored"):
+                reader.monitored = None  # they belong to no concept
+                table = read_sample(
+                    rows,
+                    self.args.per_device_train_batch_size,
+                    super()._read_rows,
+                    self.accelerator,
+                    "Reading all pairs",
+                )
+        raw, valid, gates = self._columns(table)
+        calibration, warnings = calibrate(reader, raw, valid, gates)
+        for warning in warnings:
+            logger.warning(warning)
+        return reader.signals(raw, calibration.statistics, valid, gates)
+
     # -------------------------------------------------------------- the batch
 
     def _intervene(self, batch: Batch) -> None:
         """Change what the policy's forward pass and the loss are about, once the reference has read the batch."""
         self._leave_tokens(batch)
+        self._inoculate(batch)
         self._steer(batch)
+
+    def _inoculate(self, batch: Batch) -> None:
+        """Have the policy read the instruction in the sequences that show the concept."""
+        if self._inoculated is None:
+            return
+        assert self._calibration is not None  # by _compute_loss
+        index = self.concepts.index(self._inoculated)
+        shaper: Any = self._inoculated.shaper
+        dice = batch.extras[inoculation.DICE] / inoculation.SIDES_OF_DICE
+        selected = shaper.selected(batch.signals[index], self._calibration.thresholds[index], dice)
+        name = f"concepts/{self._inoculated.name}/{shaper.name}"
+        batch.shares[name] = (selected.float().sum(), torch.ones_like(selected).float().sum())
+        inputs: dict[str, Any] = batch.inputs
+        mixed = Mixed({**inputs, "completion_mask": batch.mask}, batch.extras, selected)
+        batch.mask = mixed.inputs["completion_mask"]
+        batch.inputs = {**inputs, **mixed.inputs}
+        if batch.leaving is not None:
+            batch.leaving = mixed.moved(batch.leaving)
+            batch.inputs["completion_mask"] = batch.mask.masked_fill(batch.leaving, 0)
+        batch.extras = {**batch.extras, TURN: mixed.turns()}
 
     def _steer(self, batch: Batch) -> None:
         """Aim at the tokens from the final user turn on, of the sequences that each concept is to change."""
@@ -144,6 +257,12 @@ class InterveningTrainer(ReadingTrainer):
         kept = without(self._tokens.log_probs, batch.leaving)
         inputs.update(zip(REF_COLUMNS, super().compute_ref_log_probs(Computed(kept), inputs), strict=True))
         batch.inputs = inputs
+
+
+def _mapped(dataset: Any, function: Any, given: dict[str, Any], title: str) -> Any:
+    """The data with further columns, made once for all processes of a machine."""
+    with global_then_local_main_first():
+        return dataset.map(function, fn_kwargs=given, **({"desc": title} if isinstance(dataset, Dataset) else {}))
 
 
 def _add_turn_tokens(example: dict[str, Any], processing_class: Any) -> dict[str, int]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from trl.data_utils import _tokenize, common_prefix_length
 
 
+ROW = "shapedpo_row"
+"""Column of prepared data, and key of a batch: each row's number in the data that was given."""
 TURN_COLUMN = "shapedpo_turn_tokens"
 """Column of prepared data: how many of the prompt's tokens are its final user turn's, and what follows it."""
 TURN = "concept_turn"

@@ -157,10 +157,7 @@ class ReadingTrainer(DPOTrainer):
             table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
             if looking is not None and self._monitor is not None:
                 reader.monitored = self._monitor.calibrated()
-        f, p, g = reader.n_columns, reader.n_prompt_columns, len(reader.gate_columns)
-        chosen, rejected, prompt, valid, gates = table.split([f, f, p, 1, g], dim=1)
-        raw = RawScores(torch.cat([chosen, rejected]), prompt)
-        calibration, warnings = calibrate(reader, raw, valid[:, 0] > 0, gates)
+        calibration, warnings = calibrate(reader, *self._columns(table))
         for warning in warnings:
             logger.warning(warning)
         if self._calibration is None:  # not one from a checkpoint, that lacked the monitored features only
@@ -181,6 +178,12 @@ class ReadingTrainer(DPOTrainer):
         valid = valid[:, None].float()
         gates = extras.get(keys.GATES, valid.new_ones(len(valid), len(self._reader.gate_columns)))
         return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)
+
+    def _columns(self, table: Tensor) -> tuple[RawScores, Tensor, Tensor]:
+        """The columns of `_read_rows`: raw scores, `(N,)` bool whether a pair has tokens on both sides, and the gate columns."""
+        f, p, g = self._reader.n_columns, self._reader.n_prompt_columns, len(self._reader.gate_columns)
+        chosen, rejected, prompt, valid, gates = table.split([f, f, p, 1, g], dim=1)
+        return RawScores(torch.cat([chosen, rejected]), prompt), valid[:, 0] > 0, gates
 
     def _cached_table(self) -> Tensor:
         """The same columns as `_read_rows`, of the whole training data."""

@@ -21,6 +21,7 @@ from .calibration import Calibration, load_calibration, save_calibration
 from .collator import check_columns, split_batch
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
+from .filtering import check_filters, save_record
 from .intervening_trainer import InterveningTrainer
 from .metrics import Pairs, concept_metrics
 from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
@@ -155,6 +156,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._prepare_reading()
         policy: Any = self.model
         self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
+        check_filters(self.concepts, self.train_dataset)
         self._steering = policy_steering(policy, self.concepts, self._reader.readers)
         if self._reads:
             run = TrainerAccess(self, source)
@@ -314,6 +316,7 @@ class ShapedDPOTrainer(InterveningTrainer):
                 self._take_over(calibration)
                 if self._monitor is not None:
                     self._reader.monitored = self._monitor.load_state(Path(checkpoint)) or self._reader.monitored
+        self._filter_rows(checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -328,5 +331,7 @@ class ShapedDPOTrainer(InterveningTrainer):
             folder: Any = output_dir if output_dir is not None else self.args.output_dir
             hold = self._shaping.hold.state() if self._shaping.hold is not None else None
             save_calibration(folder, self._calibration._replace(hold=hold), self.concepts, self._reader.fingerprint)
+            if self._filtered is not None:
+                save_record(folder, self._filtered)
             if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
                 self._monitor.save_state(Path(folder))

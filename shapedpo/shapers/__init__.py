@@ -1,6 +1,8 @@
 """How a concept's scores change the training signal: one class per method."""
 
 from .base import SHAPERS, ConceptSignal, Shaper, shaper_from_config
+from .filtering import Filter
+from .inoculation import Inoculate
 from .pairs import Mask, Reweight
 from .projection import Project
 from .reward import Reward
@@ -12,6 +14,8 @@ __all__ = [
     "SHAPERS",
     "Ablate",
     "ConceptSignal",
+    "Filter",
+    "Inoculate",
     "Mask",
     "Project",
     "Reward",

@@ -10,7 +10,8 @@ with one of these, which [`~shapedpo.shaping.Shaping`] carries to the opening of
 
 `project` gives neither: its concepts are projected out of the gradient together (see `projection.py`). `tokens` says which of a
 completion's tokens stay in the loss ([`~shapedpo.tokens.TokenFilter`]), `steer` and `ablate` how the policy's hidden states change
-([`~shapedpo.steering.Steering`]).
+([`~shapedpo.steering.Steering`]), `inoculate` what prompt it reads, `filter` which rows leave the
+data before training.
 """
 
 from __future__ import annotations

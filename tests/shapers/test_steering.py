@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shapedpo import Ablate, Concept, Direction, Gate, Regex, SAEFeatures, Steer
 from shapedpo.prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from shapedpo.steering import Edit, Steering
-from tests.helpers import FRUITS, HIDDEN, LAYERS, load_model, pairs, sae_path, shaped, tokenizer, train, vector
+from tests.chat import chat_tokenizer, chat_trainer, chats, messages
+from tests.helpers import HIDDEN, LAYERS, load_model, pairs, sae_path, shaped, tokenizer, train, vector
 from tests.slow import CHECKPOINTING, Slow, standardise, trainer_of
 
 
@@ -209,26 +209,7 @@ class TestSteering:
         assert x.tolist() == [[[0, 0], [0, 0], [4, 0]]]
 
 
-CHATML = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
-)
-
-
-def chat_tokenizer():
-    """The tiny tokenizer with a chat template, whose headers are tokens of their own."""
-    import copy
-
-    chat = copy.deepcopy(tokenizer())
-    chat.add_tokens(["<|system|>", "<|user|>", "<|assistant|>"])
-    chat.chat_template = CHATML
-    return chat
-
-
 class TestFinalUserTurn:
-    def messages(self, *roles):
-        return [{"role": role, "content": f"{FRUITS[index]} red"} for index, role in enumerate(roles)]
-
     @pytest.mark.parametrize(
         ("roles", "tokens"),
         [
@@ -241,14 +222,14 @@ class TestFinalUserTurn:
     )
     def test_turns_of_a_chat(self, roles, tokens):
         chat = chat_tokenizer()
-        prompt = self.messages(*roles)
+        prompt = messages(*roles)
         ids = chat.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
         assert turn_tokens({"prompt": prompt, "prompt_ids": ids}, chat) == tokens
 
     def test_contents_like_those_it_is_compared_with(self):
         chat = chat_tokenizer()
         for content in ("a red", "1 red", "a"):
-            prompt = [*self.messages("system"), {"role": "user", "content": content}]
+            prompt = [*messages("system"), {"role": "user", "content": content}]
             ids = chat.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
                 "input_ids"
             ]
@@ -273,29 +254,7 @@ class TestFinalUserTurn:
 
     def test_a_chat_is_steered_from_the_turn_on(self):
         chat = chat_tokenizer()
-        rows = [
-            {
-                "prompt": self.messages("system", "user"),
-                "chosen": [{"role": "assistant", "content": f"{word} sings"}],
-                "rejected": [{"role": "assistant", "content": "cat eats red"}],
-            }
-            for word in FRUITS[:4]
-        ]
-        from tests.slow import moved
-
-        def resized(model):
-            model.resize_token_embeddings(len(chat), mean_resizing=False)
-            return model
-
-        torch.manual_seed(0)
-        from shapedpo import ShapedDPOTrainer
-        from tests.helpers import arguments, build
-
-        args = arguments(concepts=[way(Steer("chosen"))], beta=0.3)
-        options = {"train_dataset": Dataset.from_list(rows), "processing_class": chat}
-        reference = resized(load_model().double())
-        policy = resized(moved())
-        slow = Slow(build(ShapedDPOTrainer, args, policy, ref_model=reference, **options))
+        slow = Slow(chat_trainer(way(Steer("chosen")), data=chats("system", "user"), chat=chat))
         found = []
         for index in range(8):
             prompt, completion = slow.prompts[index], slow.completions[index]
