@@ -78,8 +78,7 @@ WIDTH = 65_536
 LOGGING = 10
 """Steps between logs: the default."""
 SETTINGS = (
-    "16 concepts, watched",
-    "16 concepts, suppressed",
+    "16 concepts, watched or suppressed",
     "16 concepts, held",
     "16 concepts, all features watched",
     "the same, SAE in bfloat16",
@@ -113,7 +112,7 @@ def shaping_seconds(
         16,
         2 * PAIRS * TOKENS,
     )  # on a GPU all positions are read: to count the completions' would make the host wait
-    everything = setting not in SETTINGS[:3]
+    everything = setting not in SETTINGS[:2]
     half = setting.endswith("bfloat16")
     operators = host["operators of a step"] + concepts * host["operators of a concept"]
     operators += host["operators of the monitor"] * everything
@@ -124,7 +123,7 @@ def shaping_seconds(
         peak = machine.bf16 if half else machine.fp32  # PyTorch leaves tf32 off
         product += 2 * n * model.hidden * WIDTH / (peak * machine.efficiency)
         moved += n * WIDTH * (4 if half else 8) + WIDTH * 12 * 4 * 2
-    messages = 1 + (setting == SETTINGS[2])
+    messages = 1 + (setting == SETTINGS[1])
     logged = 2 + 2 * everything
     sent = (6 * WIDTH * 4 * (2 + gpus)) * everything  # a sum of the windows, and everyone's table of top pairs
     log = host["log"] + logged * machine.latency(gpus) + sent / machine.bandwidth(gpus)
@@ -133,7 +132,7 @@ def shaping_seconds(
         "products": product,
         "memory": moved / machine.memory,
         "messages": messages * machine.latency(gpus),
-        "hold": host["hold"] * (setting == SETTINGS[2]),
+        "hold": host["hold"] * (setting == SETTINGS[1]),
         "log": log / LOGGING,
     }
 

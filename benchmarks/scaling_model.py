@@ -75,7 +75,7 @@ def shaping_messages(case: Case, processes: int, logged: bool = False) -> tuple[
     c = case.concepts
     sizes = [case.pairs * (1 + c)] if case.action == "hold" else []
     if processes > 1:
-        sizes.append(4 * (c + 2))
+        sizes.append(4 * (c + 3))
     if processes > 1 and case.action == "project":
         sizes.append(2 * c * (c + 1))  # float64
     if processes > 1 and logged:

@@ -127,10 +127,12 @@ def counts(rows: Sequence[dict[str, Any]]) -> str:
         "bytes held": (lambda case, processes: held_bytes(case), "held bytes"),
     }
     cases = [case_of(row) for row in rows]
-    lines = ["| count | formula right in |", "| --- | ---: |"]
+    lines = ["| count | formula exact in | largest error |", "| --- | ---: | ---: |"]
     for name, (formula, measured) in checks.items():
-        right = [formula(case, row["processes"]) == row[measured] for case, row in zip(cases, rows, strict=True)]
-        lines.append(f"| {name} | {sum(right)} of {len(rows)} |")
+        found = [(formula(case, row["processes"]), row[measured]) for case, row in zip(cases, rows, strict=True)]
+        exact = sum(one == other for one, other in found)
+        worst = max(abs(one - other) / max(other, 1) for one, other in found)
+        lines.append(f"| {name} | {exact} of {len(rows)} | {100 * worst:.2g} % |")
     return "\n".join(lines)
 
 
@@ -204,7 +206,7 @@ def draw(rows: Sequence[dict[str, Any]], gpus: Sequence[dict[str, Any]], out: Pa
             side.set_major_formatter("{x:g}")
             side.set_minor_locator(_fixed([]))
     steps.legend(fontsize=8, frameon=False)
-    colours = ("tab:green", "tab:blue", "tab:red", "black", "tab:purple")
+    colours = ("tab:green", "tab:blue", "black", "tab:red")
     for model, style in zip(dict.fromkeys(row["model"] for row in gpus), ("-", "--"), strict=True):
         for setting, colour in zip(SETTINGS, colours, strict=True):
             some = [row for row in gpus if row["model"] == model and row["setting"] == setting]
