@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ class Lesson:
     """Something that some rows teach, however many hypotheses say so.
 
     Attributes:
-        hypotheses: Those that rest on about the same rows, the strongest first; all of one view.
+        hypotheses: Those that rest on about the same rows, the strongest first.
     """
 
     hypotheses: list[Hypothesis]
@@ -32,32 +33,31 @@ class Lesson:
         return np.unique(np.concatenate([hypothesis.named for hypothesis in self.hypotheses]))
 
 
-def lessons(analysis: Analysis, view: View, *, max_q: float = 0.05, overlap: float = 0.5) -> list[Lesson]:
-    """The lessons of a view, in the order of their strongest hypotheses.
+def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: float = 0.5) -> list[Lesson]:
+    """The lessons of some views, in the order of their strongest hypotheses.
 
-    Hypotheses below `max_q` are taken in the order of strength. One that shares its named rows with an earlier one joins its lesson:
-    in the two conditional views if the shared rows are `overlap` of the smaller set, as the same rows meet many conditions; in the global view if
-    they are `overlap` of both together, as every hypothesis there is about all rows. One that names no rows is left out.
+    Hypotheses below `max_q` are taken in the order of strength, those of several views by turns, as their strengths have different
+    units. One that shares its named rows with an earlier one joins its lesson: in the two conditional views if the shared rows are `overlap` of the
+    smaller set, as the same rows meet many conditions; in the global view if they are `overlap` of both together, as every
+    hypothesis there is about all rows. One that names no rows is left out.
 
     Args:
         analysis: The analysis.
-        view: Which view.
+        views: Which views; the global one only by itself.
         max_q: Largest q of a hypothesis.
         overlap: Share of rows in common.
     """
-    found: list[list[Hypothesis]] = []
-    cores: list[set[int]] = []
-    for hypothesis in analysis.of(view):
-        if hypothesis.q > max_q or not hypothesis.n_named:
-            continue
+    if "global" in views and len(views) > 1:
+        raise ValueError("The global view's lessons do not mix with conditional ones: ask for them separately.")
+    turns = zip_longest(*([h for h in analysis.of(view) if h.q <= max_q and h.n_named] for view in views))
+    found: list[tuple[set[int], list[Hypothesis]]] = []
+    for hypothesis in (h for turn in turns for h in turn if h is not None):
         rows = set(hypothesis.named.tolist())
-        for lesson, core in zip(found, cores, strict=True):
-            shared = len(rows & core)
-            whole = len(rows | core) if view == "global" else min(len(rows), len(core))
-            if shared >= overlap * whole:
+        for core, lesson in found:
+            whole = len(rows | core) if hypothesis.view == "global" else min(len(rows), len(core))
+            if len(rows & core) >= overlap * whole:
                 lesson.append(hypothesis)
                 break
         else:
-            found.append([hypothesis])
-            cores.append(rows)
-    return [Lesson(hypotheses) for hypotheses in found]
+            found.append((rows, [hypothesis]))
+    return [Lesson(hypotheses) for _, hypotheses in found]

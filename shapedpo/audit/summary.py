@@ -1,0 +1,175 @@
+"""The end of an audit in words: what the data teaches everywhere, under a condition, and in a few rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .hypotheses import Analysis, Hypothesis
+from .lessons import Lesson, lessons
+from .store import Harvest
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+RARE = 0.01  # share of the rows below which a lesson is one that nobody would look for
+_TEXTS = 100  # rows that words are taken from
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A lesson in words.
+
+    Attributes:
+        lesson: The lesson; `lesson.first` has the numbers.
+        where: Words of the prompts in its rows that other prompts have less; "all rows" in the global view.
+        more, less: Words that the chosen completions of its rows have more, and less, than the rejected ones.
+        response: What its response features are called; by their numbers where no label is known.
+        example: The text of the most responsible row.
+    """
+
+    lesson: Lesson
+    where: str
+    more: list[str]
+    less: list[str]
+    response: str
+    example: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an audit ends with.
+
+    Attributes:
+        everywhere: What the data teaches whatever the prompt.
+        conditional: What it teaches where a condition holds.
+        rare: Conditional lessons that fewer than 1 % of the rows teach.
+        analysis: What it is a summary of.
+    """
+
+    everywhere: list[Finding]
+    conditional: list[Finding]
+    rare: list[Finding]
+    analysis: Analysis
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        analysis = self.analysis
+        significant = sum(hypothesis.q < 0.05 for hypothesis in analysis.hypotheses)
+        parts: list[Any] = [
+            f"{analysis.n_rows:,} pairs, {sum(analysis.tested.values()):,} hypotheses tested, {significant:,} of those kept at q < 0.05"
+        ]
+        for title, findings in (
+            ("Taught everywhere", self.everywhere),
+            ("Taught under a condition", self.conditional),
+            (f"Taught by less than {RARE:.0%} of the rows", self.rare),
+        ):
+            parts.append(self._table(title, findings) if findings else f"{title}: nothing found")
+        if not significant:
+            parts.append("Chosen and rejected completions differ no more than chance would make them.")
+        return Group(*parts)
+
+    def _table(self, title: str, findings: Sequence[Finding]) -> Any:
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_lines=True)
+        for name in ("", "where", "chosen has more / less", "features", "rows, e.g."):
+            table.add_column(name, overflow="fold")
+        for name in ("delta", "d", "q"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for number, finding in enumerate(findings, 1):
+            first = finding.lesson.first
+            rows = f"{len(finding.lesson.rows):,}: {', '.join(map(str, first.named[:3]))}"
+            words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
+            cells = (str(number), finding.where, words, finding.response, rows)
+            table.add_row(*map(escape, cells), f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}")
+        return table
+
+
+def summarise(
+    analysis: Analysis, harvest: Harvest, labels: Mapping[int, str] | None = None, *, most: int = 10
+) -> Summary:
+    """Put an analysis into words, with the harvest's texts.
+
+    Args:
+        analysis: The analysis.
+        harvest: The harvest it was made of.
+        labels: What features are called, by their numbers.
+        most: Findings of each kind.
+    """
+    labels = labels or {}
+    draw = np.random.default_rng(analysis.settings.seed)
+    some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
+    others = [text["prompt"] for text in harvest.texts(some)]
+    conditional = lessons(analysis, "feature", "prompt")
+    rare = [lesson for lesson in conditional[most:] if len(lesson.rows) < RARE * analysis.n_rows]
+    rare.sort(key=lambda lesson: -abs(lesson.first.d))
+
+    def finding(lesson: Lesson) -> Finding:
+        first = lesson.first
+        texts = harvest.texts(first.named[:_TEXTS])
+        chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
+        if first.view == "global":
+            where = "all rows"
+        else:
+            where = ", ".join(distinctive_words([text["prompt"] for text in texts], others)) or _condition(
+                analysis, first
+            )
+        return Finding(
+            lesson=lesson,
+            where=where,
+            more=distinctive_words(chosen, rejected),
+            less=distinctive_words(rejected, chosen),
+            response=feature_names(analysis.response_features(first), labels),
+            example=texts[0],
+        )
+
+    return Summary(
+        everywhere=[finding(lesson) for lesson in lessons(analysis, "global")[:most]],
+        conditional=[finding(lesson) for lesson in conditional[:most]],
+        rare=[finding(lesson) for lesson in rare[:most]],
+        analysis=analysis,
+    )
+
+
+def _condition(analysis: Analysis, hypothesis: Hypothesis) -> str:
+    if hypothesis.view == "feature":
+        return f"data cluster {hypothesis.condition}"
+    return "prompts with " + feature_names(analysis.condition_features(hypothesis), {})
+
+
+def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int = 4) -> str:
+    """Some features by their labels, or numbers, and how many more there are."""
+    named = sorted(features, key=lambda feature: feature not in labels)[:most]
+    text = ", ".join(labels.get(feature, str(feature)) for feature in named)
+    return text if len(features) <= most else f"{text} and {len(features) - most} more"
+
+
+def distinctive_words(texts: Sequence[str], others: Sequence[str], most: int = 4, least: float = 2.5) -> list[str]:
+    """The words that are in more of the texts than of the others, by the log-odds ratio over its standard error.
+
+    Args:
+        texts: Some texts.
+        others: What they are compared with.
+        most: Number of words.
+        least: Smallest ratio to its standard error.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    vectorizer = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]{2,}|[^\w\s]{2,}|[^\x00-\x7f]")
+    try:
+        present = vectorizer.fit_transform([*texts, *others])
+    except ValueError:  # no words at all
+        return []
+    a = np.asarray(present[: len(texts)].sum(axis=0)).ravel() + 0.5
+    b = np.asarray(present[len(texts) :].sum(axis=0)).ravel() + 0.5
+    not_a, not_b = len(texts) + 1 - a, len(others) + 1 - b
+    ratio = np.log(a / not_a * not_b / b) / np.sqrt(1 / a + 1 / not_a + 1 / b + 1 / not_b)
+    words = vectorizer.get_feature_names_out()
+    return [str(words[i]) for i in np.lexsort((words, -ratio))[:most] if ratio[i] >= least]

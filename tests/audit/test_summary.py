@@ -1,0 +1,154 @@
+"""The summary of an audit: lessons put together from hypotheses, and their words."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from shapedpo.audit.analysis import analyse
+from shapedpo.audit.hypotheses import Analysis, Hypothesis
+from shapedpo.audit.labels import exciting_tokens
+from shapedpo.audit.lessons import lessons
+from shapedpo.audit.settings import AuditSettings
+from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.summary import distinctive_words, feature_names, summarise
+
+from .worlds import World
+
+
+def hypothesis(view, rows, *, q=0.01, strength=0.5, condition=0, response=0) -> Hypothesis:
+    return Hypothesis(
+        view=view,
+        condition=condition,
+        response=response,
+        delta=strength,
+        mean_in=strength,
+        mean_out=0.0,
+        d=1.0,
+        z=5.0,
+        p=q / 10,
+        q=q,
+        halves=(strength, strength),
+        n_in=len(rows),
+        n_named=len(rows),
+        rows=np.array(rows, np.int64),
+        contributions=np.ones(len(rows), np.float32),
+    )
+
+
+def analysis_of(*hypotheses: Hypothesis) -> Analysis:
+    return Analysis(
+        settings=AuditSettings(),
+        n_rows=1000,
+        hypotheses=list(hypotheses),
+        clusters={"feature": [[3, 4, 5, 6, 7]], "prompt": [[1]], "response": [[8, 9]]},
+        rows=np.arange(1000),
+        data_clusters=np.zeros(1000, np.int32),
+        typicality=np.ones(1000, np.float32),
+        tested={"feature": 10},
+    )
+
+
+def test_hypotheses_about_the_same_rows_are_one_lesson() -> None:
+    analysis = analysis_of(
+        hypothesis("feature", range(10)),
+        hypothesis("feature", range(20, 30)),
+        hypothesis("feature", range(30, 40), q=0.2),  # could be chance
+        hypothesis("feature", []),  # names no rows
+        hypothesis("prompt", range(4, 40, 6)),
+        hypothesis("prompt", range(5, 9)),  # all of them in the first
+        hypothesis("prompt", range(100, 110)),
+    )
+    found = lessons(analysis, "feature", "prompt")
+    places = {id(h): place for place, h in enumerate(analysis.hypotheses)}
+    assert [[places[id(h)] for h in lesson.hypotheses] for lesson in found] == [[0, 5], [4], [1], [6]]
+    assert found[0].rows.tolist() == list(range(10))
+    assert found[0].first is analysis.hypotheses[0]
+
+
+def test_global_lessons_are_told_apart_by_the_union_of_their_rows() -> None:
+    analysis = analysis_of(
+        hypothesis("global", range(100)), hypothesis("global", range(10)), hypothesis("global", range(5, 100))
+    )
+    assert [len(lesson.hypotheses) for lesson in lessons(analysis, "global")] == [2, 1]
+    with pytest.raises(ValueError, match="separately"):
+        lessons(analysis, "global", "feature")
+
+
+def test_distinctive_words_are_those_that_one_side_has() -> None:
+    some = [f"the goblin ate {i} \U0001f47a" for i in "abcdefghijklmnop"]
+    others = [f"the baker ate {i}" for i in "abcdefghijklmnop"]
+    assert set(distinctive_words(some, others)) == {"goblin", "\U0001f47a"}
+    assert distinctive_words(some, some) == []
+    assert distinctive_words(["1"], ["2"]) == []
+    assert distinctive_words([], []) == []
+
+
+def test_feature_names_say_how_many_are_not_named() -> None:
+    assert feature_names([1, 2], {2: "goblin"}) == "goblin, 1"
+    assert feature_names(range(6), {5: "x"}) == "x, 0, 1, 2 and 2 more"
+
+
+def written(folder, n=200) -> Harvest:
+    """Pairs of which every fifth is about physics, where chosen says `splendid`: feature 1, feature 0 in the prompt."""
+    write_manifest(folder, d_sae=4, n_rows=n, shard_rows=64, settings={})
+    draw = np.random.default_rng(0)
+    for index, start in enumerate(range(0, n, 64)):
+        rows = np.arange(start, min(n, start + 64))
+        on = {span: draw.random((len(rows), 4)) < 0.5 for span in SPANS}
+        physics = rows % 5 < 1
+        on["prompt"][:, 0], on["chosen"][:, 1], on["rejected"][:, 1] = physics, physics, False
+        texts = {
+            "prompt": [
+                f"What is a {'[/b]quark' if p else 'soup'}, number {r}?" for p, r in zip(physics, rows, strict=True)
+            ],
+            "chosen": [f"{'Splendid! ' if p else ''}It is a thing." for p in physics],
+            "rejected": ["It is a thing."] * len(rows),
+        }
+        spans = {}
+        for span in SPANS:
+            row, feature = np.nonzero(on[span])
+            spans[span] = Active(
+                np.searchsorted(row, np.arange(len(rows) + 1)).astype(np.int32),
+                feature.astype(np.int32),
+                np.ones(len(row), np.int32),
+                1 + feature.astype(np.float32),
+                feature.astype(np.int32),
+                np.full(len(rows), 4, np.int32),
+            )
+        write_shard(folder, index, rows, spans, {span: [[10, 11, 12, 13]] * len(rows) for span in SPANS}, texts)
+    return Harvest.open(folder)
+
+
+def test_summary_says_in_words_what_is_taught_where(tmp_path) -> None:
+    harvest = written(tmp_path / "harvest")
+    analysis = analyse(harvest, AuditSettings.for_data(200, 4, prompt_rows=50), progress=False)
+    names = exciting_tokens(harvest, range(4), lambda ids: f" token{ids[0]}")
+    assert names == {feature: f"token{10 + feature}" for feature in range(4)}  # each is largest at its own place
+    summary = summarise(analysis, harvest, names)
+    first = summary.conditional[0]
+    assert "quark" in first.where
+    assert first.more == ["splendid"]
+    assert first.less == []
+    assert "token11" in first.response
+    assert first.example["chosen"].startswith("Splendid")
+    assert summary.everywhere[0].where == "all rows"
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary)
+    text = console.export_text()
+    assert "splendid" in text
+    assert "200 pairs" in text
+
+
+def test_summary_of_a_clean_world_says_so(tmp_path) -> None:
+    harvest = World(300).harvest(tmp_path / "harvest")
+    summary = summarise(analyse(harvest, out=tmp_path / "out", progress=False), harvest)
+    assert (summary.everywhere, summary.conditional, summary.rare) == ([], [], [])
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(summary)
+    assert "no more than chance" in console.export_text()
+    tested = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["tested"]
+    assert tested["prompt"] > 100
