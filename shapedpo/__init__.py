@@ -25,6 +25,7 @@ _HOME = {
     "Inoculate": "shapers",
     "Mask": "shapers",
     "Project": "shapers",
+    "Residual": "shapers",
     "Reward": "shapers",
     "Reweight": "shapers",
     "Shaper": "shapers",
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from .concept import Concept, Gate, load_concepts
     from .config import ShapedDPOConfig
     from .readouts import Direction, Readout, Regex, SAEFeatures, TextFunction
-    from .shapers import Ablate, Filter, Inoculate, Mask, Project, Reward, Reweight, Shaper, Steer, Tokens
+    from .shapers import Ablate, Filter, Inoculate, Mask, Project, Residual, Reward, Reweight, Shaper, Steer, Tokens
     from .trainer import ShapedDPOTrainer
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "Project",
     "Readout",
     "Regex",
+    "Residual",
     "Reward",
     "Reweight",
     "SAEFeatures",

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .concept import Concept, Gate
-from .inoculation import ATTENTION, COMPLETION, DICE, IDS, INOCULATED_TURN
+from .inoculation import KEYS as INOCULATED
 from .marks import MATCHED, WORDS
 from .openings import REF_COLUMNS
 from .prompts import ROW, TURN
@@ -24,8 +24,8 @@ PROMPT_TEXT = "concept_prompt_text"
 CACHED = "concept_cached"
 KEYS = (WEIGHT, GATES, TEXT, PROMPT_TEXT, CACHED)
 """What the collator may add to a batch, beside integers."""
-INTEGERS = (ROW, MATCHED, WORDS, TURN, IDS, ATTENTION, COMPLETION, INOCULATED_TURN, DICE)
-"""What it may add as integers."""
+INTEGERS = (ROW, MATCHED, WORDS, TURN)
+"""What it may add as integers, beside inoculated sequences."""
 
 
 class ConceptCollator:
@@ -129,7 +129,7 @@ def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
 def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What the collator added to a batch, unpacked, and what TRL knows of it."""
     extras = {key: unpack(inputs[key]) for key in KEYS if key in inputs}
-    extras |= {key: inputs[key] for key in INTEGERS if key in inputs}
+    extras |= {key: value for key, value in inputs.items() if key in INTEGERS or key.startswith(INOCULATED)}
     return extras, {key: value for key, value in inputs.items() if key not in extras}
 
 

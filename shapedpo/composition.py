@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .concept import Concept
-from .shapers import Inoculate
+from .shapers import Inoculate, Residual
 from .shapers.steering import ForwardEdit
 
 
@@ -32,10 +32,16 @@ def check_composition(concepts: Sequence[Concept], args: Any) -> None:
             f"Concepts {names}: method 'inoculate' goes with one concept of a run: a completion that shows several would need a prompt "
             "with every combination of their instructions."
         )
-    for concept in inoculated:
+    for concept in shaping:
         shaper: Any = concept.shaper
-        if shaper.place == "system" and args.max_length is not None and args.truncation_mode == "keep_end":
+        instructs = isinstance(shaper, Inoculate | Residual) and shaper.instruction
+        if (
+            instructs
+            and shaper.place == "system"
+            and args.max_length is not None
+            and args.truncation_mode == "keep_end"
+        ):
             raise ValueError(
-                f"Concept {concept.name!r}: method 'inoculate' puts its instruction into the system turn, which `truncation_mode='keep_end'` "
+                f"Concept {concept.name!r}: method {shaper.name!r} puts its instruction into the system turn, which `truncation_mode='keep_end'` "
                 "cuts off first. Set place: user, or keep the start."
             )

@@ -13,16 +13,25 @@ from torch import Tensor
 from .prompts import ROW, TURN, final_user_turn, tokenized, turn_tokens
 
 
-IDS_COLUMN = "shapedpo_inoculated_ids"
-"""Column of prepared data: the prompt's tokens with the instruction."""
-TURN_COLUMN = "shapedpo_inoculated_turn_tokens"
-"""Column of prepared data: how many of them are the final user turn's, and what follows it."""
-IDS, ATTENTION, COMPLETION, INOCULATED_TURN, DICE = (
-    f"concept_inoculated_{name}" for name in ("ids", "attention", "completion", "turn", "dice")
-)
-"""Keys of a batch: the inoculated sequences, `(2B, T')` each; where their final user turns begin, `(2B,)`; and a number of each row's own
-between 0 and `SIDES_OF_DICE`, `(B,)`."""
+COLUMNS = "shapedpo_inoculated"
+"""What the names of the columns of prepared data begin with: for each concept that has an instruction, by its index, the prompt's tokens
+with the instruction (`ids`), and how many of them are the final user turn's, and what follows it (`turn`)."""
+KEYS = "concept_inoculated"
+"""What the keys of a batch begin with: for each such concept the inoculated sequences, `(2B, T')` each (`ids`, `attention`,
+`completion`), and where their final user turns begin, `(2B,)` (`turn`)."""
+DICE = f"{KEYS}_dice"
+"""Key of a batch: a number of each row's own between 0 and `SIDES_OF_DICE`, `(B,)`."""
 SIDES_OF_DICE = 2**31
+
+
+def column(name: str, concept: int) -> str:
+    """The name of a column, `ids` or `turn`."""
+    return f"{COLUMNS}_{name}_{concept}"
+
+
+def key(name: str, concept: int) -> str:
+    """The key of a batch for `ids`, `attention`, `completion` or `turn`."""
+    return f"{KEYS}_{name}_{concept}"
 
 
 def inoculated(prompt: Any, instruction: str, place: str) -> Any:
@@ -50,9 +59,9 @@ def inoculated(prompt: Any, instruction: str, place: str) -> Any:
 
 
 def inoculated_columns(
-    example: Mapping[str, Any], processing_class: Any, instruction: str, place: str
+    example: Mapping[str, Any], processing_class: Any, instruction: str, place: str, concept: int
 ) -> dict[str, Any]:
-    """A prepared row's columns `IDS_COLUMN` and `TURN_COLUMN`."""
+    """A prepared row's columns for a concept, by its index."""
     prompt, chosen = inoculated(example["prompt"], instruction, place), example["chosen"]
     whole = tokenized(processing_class, prompt + chosen, example)
     completion = example["chosen_ids"]
@@ -62,8 +71,8 @@ def inoculated_columns(
     else:
         ids = tokenized(processing_class, prompt, example, add_generation_prompt=True)
     return {
-        IDS_COLUMN: ids,
-        TURN_COLUMN: turn_tokens({**example, "prompt": prompt, "prompt_ids": ids}, processing_class),
+        column("ids", concept): ids,
+        column("turn", concept): turn_tokens({**example, "prompt": prompt, "prompt_ids": ids}, processing_class),
     }
 
 
@@ -71,16 +80,19 @@ class InoculatedSequences:
     """Adds the inoculated sequences to a batch, with the same completion tokens as it holds.
 
     Args:
+        concept: Whose instruction it is, by its index.
         pad_token_id: Fills up.
         seed: Of the rows' numbers.
     """
 
-    def __init__(self, pad_token_id: int, seed: int) -> None:
+    def __init__(self, concept: int, pad_token_id: int, seed: int) -> None:
+        self.concept = concept
         self.pad_token_id = pad_token_id
         self.seed = seed
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if IDS_COLUMN not in examples[0]:  # data that is not trained on
+        ids_column, turn_column = column("ids", self.concept), column("turn", self.concept)
+        if ids_column not in examples[0]:  # data that is not trained on
             return {}
         sequences, prompts, turns = [], [], []
         completions = batch["completion_mask"].bool()
@@ -88,10 +100,10 @@ class InoculatedSequences:
             example = examples[row % len(examples)]
             kept = int(batch["attention_mask"][row].sum() - mask.sum())  # of the original prompt
             # What truncation takes from the start of the original, it takes here; of a prompt that is gone, nothing comes back.
-            prompt = example[IDS_COLUMN][len(example["prompt_ids"]) - kept :] if kept else []
+            prompt = example[ids_column][len(example["prompt_ids"]) - kept :] if kept else []
             sequences.append([*prompt, *ids[mask].tolist()])
             prompts.append(len(prompt))
-            turns.append(max(len(prompt) - example[TURN_COLUMN], 0))
+            turns.append(max(len(prompt) - example[turn_column], 0))
         length = max(batch["input_ids"].shape[1], *map(len, sequences))
         ids = torch.full((len(sequences), length), self.pad_token_id)
         attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -101,10 +113,10 @@ class InoculatedSequences:
             completion[row, prompt_length : len(sequence)] = 1
         dice = [np.random.default_rng([self.seed, example[ROW]]).integers(SIDES_OF_DICE) for example in examples]
         return {
-            IDS: ids,
-            ATTENTION: attention,
-            COMPLETION: completion,
-            INOCULATED_TURN: torch.tensor(turns, dtype=torch.int32),
+            key("ids", self.concept): ids,
+            key("attention", self.concept): attention,
+            key("completion", self.concept): completion,
+            key("turn", self.concept): torch.tensor(turns, dtype=torch.int32),
             DICE: torch.tensor(dice, dtype=torch.int32),
         }
 
@@ -115,23 +127,22 @@ class Mixed:
     Args:
         inputs: The batch as it is, `(2B, T)` each.
         extras: What `InoculatedSequences` added.
+        concept: Whose instruction it is, by its index.
         selected: `(2B,)` bool, which sequences to take from there.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], extras: Mapping[str, Tensor], selected: Tensor) -> None:
+    def __init__(
+        self, inputs: Mapping[str, Tensor], extras: Mapping[str, Tensor], concept: int, selected: Tensor
+    ) -> None:
         self._selected = selected
-        self._extras = extras
+        self._turns = extras[key("turn", concept)], extras[TURN]
         self._completion = inputs["completion_mask"]
-        longer = extras[IDS].shape[1] - inputs["input_ids"].shape[1]
-
-        def mix(name: str, key: str) -> Tensor:
-            return torch.where(selected[:, None], extras[key], F.pad(inputs[name], (0, longer)))
-
-        # Where the original is padded, no one attends: any token will do.
+        instructed = sequences(extras, concept)
+        # Where a sequence is padded, no one attends: any token will do.
+        longer = instructed["input_ids"].shape[1] - inputs["input_ids"].shape[1]
         self.inputs = {
-            "input_ids": mix("input_ids", IDS),
-            "attention_mask": mix("attention_mask", ATTENTION),
-            "completion_mask": mix("completion_mask", COMPLETION),
+            name: torch.where(selected[:, None], instructed[name], F.pad(inputs[name], (0, longer)))
+            for name in instructed
         }
 
     def moved(self, marks: Tensor) -> Tensor:
@@ -142,4 +153,10 @@ class Mixed:
 
     def turns(self) -> Tensor:
         """`(2B,)`, where the final user turns begin now."""
-        return torch.where(self._selected, self._extras[INOCULATED_TURN], self._extras[TURN])
+        return torch.where(self._selected, *self._turns)
+
+
+def sequences(extras: Mapping[str, Tensor], concept: int) -> dict[str, Tensor]:
+    """A concept's inoculated sequences as a batch that a model takes."""
+    names = {"input_ids": "ids", "attention_mask": "attention", "completion_mask": "completion"}
+    return {name: extras[key(ours, concept)] for name, ours in names.items()}

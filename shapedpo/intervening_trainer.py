@@ -20,10 +20,10 @@ from .inoculation import InoculatedSequences, Mixed, inoculated_columns
 from .openings import REF_COLUMNS, Computed, restored, without
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from .reading import reading_masks
-from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer
-from .shapers import ConceptSignal, Inoculate
+from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer, valid_pairs
+from .shapers import ConceptSignal, Inoculate, Residual
 from .shapers.steering import ForwardEdit
-from .steering import Steering, check_steering
+from .steering import Steering, check_steering, residual_edit
 from .tokens import TokenFilter
 
 
@@ -60,8 +60,22 @@ class InterveningTrainer(ReadingTrainer):
         check_composition(self.concepts, args)
         shaping = [concept for concept in self.concepts if concept.shapes]
         self._inoculated = next((c for c in shaping if isinstance(c.shaper, Inoculate)), None)
+        self._residual = {self.concepts.index(c): c.shaper for c in shaping if isinstance(c.shaper, Residual)}
+        self._n_residuals = len(self._residual)
+        if self._residual and not args.precompute_ref_log_probs:
+            names = ", ".join(repr(self.concepts[index].name) for index in self._residual)
+            logger.warning(
+                f"Method 'residual' makes {self._n_residuals} further pass(es) of the reference in each step, for {names}. With "
+                "`precompute_ref_log_probs=True` they are made once, before training."
+            )
+        self._instructed = {
+            index: (concept.shaper.instruction, concept.shaper.place)
+            for index, concept in enumerate(self.concepts)
+            if concept in shaping and isinstance(concept.shaper, Inoculate | Residual) and concept.shaper.instruction
+        }
         self._filtered: dict[str, Any] | None = None
-        self._needs_turns = any(isinstance(concept.shaper, ForwardEdit) for concept in shaping)
+        # The turns of instructed prompts are told from those of the prompts as they are.
+        self._needs_turns = any(isinstance(concept.shaper, ForwardEdit | Inoculate | Residual) for concept in shaping)
 
     # ------------------------------------------------------------------- data
 
@@ -71,17 +85,17 @@ class InterveningTrainer(ReadingTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if dataset_name != "train":  # evaluation is plain DPO's
             return dataset
-        if self._needs_turns or self._inoculated is not None:
-            given: dict[str, Any] = {"processing_class": processing_class}
+        given: dict[str, Any] = {"processing_class": processing_class}
+        if self._needs_turns:
             dataset = _mapped(dataset, _add_turn_tokens, given, "Finding the final user turns")
-        if self._inoculated is not None:
-            shaper: Any = self._inoculated.shaper
-            given |= {"instruction": shaper.instruction, "place": shaper.place}
+        for index, (instruction, place) in self._instructed.items():
+            given |= {"instruction": instruction, "place": place, "concept": index}
             try:
                 inoculated_columns(next(iter(dataset)), **given)
             except Exception as error:  # whatever a chat template says of a message that it does not take
+                concept = self.concepts[index]
                 raise ValueError(
-                    f"Concept {self._inoculated.name!r}: method 'inoculate' cannot put its instruction into the first prompt: {error}"
+                    f"Concept {concept.name!r}: method {concept.shaper.name!r} cannot put its instruction into the first prompt: {error}"
                 ) from error
             dataset = _mapped(dataset, inoculated_columns, given, "Inoculating prompts")
         return dataset
@@ -89,21 +103,25 @@ class InterveningTrainer(ReadingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        extra = [TURN_COLUMN, inoculation.IDS_COLUMN, inoculation.TURN_COLUMN]
+        extra = [inoculation.column(name, index) for index in self._instructed for name in ("ids", "turn")]
+        extra += [TURN_COLUMN]
         columns += [name for name in extra if name not in columns]  # of which the data has what there is
 
     def _additions(self) -> list[Any]:
         marks = self._tokens.marks(self._tokenizer)
-        turns = TurnStart() if self._needs_turns or self._inoculated is not None else None
+        turns = TurnStart() if self._needs_turns else None
         if turns is not None and self._is_vision_dataset:
             raise ValueError(
-                "Methods 'steer', 'ablate' and 'inoculate' look into a prompt's tokens, which TRL makes of a vision data set in the collator "
+                "Methods 'steer', 'ablate', 'inoculate' and 'residual' look into a prompt's tokens, which TRL makes of a vision data set in the collator "
                 "only. Use another method."
             )
-        sequences = None
-        if self._inoculated is not None:
-            sequences = InoculatedSequences(self._tokenizer.pad_token_id, self.args.seed)
-        return [*super()._additions(), *(adds for adds in (marks, turns, sequences) if adds is not None)]
+        for index, shaper in self._residual.items():
+            if shaper.steer is not None:  # an error now rather than in the first step
+                model = self.accelerator.unwrap_model(self._reference())
+                residual_edit(model, self.concepts[index], self._reader.readers[index])
+        pad = self._tokenizer.pad_token_id
+        sequences = [InoculatedSequences(index, pad, self.args.seed) for index in self._instructed]
+        return [*super()._additions(), *(adds for adds in (marks, turns, *sequences) if adds is not None)]
 
     def _reference_pass(self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]) -> Any:
         if not self._tokens:
@@ -129,6 +147,44 @@ class InterveningTrainer(ReadingTrainer):
                 lambda rows: super(InterveningTrainer, self)._read_rows(rows, torch.ones(len(rows), dtype=torch.bool)),
             )
             self._calibration = self._calibration._replace(tokens=found.to(self.accelerator.device))
+
+    # ---------------------------------------------------------- the residuals
+
+    @property
+    def _cache_fingerprint(self) -> str:
+        return super()._cache_fingerprint + repr(self._residual) * bool(self._residual)
+
+    def _residuals(
+        self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor], logps: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        found = [super()._residuals(model, inputs, extras, logps)]
+        plain = torch.cat(logps)
+        for index, shaper in self._residual.items():
+            if TURN not in extras:  # data that is not trained on
+                changed = plain
+            elif shaper.steer is not None:
+                edit = residual_edit(
+                    self.accelerator.unwrap_model(model), self.concepts[index], self._reader.readers[index]
+                )
+                with Steering({index: edit}) as steering:
+                    amount = torch.full_like(plain, shaper.steer, dtype=torch.float32)
+                    steering.aim({index: amount}, self._steered_places(inputs, extras))
+                    changed = torch.cat(self._ref_logps(model, inputs))
+            else:
+                changed = torch.cat(self._ref_logps(model, inoculation.sequences(extras, index)))
+            found.append((changed - plain).float()[:, None])
+        return torch.cat(found, dim=1)
+
+    def _take_residuals(self, batch: Batch, residuals: Tensor | None) -> None:
+        """Hand the residuals to the shapers, with the scores."""
+        assert residuals is not None  # read in the step, or from the cache
+        valid = valid_pairs(batch.mask).repeat(2)
+        for index, column in zip(self._residual, residuals.unbind(dim=1), strict=True):
+            residual = column * valid
+            batch.signals[index] = batch.signals[index]._replace(residual=residual)
+            chosen, rejected = residual.chunk(2)
+            name = f"concepts/{self.concepts[index].name}/residual"
+            batch.shares[name] = ((chosen - rejected).sum(), torch.ones_like(chosen).sum())
 
     # --------------------------------------------------------------- the rows
 
@@ -214,7 +270,7 @@ class InterveningTrainer(ReadingTrainer):
         name = f"concepts/{self._inoculated.name}/{shaper.name}"
         batch.shares[name] = (selected.float().sum(), torch.ones_like(selected).float().sum())
         inputs: dict[str, Any] = batch.inputs
-        mixed = Mixed({**inputs, "completion_mask": batch.mask}, batch.extras, selected)
+        mixed = Mixed({**inputs, "completion_mask": batch.mask}, batch.extras, index, selected)
         batch.mask = mixed.inputs["completion_mask"]
         batch.inputs = {**inputs, **mixed.inputs}
         if batch.leaving is not None:
@@ -235,9 +291,13 @@ class InterveningTrainer(ReadingTrainer):
                 changed = (amounts[index] != 0).float()
                 name = f"concepts/{concept.name}/{concept.shaper.name}"
                 batch.shares[name] = (changed.sum(), torch.ones_like(changed).sum())
-        completion, prompt = reading_masks(batch.inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        self._steering.aim(amounts, self._steered_places(batch.inputs, batch.extras))
+
+    def _steered_places(self, inputs: dict[str, Any], extras: dict[str, Tensor]) -> Tensor:
+        """`(2B, T)` bool: the tokens from the final user turn on."""
+        completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         places = torch.arange(completion.shape[1], device=completion.device)
-        self._steering.aim(amounts, (completion | prompt) & (places >= batch.extras[TURN][:, None]))
+        return (completion | prompt) & (places >= extras[TURN][:, None])
 
     def _leave_tokens(self, batch: Batch) -> None:
         """Take tokens out of the loss: out of the completions, as TRL sees them, and of the reference's log-probabilities."""

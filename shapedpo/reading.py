@@ -22,11 +22,13 @@ class RawScores(NamedTuple):
         completion: `(2B, F)`, chosen completions first; the columns of all concepts side by side.
         prompt: `(B, P)`, the same on the prompts, for the concepts that gate others.
         features: `(2B, F')`, the features that are only monitored, if there are any.
+        residuals: `(2B, R)`, for concepts of method `residual`, where they come with the scores from a cache.
     """
 
     completion: Tensor
     prompt: Tensor
     features: Tensor | None = None
+    residuals: Tensor | None = None
 
 
 class Statistics(NamedTuple):

@@ -41,6 +41,7 @@ class ReadingTrainer(DPOTrainer):
         _weight_column: Column of pair weights in use, if any.
         _reading_ready: Whether the collator has been wrapped.
         _precomputing: Whether TRL is precomputing the reference's log-probabilities.
+        _n_residuals: How many numbers of each completion further passes of the reference give.
     """
 
     concepts: list[Concept]
@@ -51,6 +52,7 @@ class ReadingTrainer(DPOTrainer):
     _weight_column: str | None
     _reading_ready: bool
     _precomputing: bool
+    _n_residuals: int = 0
 
     def _take_over(self, calibration: Calibration) -> None:
         """Make a calibration the run's."""
@@ -116,15 +118,28 @@ class ReadingTrainer(DPOTrainer):
             return super().compute_ref_log_probs(model, inputs)
         logps, raw = self._reference_pass(model, inputs, extras)
         valid = valid_pairs(inputs["completion_mask"]).float()
+        sides = zip(logps, raw.completion.chunk(2), self._residuals(model, inputs, extras, logps).chunk(2), strict=True)
         return tuple(
-            torch.cat([logp[:, None].float(), valid[:, None], scores, raw.prompt], dim=1)
-            for logp, scores in zip(logps, raw.completion.chunk(2), strict=True)
+            torch.cat([logp[:, None].float(), valid[:, None], scores, raw.prompt, residuals], dim=1)
+            for logp, scores, residuals in sides
         )
 
+    def _ref_logps(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """TRL's own pass of the reference, or its reduction of one that was made."""
+        logps: tuple[Tensor, Tensor] = super().compute_ref_log_probs(model, inputs)
+        return logps
+
+    def _residuals(
+        self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor], logps: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """What further passes of the reference say of each completion: `(2B, _n_residuals)` float32."""
+        return torch.cat(logps).float()[:, None][:, :0]
+
     def _cached_scores(self, cached: Tensor) -> RawScores:
-        """Raw scores from what `compute_ref_log_probs` laid behind the log-probabilities: `(2B, 1 + F + P)`."""
-        _, completion, prompt = cached.split([1, self._reader.n_columns, self._reader.n_prompt_columns], dim=1)
-        return RawScores(completion, prompt[: len(prompt) // 2])
+        """Raw scores from what `compute_ref_log_probs` laid behind the log-probabilities: `(2B, 1 + F + P + R)`."""
+        widths = [1, self._reader.n_columns, self._reader.n_prompt_columns, self._n_residuals]
+        _, completion, prompt, residuals = cached.split(widths, dim=1)
+        return RawScores(completion, prompt[: len(prompt) // 2], residuals=residuals)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._prepare_reading()
@@ -140,8 +155,13 @@ class ReadingTrainer(DPOTrainer):
         with restored(self, "_precompute_model_hash", "_precomputing"):
             self._precomputing = True
             # Part of the cache's name: other concepts, other cache.
-            self._precompute_model_hash: Any = (self._precompute_model_hash, self._reader.fingerprint)
+            self._precompute_model_hash: Any = (self._precompute_model_hash, self._cache_fingerprint)
             return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    @property
+    def _cache_fingerprint(self) -> str:
+        """Hash of all that is cached beside the reference's log-probabilities."""
+        return self._reader.fingerprint
 
     # ------------------------------------------------------------ calibration
 

@@ -230,7 +230,7 @@ def check_methods(
                 )
             if concept.gate is not None:
                 raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
-        if args.beta == 0 and concept.shaper.name == "reward":
+        if args.beta == 0 and concept.shaper.name in ("reward", "residual"):
             raise ValueError(f"{owner} divides by `beta`, which is 0.")
     projected = [repr(concept.name) for _, concept in users if _projects(concept, "pair")]
     owner = f"Concept {', '.join(projected)}: method 'project' in pair space"

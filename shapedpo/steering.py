@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .capture import Side, activation, decoder_layers, resolve_site
 from .concept import Concept
 from .readouts import ActivationReader, LoadedReadout
+from .shapers import Residual
 from .shapers.projection import orthonormal_basis
 from .shapers.steering import Ablate, ForwardEdit
 
@@ -134,6 +135,20 @@ def policy_steering(model: nn.Module, concepts: Sequence[Concept], readers: Sequ
     return Steering(edits)
 
 
+def residual_edit(model: nn.Module, concept: Concept, reader: LoadedReadout) -> Edit:
+    """How the reference is steered for a concept with method `residual`.
+
+    Raises:
+        ValueError: If a layer is not there; the text names the concept.
+    """
+    assert isinstance(reader, ActivationReader)  # by check_steering
+    assert isinstance(concept.shaper, Residual)
+    try:
+        return make_edit(model, reader, concept.shaper.layers, ablate=False)
+    except ValueError as error:
+        raise ValueError(f"Concept {concept.name!r}: method 'residual': {error}") from error
+
+
 def make_edit(model: nn.Module, reader: ActivationReader, layers: Sequence[int] | None, ablate: bool) -> Edit:
     """An edit by a readout's directions, after some decoder layers or, without `layers`, where it reads.
 
@@ -162,7 +177,9 @@ def check_steering(concepts: Sequence[Concept], readers: Sequence[LoadedReadout]
         ValueError: If there is none; the text names the concept.
     """
     for concept, reader in zip(concepts, readers, strict=True):
-        if concept.shapes and isinstance(concept.shaper, ForwardEdit) and not isinstance(reader, ActivationReader):
+        shaper = concept.shaper
+        steers = isinstance(shaper, ForwardEdit) or (isinstance(shaper, Residual) and shaper.steer is not None)
+        if concept.shapes and steers and not isinstance(reader, ActivationReader):
             raise ValueError(
                 f"Concept {concept.name!r}: method {concept.shaper.name!r} needs a readout with a direction (SAEFeatures or Direction); "
                 "a readout of text has none."

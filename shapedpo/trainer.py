@@ -228,6 +228,8 @@ class ShapedDPOTrainer(InterveningTrainer):
             ref_logps, raw = tuple(inputs[name] for name in REF_COLUMNS), self._cached_scores(batch.extras[keys.CACHED])
         else:
             ref_logps, raw = self._reference_pass(self._reference(), inputs, batch.extras)
+            if self._training:
+                raw = raw._replace(residuals=self._residuals(self._reference(), inputs, batch.extras, ref_logps))
             self.precompute_ref_logps = True  # until the loss is computed: TRL takes what the batch holds
             inputs.update(zip(REF_COLUMNS, ref_logps, strict=True))
         batch.ref_logps, batch.features = ref_logps, raw.features
@@ -236,6 +238,8 @@ class ShapedDPOTrainer(InterveningTrainer):
         gates = batch.extras.get(keys.GATES, raw.prompt.new_ones(len(valid), len(self._reader.gate_columns)))
         batch.signals = self._reader.signals(raw, self._calibration.statistics, valid, gates)
         batch.non_finite = self._reader.non_finite(raw)
+        if self._n_residuals and self._training:
+            self._take_residuals(batch, raw.residuals)
 
     def _pairs(self, outputs: Any, batch: Batch) -> Pairs:
         """What metrics need of the batch, all of its tokens counted."""

@@ -5,6 +5,7 @@ from .filtering import Filter
 from .inoculation import Inoculate
 from .pairs import Mask, Reweight
 from .projection import Project
+from .residual import Residual
 from .reward import Reward
 from .steering import Ablate, Steer
 from .tokens import Tokens
@@ -18,6 +19,7 @@ __all__ = [
     "Inoculate",
     "Mask",
     "Project",
+    "Residual",
     "Reward",
     "Reweight",
     "Shaper",

@@ -5,7 +5,7 @@ with one of these, which [`~shapedpo.shaping.Shaping`] carries to the opening of
 
 | a shaper gives | where it enters | method |
 | --- | --- | --- |
-| `reward`, an offset of each completion's reward | the reference log-probabilities | `reward` |
+| `reward`, an offset of each completion's reward | the reference log-probabilities | `reward`, `residual` |
 | `pair_weight`, a factor of each pair's loss | TRL's own pair weights (those of WPO) | `reweight`, `mask` |
 
 `project` gives neither: its concepts are projected out of the gradient together (see `projection.py`). `tokens` says which of a
@@ -34,11 +34,14 @@ class ConceptSignal(NamedTuple):
         scores: `(2B,)`, chosen completions first. Both are 0 where a pair has a completion without tokens.
         delta: `(B,)`, chosen minus rejected.
         gate: `(B,)`, 1 where the concept is shaped and 0 elsewhere.
+        residual: `(2B,)`, for method `residual`: how much likelier, in nats, a reference that shows the concept finds each completion.
+            0 as the scores are.
     """
 
     scores: Tensor
     delta: Tensor
     gate: Tensor
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,16 @@ from .base import ConceptSignal, Shaper, check_number, register
 SIDES = ("showing", "chosen", "rejected", "both")
 
 
+def check_layers(owner: str, layers: Sequence[int] | None) -> list[int] | None:
+    """Layers as a list, or `None`. Raises `ValueError` unless they are indices from 0."""
+    if layers is None:
+        return None
+    found = list(layers) if isinstance(layers, list | tuple) else []
+    if not found or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in found):
+        raise ValueError(f"{owner}: `layers` must be a list of layer indices from 0, got {layers!r}.")
+    return found
+
+
 @dataclass(frozen=True)
 class ForwardEdit(Shaper):
     """What `steer` and `ablate` share: which completions' forward passes are changed, and where."""
@@ -32,12 +42,7 @@ class ForwardEdit(Shaper):
             raise ValueError(f"{owner}: `side` must be one of {', '.join(SIDES)}, got {self.side!r}.")
         if self.fraction is not None:
             check_number(owner, "fraction", self.fraction, 0, 1)
-        if self.layers is None:
-            return
-        layers = list(self.layers) if isinstance(self.layers, list | tuple) else []
-        if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
-            raise ValueError(f"{owner}: `layers` must be a list of layer indices from 0, got {self.layers!r}.")
-        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "layers", check_layers(owner, self.layers))
 
     def amount(self, signal: ConceptSignal, strength: float, calibration: ConceptSignal) -> Tensor:
         """How much each completion's forward pass is changed: `(2B,)`, 0 for those that are left alone.

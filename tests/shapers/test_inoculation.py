@@ -7,7 +7,7 @@ import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shapedpo import Concept, Direction, Gate, Inoculate, Regex, Steer, Tokens
-from shapedpo.inoculation import ATTENTION, COMPLETION, IDS, IDS_COLUMN, TURN_COLUMN, InoculatedSequences, inoculated
+from shapedpo.inoculation import InoculatedSequences, column, inoculated, sequences
 from shapedpo.prompts import ROW
 from tests.chat import CHATML, chat_tokenizer, chat_trainer, chats
 from tests.helpers import pairs, shaped, tokenizer, train, vector
@@ -142,22 +142,23 @@ def test_truncation_keeps_the_same_completion_tokens(mode):
             "prompt_ids": [5, 6, 7, 8],
             "chosen_ids": list(range(20, 20 + n)),
             "rejected_ids": [11],
-            IDS_COLUMN: [5, 6, 7, 90, 91, 8],
-            TURN_COLUMN: 4,
+            column("ids", 2): [5, 6, 7, 90, 91, 8],
+            column("turn", 2): 4,
             ROW: n,
         }
         for n in (1, 4, 9)
     ]
     batch = DataCollatorForPreference(pad_token_id=0, max_length=6, truncation_mode=mode)(rows)
-    added = InoculatedSequences(0, seed=0)(rows, batch)
+    added = sequences(InoculatedSequences(2, 0, seed=0)(rows, batch), 2)
     for row in range(6):
         completion = batch["input_ids"][row][batch["completion_mask"][row] == 1].tolist()
-        assert added[IDS][row][added[COMPLETION][row] == 1].tolist() == completion
-        prompt = batch["input_ids"][row][(batch["attention_mask"] - batch["completion_mask"])[row] == 1].tolist()
-        ours = added[IDS][row][(added[ATTENTION] - added[COMPLETION])[row] == 1].tolist()
-        cut = 4 - len(prompt)
-        assert ours == ([5, 6, 7, 90, 91, 8][cut:] if prompt else [])
-        assert added[ATTENTION][row].sum() == len(completion) + len(ours)
+        assert added["input_ids"][row][added["completion_mask"][row] == 1].tolist() == completion
+        kept, ours = (
+            both["input_ids"][row][(both["attention_mask"] - both["completion_mask"])[row] == 1].tolist()
+            for both in (batch, added)
+        )
+        assert ours == ([5, 6, 7, 90, 91, 8][4 - len(kept) :] if kept else [])
+        assert added["attention_mask"][row].sum() == len(completion) + len(ours)
 
 
 def test_precomputed_reference_and_evaluation():
