@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -29,8 +30,6 @@ SHORT = [
     "--monitor=8",
 ]
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
-
 
 def written(start: str) -> list[str]:
     """The command of the README that begins so."""
@@ -49,6 +48,9 @@ def alone(tmp_path_factory):
     return load_file(out / "model.safetensors")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "start",
     [
@@ -76,3 +78,58 @@ def test_command_of_the_readme(start, alone, tmp_path):
     apart = max(float((alone[name] - two[name]).abs().max()) for name in alone)
     assert moved > 1e-5
     assert apart < 0.1 * moved  # the sums are taken in another order, which Adam's first steps magnify
+
+
+# What a cluster has and this machine has not: each node of the job runs its command, one after the other.
+STUBS = {
+    "scontrol": 'printf "node-a\\nnode-b\\n"',
+    "srun": 'while [[ $1 == --* ]]; do shift; done; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+    "accelerate": 'printf "%s|" "$@"; echo',
+}
+
+
+def test_launch_slurm(tmp_path):
+    """On two nodes of four GPUs: what each node starts, and that a job that is put back goes on."""
+    for name, script in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").touch()
+    environment = {
+        **{"PATH": f"{tmp_path}:/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_SUBMIT_DIR": str(REPO)},
+        **{"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"},
+        **{"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"},
+    }
+
+    def submit(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(REPO / "recipes" / "launch.slurm"), *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    out = tmp_path / "out"
+    done = submit("recipes/tulu3_70b.yaml", "--output_dir", str(out), "--run_name", "a b")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines()]
+    for rank, words in enumerate(lines):
+        assert words[:3] == ["launch", "--config_file", "accelerate_configs/zero3.yaml"]
+        given = dict(itertools.pairwise(words))
+        assert (given["--num_machines"], given["--num_processes"]) == ("2", "8")
+        assert (given["--machine_rank"], given["--main_process_ip"]) == (str(rank), "node-a")
+        tail = [
+            "-m",
+            "shapedpo",
+            "train",
+            "--config",
+            "recipes/tulu3_70b.yaml",
+            "--output_dir",
+            str(out),
+            "--run_name",
+            "a b",
+        ]
+        assert words[-len(tail) :] == tail
+    assert len(lines) == 2
+
+    (out / "checkpoint-20").mkdir(parents=True)
+    (out / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    assert "--resume_from_checkpoint|true|" in submit("recipes/tulu3_70b.yaml", f"--output_dir={out}").stdout
+    assert "--resume_from_checkpoint" not in submit("recipes/tulu3_70b.yaml").stdout
+    assert "there is no recipe 'nowhere.yaml'" in submit("nowhere.yaml").stderr
