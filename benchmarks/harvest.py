@@ -87,7 +87,10 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
         reader._sae.threshold.fill_(float(before.flatten()[:: max(1, before.numel() // 2**20)].quantile(1 - share)))
 
         def batches(places: np.ndarray, layout: Any) -> list[Any]:
-            return [layout(pairs.collated(part), harvester.config, pairs.tokens) for part in harvester.batches(places)]
+            return [
+                layout(pairs.collated(part), harvester.config, pairs.tokens)
+                for part in pairs.batches(places, settings.batch_tokens)
+            ]
 
         def bare(ready: list[Any]) -> None:
             for batch in ready:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,19 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def batches(self, places: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+        """Cut places into batches of like length, the longest first, so that what does not fit into memory fails at once.
+
+        Args:
+            places: Places of pairs, `(n,)`.
+            batch_tokens: Tokens of a batch at most, padding included; a longer pair is a batch of its own.
+        """
+        order = places[np.argsort(-self.lengths[places], kind="stable")]
+        while len(order):
+            n = max(1, batch_tokens // max(1, int(self.lengths[order[0]])))
+            yield order[:n]
+            order = order[n:]
 
     def collated(self, places: Any) -> dict[str, Tensor]:
         """A batch as the trainer makes it, `(2B, T)` each: truncated, chosen completions first."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +75,6 @@ class Harvester:
         n = sum(map(len, places))
         logger.info(f"{n} pairs, {self.n_tokens} tokens, {padding:.1%} padding, {seconds:.0f} s")
 
-    def batches(self, places: np.ndarray) -> Iterator[np.ndarray]:
-        """Cut places into batches of like length, the longest first, so that what does not fit into memory fails at once."""
-        order = places[np.argsort(-self.pairs.lengths[places], kind="stable")]
-        while len(order):
-            n = max(1, self.settings.batch_tokens // max(1, int(self.pairs.lengths[order[0]])))
-            yield order[:n]
-            order = order[n:]
-
     def read(self, inputs: dict[str, Tensor]) -> tuple[Entries, Tensor, Tensor]:
         """Read a batch of TRL's collator.
 
@@ -106,7 +97,7 @@ class Harvester:
         tokens = np.zeros(3 * n, np.int32)
         ids: list[list[int]] = [[]] * (3 * n)
         texts = [""] * (3 * n)
-        for batch in self.batches(places):
+        for batch in self.pairs.batches(places, self.settings.batch_tokens):
             inputs = self.pairs.collated(batch)
             entries, read, slot = self.read(inputs)
             # Slots of the batch to slots of the shard.
