@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.scaling_cases import COLUMNS
+from benchmarks.scaling_model import gathered
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ SETTINGS = (
     "16 concepts, watched or suppressed",
     "16 concepts, held",
     "16 concepts, all features watched",
-    "the same, SAE in bfloat16",
+    "the same with `tf32: true`",
 )
 
 
@@ -113,18 +114,17 @@ def shaping_seconds(
         2 * PAIRS * TOKENS,
     )  # on a GPU all positions are read: to count the completions' would make the host wait
     everything = setting not in SETTINGS[:2]
-    half = setting.endswith("bfloat16")
     operators = host["operators of a step"] + concepts * host["operators of a concept"]
     operators += host["operators of the monitor"] * everything
     # Each concept gathers its tokens (read and written in bf16), which become float32 and are multiplied by a few columns.
     moved = concepts * n * model.hidden * (2 + 2 + 4 + 4)
     product = 2 * n * model.hidden * (COLUMNS * concepts) / (machine.fp32 * machine.efficiency)
     if everything:
-        peak = machine.bf16 if half else machine.fp32  # PyTorch leaves tf32 off
+        peak = machine.tf32 if "tf32" in setting else machine.fp32  # PyTorch leaves tf32 off
         product += 2 * n * model.hidden * WIDTH / (peak * machine.efficiency)
-        moved += n * WIDTH * (4 if half else 8) + WIDTH * 12 * 4 * 2
+        moved += n * WIDTH * 4 * 2 + WIDTH * 12 * 4 * 2
     messages = 1 + (setting == SETTINGS[1])
-    logged = 2 + 2 * everything
+    logged = 2 + (1 + len(gathered(WIDTH))) * everything
     sent = (6 * WIDTH * 4 * (2 + gpus)) * everything  # a sum of the windows, and everyone's table of top pairs
     log = host["log"] + logged * machine.latency(gpus) + sent / machine.bandwidth(gpus)
     return {

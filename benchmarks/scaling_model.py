@@ -19,6 +19,8 @@ from benchmarks.scaling_cases import COLUMNS, Case
 
 FLOAT = 4
 """Bytes."""
+GATHERED = 1024
+"""Features whose tables the monitor gathers at a time (`shapedpo/monitor/features.py`)."""
 
 
 # --- counts ------------------------------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def shaping_messages(case: Case, processes: int, logged: bool = False) -> tuple[
     """How many messages a process sends more than under TRL, and how many bytes it hands in.
 
     In a step: one sum of all concepts' figures; the pairs' rows for the hold controller (which one process gathers too); the Gram matrix of a
-    projection. At a log: one sum of the windows and a table of the top pairs, for the concepts and for the monitored features.
+    projection. At a log: one sum of the windows and a table of the top pairs, for the concepts and, the table in parts, for the monitored features.
     """
     c = case.concepts
     sizes = [case.pairs * (1 + c)] if case.action == "hold" else []
@@ -81,8 +83,13 @@ def shaping_messages(case: Case, processes: int, logged: bool = False) -> tuple[
     if processes > 1 and logged:
         sizes += [6 * (c + 1), 8 * 6 * c]
         if case.monitor:
-            sizes += [6 * (case.features + 1), 6 * case.features]
+            sizes += [6 * (case.features + 1), *(6 * part for part in gathered(case.features))]
     return len(sizes), FLOAT * sum(sizes)
+
+
+def gathered(features: int) -> list[int]:
+    """The parts in which tables of all features are gathered."""
+    return [min(GATHERED, features - first) for first in range(0, features, GATHERED)]
 
 
 def held_bytes(case: Case) -> int:

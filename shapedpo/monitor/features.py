@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..readouts.base import WrappedReader, gather_tokens
@@ -19,6 +20,8 @@ from ..readouts.sae_reader import SAEReader, max_elements, tiles
 
 N_EXCITING = 8
 """How many completions are kept of each feature, each with the token that excites it most."""
+GATHERED = 1024
+"""How many features' tables are gathered at a time: those of a whole SAE would take gigabytes on hundreds of processes."""
 
 _INDEX_KEYS = ("index", "feature", "feature_index", "latent")
 _LABEL_KEYS = ("description", "label", "explanation", "title")
@@ -94,6 +97,14 @@ class Exciting(NamedTuple):
         activation = torch.cat([self.activation, activation])
         best = activation.topk(N_EXCITING, dim=0)
         return Exciting(best.values, torch.cat([self.token, token]).gather(0, best.indices))
+
+    def over_processes(self, accelerator: Accelerator) -> Exciting:
+        """The best of all processes'."""
+        parts = []
+        for some in zip(*(tensor.split(GATHERED, dim=1) for tensor in self), strict=True):
+            everyone = [accelerator.gather(tensor[None].contiguous()).flatten(0, 1) for tensor in some]
+            parts.append(Exciting.none(some[0].shape[1], some[0].device).merged(*everyone))
+        return Exciting(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
 
     def tokens(self, feature: int, n: int = 4) -> list[int]:
         """The first few distinct tokens of a feature."""

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
 from .estimators import best_estimate
-from .features import Exciting, ExcitingReader
+from .features import GATHERED, Exciting, ExcitingReader
 from .names import FeatureNames
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder
@@ -209,7 +209,8 @@ class RunMonitor(TrainerCallback):
     def _merged(self, pairs: TopPairs) -> Tensor:
         if self.accelerator.num_processes == 1:
             return pairs.table
-        return pairs.merged(self.accelerator.gather(pairs.table[None]))
+        parts = pairs.table.split(GATHERED)
+        return torch.cat([pairs.merged(self.accelerator.gather(part[None])) for part in parts])
 
     def _estimates(self, state: Any, draws: bool) -> list[Record]:
         """The records of a logging step; all processes must ask for them together."""

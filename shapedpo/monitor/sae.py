@@ -75,8 +75,7 @@ class FeatureCalibration:
         sums, count, exciting = self.sums, self.count, self.exciting
         if accelerator.num_processes > 1:
             sums, count = accelerator.reduce(sums, "sum"), accelerator.reduce(count, "sum")
-            everyone = [accelerator.gather(tensor[None]).flatten(0, 1) for tensor in exciting]
-            exciting = Exciting.none(sums.shape[1], sums.device).merged(*everyone)
+            exciting = exciting.over_processes(accelerator)
         n = 2 * count
         mean = sums[0] / n
         variance = (sums[1] / n - mean.square()).clamp(min=0) * n / (n - 1)
