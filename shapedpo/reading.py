@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .capture import CapturePass, resolve_site
 from .concept import Concept, Gate
-from .readouts import ActivationReader, LoadedReadout, Readout, TextReader, family_mismatch
+from .readouts import ActivationReader, LoadedReadout, Readout, SAEFeatures, TextReader, family_mismatch
 from .readouts.base import fingerprint
 from .shapers import ConceptSignal
 
@@ -57,15 +57,18 @@ class ConceptReader:
         concepts: The concepts.
         monitored: Features to read beside them, which belong to no concept.
 
+    An SAE that several of them name is loaded once.
+
     Raises:
         ValueError: If a readout cannot be loaded; the text names the concept.
     """
 
-    def __init__(self, concepts: Sequence[Concept], monitored: ActivationReader | None = None) -> None:
+    def __init__(self, concepts: Sequence[Concept], monitored: SAEFeatures | None = None) -> None:
         self.concepts = list(concepts)
-        self.monitored = monitored
+        loaded: dict[Any, Any] = {}
+        self.monitored: ActivationReader | None = None if monitored is None else monitored.load_shared(loaded)
         gating = {concept.gate.concept for concept in concepts if isinstance(concept.gate, Gate)}
-        self.readers = [_load(concept) for concept in concepts]
+        self.readers = [_load(concept, loaded) for concept in concepts]
         self.columns = _slices([reader.n_features for reader in self.readers])
         self.prompt_index = [index for index, concept in enumerate(concepts) if concept.name in gating]
         self.prompt_columns = _slices([self.readers[index].n_features for index in self.prompt_index])
@@ -266,10 +269,10 @@ def reading_masks(
     return readable & completion, readable & ~completion
 
 
-def _load(concept: Concept) -> LoadedReadout:
+def _load(concept: Concept, loaded: dict[Any, Any]) -> LoadedReadout:
     assert isinstance(concept.readout, Readout)  # by Concept
     try:
-        return concept.readout.load()
+        return concept.readout.load_shared(loaded)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"Concept {concept.name!r}: {error}") from error
 

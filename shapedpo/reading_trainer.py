@@ -9,10 +9,10 @@ import torch
 from accelerate.logging import get_logger
 from datasets import IterableDataset
 from torch import Tensor
-from trl import DPOTrainer
 
 from . import collator as keys
 from .calibration import Calibration, calibrate, read_sample
+from .checkpoints import ResumableTrainer
 from .collator import ConceptCollator, split_batch
 from .concept import Concept
 from .monitor import ExcitingReader, RunMonitor
@@ -26,7 +26,7 @@ MAX_CACHED_SCORES = 4096
 """With precomputed reference log-probabilities every completion's scores are cached; a whole SAE's are too many."""
 
 
-class ReadingTrainer(DPOTrainer):
+class ReadingTrainer(ResumableTrainer):
     """Reads concepts and monitored features in the pass of the reference that DPO makes anyway, and calibrates their scores.
 
     With precomputed reference log-probabilities the scores are cached beside them. A subclass sets the attributes before it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.utils import get_config_model_id
 
 from . import collator as keys
@@ -27,6 +25,7 @@ from .metrics import Pairs, concept_metrics
 from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored, without
+from .processes import all_or_none
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
 from .shaping import Shaping, check_methods, project_policy
@@ -120,7 +119,9 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._weight_column: str | None = None
         if isinstance(train_dataset, Dataset | IterableDataset):  # else TRL says what is wrong with it
             self._weight_column = check_columns(self.concepts, getattr(args, "weight_column", None), train_dataset)
-        self._reader = ConceptReader(self.concepts, None if monitored is None else monitored.load())
+        _ = args.distributed_state  # so that the processes know of each other
+        with all_or_none():
+            self._reader = ConceptReader(self.concepts, monitored)
         self._reads = bool(self.concepts) or monitored is not None
         self._monitor: RunMonitor | None = None
         source = Source(None, None)
@@ -305,23 +306,18 @@ class ShapedDPOTrainer(InterveningTrainer):
 
     # ------------------------------------------------------------ checkpoints
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.train`]. A checkpoint's calibration is taken over.
+    def _resume(self, checkpoint: Path) -> None:
+        if not self._reads:
+            return
+        allow = getattr(self.args, "allow_concept_change", False)
+        calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
+        if calibration is not None:
+            self._take_over(calibration)
+            if self._monitor is not None:
+                self._reader.monitored = self._monitor.load_state(checkpoint) or self._reader.monitored
 
-        Raises:
-            ValueError: If the checkpoint was made with other concepts and `allow_concept_change` is not set.
-        """
-        folder: Any = self.args.output_dir
-        checkpoint = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
-        if self._reads and isinstance(checkpoint, str | os.PathLike):
-            allow = getattr(self.args, "allow_concept_change", False)
-            calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
-            if calibration is not None:
-                self._take_over(calibration)
-                if self._monitor is not None:
-                    self._reader.monitored = self._monitor.load_state(Path(checkpoint)) or self._reader.monitored
+    def _before_training(self, checkpoint: Any) -> None:
         self._filter_rows(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._monitor is not None:

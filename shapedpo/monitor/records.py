@@ -51,8 +51,10 @@ class RecordFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.count = 0
+        """Records in it."""
 
-    def start(self, resume_step: int) -> list[Record]:
+    def start(self, resume_step: int, count: int | None = None) -> list[Record]:
         """Begin at a step.
 
         A run that begins at step 0 moves an earlier run's file to the first free name of `concepts.1.jsonl`, `concepts.2.jsonl`, ...
@@ -60,6 +62,8 @@ class RecordFile:
 
         Args:
             resume_step: The checkpoint's step, or 0.
+            count: How many records there were when the checkpoint was made, if it says. A run that ends at its last checkpoint's step
+                writes more of that step.
 
         Returns:
             The records that are kept.
@@ -73,16 +77,19 @@ class RecordFile:
                     number += 1
                 self.path.rename(aside)
             else:
-                kept = [record for record in read_records(self.path) if record["step"] <= resume_step]
+                kept = [record for record in read_records(self.path)[:count] if record["step"] <= resume_step]
                 kept = [record for record in kept if record["type"] != "end"]
                 partial = self.path.with_name(f".{self.path.name}.partial")
                 partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
                 os.replace(partial, self.path)
+        self.count = len(kept)
         return kept
 
     def append(self, records: Iterable[Record]) -> None:
         """Write records, and hand them to the operating system before returning."""
-        text = "".join(_line(record) for record in records)
+        lines = [_line(record) for record in records]
+        self.count += len(lines)
+        text = "".join(lines)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
 

@@ -75,6 +75,7 @@ class RunMonitor(TrainerCallback):
         self._sinks = list(sinks)
         self._pending: list[Record] = []
         self._logged = self._drawn = -1  # the last step whose estimates were written, and were drawn
+        self._records: int | None = None  # how many there were at the checkpoint that is resumed from
 
     @property
     def _batch(self) -> int:
@@ -149,7 +150,7 @@ class RunMonitor(TrainerCallback):
         self.run.calibrate()
         self.load_probe()
         if self.accelerator.is_main_process:
-            kept = self._file.start(state.global_step)
+            kept = self._file.start(state.global_step, self._records)
             for sink in self._sinks:
                 sink.open(kept)
             if not any(record["type"] == "run" for record in kept):
@@ -321,6 +322,7 @@ class RunMonitor(TrainerCallback):
     def gather_state(self) -> None:
         """Bring the state of all processes together, for [`save_state`]; all must call this."""
         tensors = {"window": self._sum(self.window.state()), "pairs": self._merged(self.pairs)}
+        tensors["written"] = torch.tensor([self._logged, self._drawn, self._file.count])
         if self.features is not None:
             statistics = self.features.statistics
             tensors |= {
@@ -359,6 +361,8 @@ class RunMonitor(TrainerCallback):
         if tensors["window"].shape[1] == len(self.concepts) + 1 and main:
             self.window.load_state(tensors["window"])
             self.pairs.table = tensors["pairs"].to(device)
+        if "written" in tensors:
+            self._logged, self._drawn, self._records = tensors["written"].tolist()
         self._loaded = {name: tensor for name, tensor in tensors.items() if name.startswith("probe.")}
         if self.reader is None or "features.ids" not in tensors or self.features is not None:
             return None

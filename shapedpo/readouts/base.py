@@ -148,6 +148,14 @@ class Readout(ABC):
     def load(self) -> LoadedReadout:
         """Load what scoring needs, on the CPU."""
 
+    def load_shared(self, loaded: dict[Any, Any]) -> LoadedReadout:
+        """The same, with what several readouts have in common loaded once.
+
+        Args:
+            loaded: What was loaded before, to which this adds. To be dropped when all are loaded.
+        """
+        return self.load()
+
     def to_dict(self) -> dict[str, Any]:
         """The readout as plain data, for YAML and checkpoints. Fields at their default are left out."""
         data: dict[str, Any] = {"type": self.type}

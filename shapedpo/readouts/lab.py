@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .base import ActivationReader, Readout, register
 from .sae import SAEFeatures
@@ -43,3 +43,6 @@ class LabTrait(Readout):
     def load(self) -> ActivationReader:
         """Load the shipped SAE's features."""
         return self.features().load()
+
+    def load_shared(self, loaded: dict[Any, Any]) -> ActivationReader:
+        return self.features().load_shared(loaded)

@@ -87,7 +87,14 @@ class SAEFeatures(Readout):
         Raises:
             ValueError: If the SAE is not found its weights are pickled, a feature is outside it, or it has no hook.
         """
-        sae = load_sae(self.sae, self.sae_id, self.dtype)
+        return self.load_shared({})
+
+    def load_shared(self, loaded: dict[Any, Any]) -> SAEReader:
+        """The same, with an SAE that several readouts name read from disk, and where they need it whole held, once."""
+        source = (self.sae, self.sae_id, self.dtype)
+        if source not in loaded:
+            loaded[source] = load_sae(*source)
+        sae = loaded[source]
         if self.features != "all":
             outside = [index for index in self.features if index >= sae.cfg.d_sae]
             if outside:

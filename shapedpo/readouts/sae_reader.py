@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,11 @@ def max_elements(device: torch.device) -> int:
 class SAEReader(ActivationReader):
     """Reads features of an SAE.
 
-    Where features stand alone (standard, JumpReLU, gated), the SAE is cut down to the watched ones. Others (TopK) are
-    encoded whole, a few tokens at a time.
+    Where features stand alone (standard, JumpReLU, gated), a copy of the watched ones' columns is kept. Others (TopK) are encoded
+    whole, a few tokens at a time. A whole SAE is held as it is given, so readers of the same one share it.
 
     Args:
-        sae: The SAE, on the CPU. The reader takes it over and changes it.
+        sae: The SAE. It is moved to where it is read.
         features: Indices of the watched features, or `None` for all.
         pooling: One of `POOLINGS`.
         hook_name: Where to read.
@@ -73,9 +74,9 @@ class SAEReader(ActivationReader):
         self._linear = per_feature and architecture != "gated"
         self._columns: Tensor | None = None  # to select from what the SAE encodes
         if features is not None and per_feature:
-            _keep_features(sae, features, _PER_FEATURE[architecture])
+            sae = _cut(sae, features, _PER_FEATURE[architecture])
         elif features is not None:
-            self._columns = torch.tensor(features)
+            self._columns = torch.tensor(features, device=sae.W_dec.device)
         self._sae = sae
 
     @property
@@ -86,19 +87,19 @@ class SAEReader(ActivationReader):
         target, current = torch.device(device), self._sae.W_dec.device
         if target.type != current.type or target.index not in (None, current.index):
             self._sae.to(device=target)
-            self._columns = None if self._columns is None else self._columns.to(target)
+        if self._columns is not None:
+            self._columns = self._columns.to(target)  # by itself: another reader may have moved the SAE
         return self
 
     def narrowed(self, features: list[int]) -> SAEReader:
-        """A reader of some of these features, by their indices in the SAE. This one must not be used any more.
+        """A reader of some of these features, by their indices in the SAE.
 
         Raises:
             ValueError: If this reader does not read all of the SAE's features.
         """
         if self.features is not None:
             raise ValueError(f"Only a reader of all features can be narrowed; this one reads {self.n_features}.")
-        device = self._sae.W_dec.device
-        return SAEReader(self._sae.to(device="cpu"), features, self.pooling, self.hook_name).to(device)
+        return SAEReader(self._sae, features, self.pooling, self.hook_name)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -227,10 +228,13 @@ def tiles(inside: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(token, token + tokens)
 
 
-def _keep_features(sae: SAE[Any], features: list[int], names: tuple[str, ...]) -> None:
-    """Cut an SAE down to some of its features, in place."""
-    index = torch.tensor(features)
+def _cut(sae: SAE[Any], features: list[int], names: tuple[str, ...]) -> SAE[Any]:
+    """A copy of an SAE with some of its features only."""
+    index = torch.tensor(features, device=sae.W_dec.device)
+    cut = copy.copy(sae)
+    cut._parameters = {name: nn.Parameter(p.data, requires_grad=False) for name, p in sae._parameters.items()}
     for name in names:
-        setattr(sae, name, nn.Parameter(getattr(sae, name).data[index], requires_grad=False))
-    sae.W_enc = nn.Parameter(sae.W_enc.data[:, index], requires_grad=False)
-    sae.W_dec = nn.Parameter(sae.W_dec.data[index], requires_grad=False)
+        setattr(cut, name, nn.Parameter(getattr(sae, name).data[index], requires_grad=False))
+    cut.W_enc = nn.Parameter(sae.W_enc.data[:, index], requires_grad=False)
+    cut.W_dec = nn.Parameter(sae.W_dec.data[index], requires_grad=False)
+    return cut

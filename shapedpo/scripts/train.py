@@ -187,7 +187,7 @@ def _checkpoint(training_args: ShapedDPOConfig) -> str | bool | None:
         last = get_last_checkpoint(str(output)) if output.is_dir() else None
         if last is None:
             raise UserError(f"resume_from_checkpoint: there is no checkpoint in output_dir, {str(output)!r}.")
-        return str(last)
+        return True  # the trainer finds the last that is whole
     if not Path(wanted).is_dir():
         raise UserError(f"resume_from_checkpoint: there is no folder {wanted!r}.")
     return str(wanted)

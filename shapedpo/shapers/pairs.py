@@ -77,4 +77,7 @@ class Mask(Shaper):
             return self.threshold
         assert self.fraction is not None  # by __post_init__
         gated = torch.where(gate > 0, deltas, torch.nan)
-        return torch.nanquantile(gated, 1 - self.fraction, interpolation="higher")
+        quantile = torch.nanquantile(gated, 1 - self.fraction, interpolation="higher")
+        # Half-way to the next smaller delta: on a pair's own delta, the last digit of that pair's next reading would decide.
+        below = torch.where(gated < quantile, gated, -torch.inf).amax()
+        return torch.where(below > -torch.inf, (quantile + below) / 2, quantile)
