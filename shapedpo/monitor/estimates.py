@@ -71,8 +71,11 @@ class Window:
 
     def load_state(self, state: Tensor) -> None:
         """Take over what [`state`] gave."""
-        self.sums, self.squares = state[:, :-1].to(self.sums).clone().chunk(2)
-        self.weights = torch.stack([state[0, -1], state[3, -1]]).to(self.sums)
+        # Into the tensors that are there: where one begins in memory decides the last digit of what is added to it.
+        sums, squares = state[:, :-1].chunk(2)
+        self.sums.copy_(sums)
+        self.squares.copy_(squares)
+        self.weights.copy_(torch.stack([state[0, -1], state[3, -1]]))
 
     @staticmethod
     def estimates(state: Tensor) -> Estimates:
