@@ -60,6 +60,13 @@ class ResumableTrainer(DPOTrainer):
     def _before_training(self, checkpoint: Any) -> None:
         """What is to be done when it is known what the run resumes from, if it does. All processes together."""
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks at `max_steps` after a step only: resumed from its last checkpoint, a run would make one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

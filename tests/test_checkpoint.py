@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Gate, Mask, Regex, SAEFeatures, ShapedDPOConfig, ShapedDPOTrainer
+from shapedpo.checkpoints import SEAL, last_whole_checkpoint, what_is_missing
 from tests.helpers import (
     RUN_DEPENDENT,
     Forwards,
@@ -202,6 +203,93 @@ class TestHold:
         resumed = run(tmp_path / "cut", holding()[:2], resume=True, allow_concept_change=True)
         assert resumed.trainer._shaping.hold.strengths.shape == (1,)
         assert resumed.trainer.state.global_step == 4
+
+
+def cut(path: Path) -> None:
+    """The file as a full disk or a broken copy leaves it."""
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+DAMAGES = {
+    f"it has no {SEAL}": lambda folder: (folder / SEAL).unlink(),  # killed while it saved
+    "model.safetensors has": lambda folder: cut(folder / "model.safetensors"),
+    "concepts.safetensors has": lambda folder: cut(folder / FILE),
+    "optimizer.pt is not there": lambda folder: (folder / "optimizer.pt").unlink(),
+    "trainer_state.json is not there": lambda folder: (folder / "trainer_state.json").unlink(),
+    f"its {SEAL} cannot be read": lambda folder: cut(folder / SEAL),
+}
+
+
+class TestHalfWritten:
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_is_passed_over(self, whole, tmp_path, caplog, damage):
+        for step in (2, 4):
+            shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        DAMAGES[damage](tmp_path / "checkpoint-4")
+        assert_continues(whole[1], run(tmp_path, shaping(), resume=True))
+        assert f"checkpoint-4' is passed over, as it is not whole: {damage}" in caplog.text
+        assert what_is_missing(tmp_path / "checkpoint-4") is None  # written anew
+
+    @pytest.mark.parametrize("damage", DAMAGES)
+    def test_is_refused_by_name(self, whole, tmp_path, damage):
+        checkpoint = copy_of_step_2(whole, tmp_path)
+        DAMAGES[damage](checkpoint)
+        trainer = shaped(*shaping(), data=pairs(**COLUMNS), **settings(tmp_path))
+        with pytest.raises(ValueError, match="checkpoint-2' is not whole") as error:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert damage in str(error.value)
+        with pytest.raises(ValueError, match=r"No checkpoint in .* is whole"):
+            trainer.train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match="there is no such folder"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    def test_of_plain_dpo(self, tmp_path):
+        """It says nothing of its files; they do themselves."""
+        train(build(DPOTrainer, arguments(False, **settings(tmp_path, save_steps=1, max_steps=5))))
+        folders = [tmp_path / f"checkpoint-{step}" for step in range(1, 6)]
+        assert [what_is_missing(folder) for folder in folders] == [None] * 5
+        cut(folders[1] / "model.safetensors")
+        cut(folders[2] / "optimizer.pt")
+        cut(folders[3] / "trainer_state.json")
+        (folders[4] / "trainer_state.json").unlink()
+        assert [what_is_missing(folder) for folder in folders] == [
+            None,
+            "model.safetensors is cut short",
+            "optimizer.pt is cut short",
+            "trainer_state.json is cut short",
+            "it has no trainer_state.json",
+        ]
+        assert last_whole_checkpoint(tmp_path) == str(folders[0])
+
+    def test_the_last_one_goes_when_the_next_is_whole(self, tmp_path):
+        """Killed while it saves with `save_total_limit=1`, a run has the checkpoint before."""
+        fields = settings(tmp_path, save_total_limit=1)
+        trainer = shaped(*shaping(), data=pairs(**COLUMNS), **fields)
+        save = trainer._save_rng_state  # the last part of a checkpoint but for the trainer's state
+
+        def killed(folder: str) -> None:
+            if folder.endswith("checkpoint-4"):
+                raise KeyboardInterrupt
+            save(folder)
+
+        trainer._save_rng_state = killed
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+        assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        resumed = run(tmp_path, shaping(), resume=True, save_total_limit=1)
+        assert resumed.trainer.state.global_step == 4
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+        assert what_is_missing(tmp_path / "checkpoint-4") is None
+        args = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+        assert args.save_total_limit == resumed.trainer.args.save_total_limit == 1
+
+    def test_a_finished_run_makes_no_further_step(self, whole, tmp_path):
+        shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+        resumed = run(tmp_path, shaping(), resume=True)
+        assert resumed.trainer.state.global_step == 4
+        assert not resumed.gradients
+        assert_same_tensors([whole[1].parameters], [resumed.parameters])
 
 
 CHANGES = {

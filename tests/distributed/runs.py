@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 
 from tests import helpers
@@ -116,6 +117,9 @@ def build(name: str, output: Path, model: Path, dataset: Any, **fields: Any) -> 
         per_device_eval_batch_size=GLOBAL_BATCH // processes,
         **settings,
     )
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        # Without a GPU accelerate would fall back to DDP; told that the processes have one each, it shards on their CPUs.
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     trainer = helpers.build(recording_trainer(), args, helpers.load_model(model), rows=rows, **options)
     if rows < len(dataset) and "calibration_size" not in settings:
         columns = trainer._calibration_examples(len(dataset))  # prepared; the repeated rows do not count

@@ -20,7 +20,6 @@ from tests.distributed import runs
 
 def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    helpers.sae_path = lambda: Path(os.environ["TINY_SAE"])  # the one of the test that compares
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
@@ -41,4 +40,5 @@ def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    helpers.sae_path = lambda: Path(os.environ["TINY_SAE"])  # the one of the test that compares
     main(*map(Path, sys.argv[1:4]), sys.argv[4:])

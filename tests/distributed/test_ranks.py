@@ -1,11 +1,10 @@
-"""Two processes do what one does, on the same global batch: DDP and ZeRO-1 to 3, by the real launchers, on CPUs."""
+"""Two processes do what one does, on the same global batch: DDP and ZeRO-1 to 3, by the real launchers, on CPUs; and FSDP2."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from shapedpo.monitor.records import read_records
-from tests.distributed import runs
+from tests.distributed import jobs, runs
 from tests.helpers import model_path, sae_path
 
 
@@ -30,6 +29,7 @@ CASES = {
     "zero1": ["accumulation"],
     "zero2": ["monitor", "lora-accumulation-precompute"],
     "zero3": ["monitor", "checkpointing", "lora-reentrant", "evaluation"],
+    "fsdp2": ["monitor", "checkpointing", "lora-accumulation-precompute", "evaluation"],
 }
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
 
@@ -42,17 +42,17 @@ def command(launcher: str, tmp_path: Path) -> list[str]:
     config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
     path = tmp_path / f"{launcher}.yaml"
     path.write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={path}"]
-    return [*launch, f"--main_process_port={port}", "-m"]
+    return [*launch, f"--main_process_port={jobs.free_port()}", "-m"]
 
 
 def launch(launcher: str, output: Path, names: list[str]) -> None:
     # On disk, as precomputed reference log-probabilities are cached beside the data, where all ranks must find them.
     data = output / "data"
     runs.data().save_to_disk(data)
+    if launcher == "fsdp2":  # which accelerate does not launch without a GPU: see `runs.build`
+        with jobs.server() as start:
+            return start(jobs.shard, 2, output, names).finish()
     words = [*command(launcher, output), "tests.distributed.steps", str(model_path()), str(data), str(output), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_SAE": str(sae_path())}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
@@ -100,10 +100,10 @@ def cases(launcher: str) -> list[str]:
     [pytest.param(launcher, name, id=f"{launcher}-{name}") for launcher in CASES for name in cases(launcher)],
 )
 def test_two_processes_equal_one(alone, together, launcher, name):
-    if launcher != "ddp" and importlib.util.find_spec("deepspeed") is None:
+    if launcher.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     (one, here), (two, there) = alone(name), together(launcher, name)
-    assert two["launched"] == ("MULTI_CPU 2" if launcher == "ddp" else "DEEPSPEED 2")
+    assert two["launched"] == {"ddp": "MULTI_CPU 2", "fsdp2": "FSDP 2"}.get(launcher, "DEEPSPEED 2")
     loose = name == "bf16"  # DeepSpeed casts the model, and one process's accelerate what it computes with
     near = 0.1 if loose else 1e-5
     assert_same_batches(one["batches"], two["batches"], near)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 
@@ -110,6 +111,8 @@ class Probe:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.pad_token_id,
             use_cache=True,
+            # Each step gathers the shards of all processes: they go on together until the last has ended.
+            synced_gpus=isinstance(model, FSDPModule) or None,
         )
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,62 @@
+"""What fails on one process ends them all, soon, and says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shapedpo.checkpoints import last_whole_checkpoint
+from tests.distributed import jobs
+from tests.distributed.test_ranks import ROOT
+from tests.helpers import model_path
+
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+MESSAGES = {
+    "text": "nothing is known of",
+    "score": "Concept 'scored': 4 of its scores on a batch of step 1 are not finite",
+    "file": "Concept 'way': There is no file",
+}
+
+
+def seconds_since_failure(output: Path) -> float:
+    return time.time() - float((output / "failed").read_text())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"), [("torchrun", "text"), ("accelerate", "file")], ids=["torchrun", "accelerate"]
+)
+def test_launchers_end_all(tmp_path, launcher, kind):
+    start = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"],
+        "accelerate": [
+            *("-m", "accelerate.commands.launch", "--config_file=accelerate_configs/cpu_ddp.yaml"),
+            *(f"--main_process_port={jobs.free_port()}", "-m"),
+        ],
+    }[launcher]
+    output = tmp_path / "out"
+    command = [sys.executable, *start, "tests.distributed.failing", kind, str(model_path()), str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=380)
+    assert seconds_since_failure(output) < 60
+    assert done.returncode != 0
+    assert MESSAGES[kind] in done.stderr
+    if kind == "text":  # what was saved before is whole
+        assert last_whole_checkpoint(output) == str(output / "checkpoint-1")
+
+
+@pytest.mark.parametrize("kind", ["score", "file"])
+def test_every_process_says_why(tmp_path, kind):
+    """Without a launcher that ends the others, too: scores are checked together, and so is what is loaded."""
+    output = tmp_path / "out"
+    with jobs.server() as start:
+        job = start(jobs.fail, 2, output, kind)
+        for process in job.processes:
+            process.join(timeout=280)
+    assert seconds_since_failure(output) < 60
+    for rank, process in enumerate(job.processes):
+        assert process.exitcode not in (0, None)
+        assert MESSAGES[kind] in job.log(rank)
