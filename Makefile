@@ -82,7 +82,7 @@ test: lint types pytest  ## lint, types and tests: what continuous integration r
 
 # --- its parts, and the rest -----------------------------------------------------------------------------------------
 
-.PHONY: lint types browser pytest format bench constraints clean
+.PHONY: lint types browser pytest test-ranks format bench constraints clean
 lint: install-dev  ## ruff: rules and format
 	@echo "== ruff check";  $(PY) -m ruff check .
 	@echo "== ruff format"; $(PY) -m ruff format --check .
@@ -102,6 +102,10 @@ browser:  ## see to a browser for the tests of report.html (Debian's chromium, w
 
 pytest: install-dev browser  ## the tests alone
 	@echo "== pytest ($(WORKERS) workers)"; $(PY) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# `make test` has each run on two processes only by the launchers where it can go wrong in its own way.
+test-ranks: install-dev  ## every run on two processes by every launcher: DDP, ZeRO-1 to 3, FSDP2
+	@SHAPEDPO_ALL_RANKS=1 $(PY) -m pytest tests/distributed $(PYTEST_ARGS)
 
 format: install-dev  ## let ruff rewrite the code
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .

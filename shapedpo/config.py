@@ -28,6 +28,9 @@ class ShapedDPOConfig(DPOConfig):
             Watch every feature of an SAE beside the concepts, or that many: those that the data pushes most.
         monitor_sae (`str`, *optional*), monitor_sae_id (`str`, *optional*):
             The SAE to watch, as in [`SAEFeatures`], or `"lab"` for the one that ships. By default that of the concepts.
+        monitor_sae_dtype (`str`, *optional*):
+            Type in which `monitor_sae` is held and computes: `"float32"`, `"bfloat16"` or `"float16"`. By default that of the concepts
+            that read the same SAE, which is then held once, or float32.
         monitor_window (`int`, *optional*, defaults to `1024`):
             How many pairs, over all processes, the running estimates reach back: a pair that long ago counts 1/e as much.
         feature_labels (`str`, *optional*):
@@ -64,6 +67,9 @@ class ShapedDPOConfig(DPOConfig):
         default=None, metadata={"help": "Folder or release of the SAE to watch; by default that of the concepts."}
     )
     monitor_sae_id: str | None = field(default=None, metadata={"help": "Which SAE of the release `monitor_sae`."})
+    monitor_sae_dtype: str | None = field(
+        default=None, metadata={"help": "Type of the SAE to watch: float32, bfloat16 or float16."}
+    )
     monitor_window: int = field(
         default=1024, metadata={"help": "Number of pairs, over all processes, that running estimates reach back."}
     )

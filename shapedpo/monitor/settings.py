@@ -79,18 +79,21 @@ def monitor_settings(
 
 
 def _monitored(args: Any, concepts: Sequence[Concept]) -> SAEFeatures:
-    if args.monitor_sae == "lab":
-        from ..lab import sae_path
-
-        return SAEFeatures(str(sae_path()), "all")
-    if args.monitor_sae is not None:
-        return SAEFeatures(args.monitor_sae, "all", sae_id=args.monitor_sae_id)
-    found: list[SAEFeatures] = []
+    found: list[SAEFeatures] = []  # the concepts'
     for concept in concepts:
         readout = concept.readout.features() if isinstance(concept.readout, LabTrait) else concept.readout
         if isinstance(readout, SAEFeatures):
             readout = dataclasses.replace(readout, features="all", pooling="max")
             found += [readout] if readout not in found else []
+    if args.monitor_sae is not None:
+        named = args.monitor_sae, args.monitor_sae_id
+        if args.monitor_sae == "lab":
+            from ..lab import sae_path
+
+            named = str(sae_path()), None
+        dtypes = {readout.dtype for readout in found if (readout.sae, readout.sae_id) == named}
+        dtype = args.monitor_sae_dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
+        return SAEFeatures(named[0], "all", sae_id=named[1], dtype=dtype)
     if len(found) != 1:
         why = (
             "no concept names an SAE"

@@ -115,9 +115,10 @@ def build(name: str, output: Path, model: Path, dataset: Any, **fields: Any) -> 
         output_dir=str(output),
         per_device_train_batch_size=GLOBAL_BATCH // processes,
         per_device_eval_batch_size=GLOBAL_BATCH // processes,
+        use_cpu=not os.environ.get("RANKS_ON_GPUS"),
         **settings,
     )
-    if os.environ.get("ACCELERATE_USE_FSDP"):
+    if os.environ.get("ACCELERATE_USE_FSDP") and args.use_cpu:
         # Without a GPU accelerate would fall back to DDP; told that the processes have one each, it shards on their CPUs.
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU
     trainer = helpers.build(recording_trainer(), args, helpers.load_model(model), rows=rows, **options)

@@ -34,27 +34,35 @@ CASES = {
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
 
 
-def command(launcher: str, tmp_path: Path) -> list[str]:
-    """How a launcher is told to start two processes on CPUs: for ZeRO by the configuration that GPUs get, but for that."""
-    if launcher == "ddp":
+def command(launcher: str, tmp_path: Path, on_gpus: bool) -> list[str]:
+    """How a launcher is told to start two processes: for ZeRO by the configuration that GPUs get, but for the processor."""
+    if launcher == "ddp" and not on_gpus:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{launcher}.yaml").read_text())
-    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    config |= {"use_cpu": not on_gpus, "num_processes": 2, "mixed_precision": "no"}
     path = tmp_path / f"{launcher}.yaml"
     path.write_text(yaml.safe_dump(config))
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={path}"]
     return [*launch, f"--main_process_port={jobs.free_port()}", "-m"]
 
 
-def launch(launcher: str, output: Path, names: list[str]) -> None:
+def launch(launcher: str, output: Path, names: list[str], on_gpus: bool = False) -> None:
     # On disk, as precomputed reference log-probabilities are cached beside the data, where all ranks must find them.
     data = output / "data"
     runs.data().save_to_disk(data)
-    if launcher == "fsdp2":  # which accelerate does not launch without a GPU: see `runs.build`
+    if launcher == "fsdp2" and not on_gpus:  # which accelerate does not launch without a GPU: see `runs.build`
         with jobs.server() as start:
             return start(jobs.shard, 2, output, names).finish()
-    words = [*command(launcher, output), "tests.distributed.steps", str(model_path()), str(data), str(output), *names]
+    words = [
+        *command(launcher, output, on_gpus),
+        "tests.distributed.steps",
+        str(model_path()),
+        str(data),
+        str(output),
+        *names,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_SAE": str(sae_path())}
+    environment |= {"RANKS_ON_GPUS": "1"} if on_gpus else {}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
@@ -218,6 +226,20 @@ def assert_close(one, two, where):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4), where
     else:
         assert one == two, where
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize("launcher", ["ddp", "zero3", "fsdp2"])
+def test_launch_on_gpus(alone, tmp_path, launcher):
+    """The configurations as they are, on two GPUs: nearly what one process on a CPU gives, and the same state on both."""
+    one, here = alone("monitor")
+    launch(launcher, tmp_path, ["monitor"], on_gpus=True)
+    there = tmp_path / "monitor"
+    two = json.loads((there / "result.json").read_text())
+    assert two["launched"].split()[0] in ("MULTI_GPU", "DEEPSPEED", "FSDP")
+    assert_same_batches(one["batches"], two["batches"], 0.02)
+    assert_same_states(one, two, here, there, 0.02)
+    assert_same_parameters(here, there, 5e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])

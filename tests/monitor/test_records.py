@@ -58,6 +58,17 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
     assert [r["step"] for r in read_records(file.path)] == [0, 5, 10, 15]
 
 
+def test_resuming_at_the_last_step_cuts_back_to_the_checkpoint(tmp_path):
+    """What a run wrote at its end has its last checkpoint's step."""
+    file = RecordFile(tmp_path / "concepts.jsonl")
+    file.append([record(0, "run"), record(5)])
+    saved = file.count
+    file.append([record(5, "probe"), record(5, "end")])
+    again = RecordFile(file.path)
+    assert again.start(5, saved) == [record(0, "run"), record(5)]
+    assert again.count == 2
+
+
 def test_numbers_are_json():
     assert [plain(value) for value in (1, 1.23456789, math.inf, math.nan)] == [1.0, 1.234568, None, None]
     assert json.dumps(plain(0.1)) == "0.1"
