@@ -35,7 +35,7 @@ from benchmarks.overhead import QUICK, Size, build, interval
 
 
 RESULTS = Path(__file__).parent / "results"
-PAIRS = 8  # in a file
+PAIRS = 4  # in a file
 ACTIVE = 64  # features active on a token
 ROWS = (1000, 10_000, 50_000, 260_000)
 
@@ -112,6 +112,7 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
                 spent = _spent(job, device)
                 if index:
                     seconds[label].append(spent)
+                    print(f"file {index}: {label} {spent:.2f} s", flush=True)
         n_bytes = (folder / "shard-00000.parquet").stat().st_size / PAIRS
     ratio = lambda name: interval([a / b for a, b in zip(seconds["harvest"], seconds[name], strict=True)])  # noqa: E731
     return {

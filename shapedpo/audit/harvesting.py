@@ -43,7 +43,7 @@ class HarvestSettings:
         seed: Of the sample.
         max_length: Longest prompt and completion together, in tokens, as in `DPOConfig`; `None` for no truncation.
         truncation_mode: What to keep of longer ones, `keep_start` or `keep_end`, as in `DPOConfig`.
-        dtype: Type in which the model computes: `float32` (as TRL loads it), `bfloat16` or `float16`.
+        dtype: Type in which the model computes: `float32` (as TRL loads it), `bfloat16` or `float16`. One that is loaded already stays as it is.
         min_freq: Leave out of the store what is active on a smaller fraction of a span's tokens.
         shard_rows: Pairs in a file. What a kill costs is at most one file's work.
         batch_tokens: Tokens in a forward pass, padding included. Does not change the result but for rounding.
@@ -183,7 +183,8 @@ def _model_fingerprint(model: str | nn.Module) -> str:
 
         return f"{name}@{AutoConfig.from_pretrained(name)._commit_hash}"
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in ("config.json", "*.safetensors") for path in Path(name).glob(pattern)):
+    patterns = ("config.json", "*.safetensors", "*.bin")
+    for path in sorted(path for pattern in patterns for path in Path(name).glob(pattern)):
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
     return digest.hexdigest()

@@ -394,6 +394,14 @@ def test_min_freq_forgets_what_is_rare(tmp_path):
         np.testing.assert_allclose(other.chosen.max.toarray(), one.chosen.max.toarray() * keep, atol=1e-5)
 
 
+def test_a_bfloat16_model_reads_nearly_the_same(tmp_path):
+    exact, rounded = harvested(tmp_path / "a"), harvested(tmp_path / "b", dtype="bfloat16")
+    for one, other in zip(exact.shards(["max"]), rounded.shards(["max"]), strict=True):
+        assert other.chosen.max.dtype == np.float32
+        error = abs(one.chosen.max - other.chosen.max).sum() / one.chosen.max.sum()
+        assert 0 < error < 0.05
+
+
 # --- the cache, kills, processes ---------------------------------------------------------------------------------------
 
 
