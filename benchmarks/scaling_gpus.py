@@ -179,9 +179,9 @@ def host_costs(rows: Sequence[dict[str, Any]], shaping: dict[str, float]) -> dic
     table = [[1, row["concepts"], float(row["monitor"])] for row in some]
     step, concept, monitor = np.linalg.lstsq(np.array(table), [row["extra operators"] for row in some], rcond=None)[0]
     logs = [[1, row["concepts"]] for row in rows if not row["monitor"]]
-    first, each = np.linalg.lstsq(
-        np.array(logs), [row["a log, CPU ms"] for row in rows if not row["monitor"]], rcond=None
-    )[0]
+    first, each = np.linalg.lstsq(np.array(logs), [row["a log, ms"] for row in rows if not row["monitor"]], rcond=None)[
+        0
+    ]
     return {
         "operators of a step": float(step),
         "operators of a concept": float(concept),

@@ -8,7 +8,7 @@ work was in the same minute.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,57 +165,54 @@ class Costs:
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A measured case as one row: medians over its steps, milliseconds.
+    """A measured case as one row: medians over its steps.
 
-    `shaping` is the CPU time of shapedpo's own code in a shaped step; `difference` what the whole steps say of it, with all their noise.
+    `TRL, ms` and `shaped, ms` are whole steps, `shaping, ms` is shapedpo's own code in a shaped step: CPU time of rank 0, or on a GPU wall
+    time. `difference, %` is what the whole steps say of the overhead, with all their noise.
     """
-    case = Case(**found["case"])
-    plain, shaped = ([turn for turn in found["turns"] if turn["plain"] == kind] for kind in (True, False))
+    case, gpu = Case(**found["case"]), found["device"] == "cuda"
+    kind, index = ("wall", 1) if gpu else ("cpu", 0)
+    plain, shaped = ([turn for turn in found["turns"] if turn["plain"] == which] for which in (True, False))
+    whole = [turn for turn in shaped if not turn["synchronised"]]
+    parts = [turn for turn in shaped if turn["synchronised"] == gpu]
 
-    def middle(turns: Sequence[Mapping[str, Any]], kind: str) -> float:
-        return 1e3 * statistics.median(turn[kind] for turn in turns)
-
-    def own(turn: Mapping[str, Any], kind: int) -> float:
-        return sum(times[kind] for times in turn["sections"].values())
+    def middle(values: Iterable[float]) -> float:
+        return 1e3 * statistics.median(values)
 
     counts = found["counts"]
     messages = {
-        kind: np.array(list(count["messages"].values()) or [[0, 0]]).sum(axis=0) for kind, count in counts.items()
+        which: np.array(list(count["messages"].values()) or [[0, 0]]).sum(axis=0) for which, count in counts.items()
     }
-    peaks = [
-        max((turn["peak"] for turn in turns if turn["peak"] is not None), default=None) for turns in (plain, shaped)
-    ]
+    more = {
+        "": messages["shaped"] - messages["plain"],
+        ", logged": messages["shaped, logged"] - messages["plain, logged"],
+    }
     row = {
         "launch": found["launch"],
         **case.fields,
         "processes": found["processes"],
         "steps": len(plain) + len(shaped),
-        "TRL, CPU ms": middle(plain, "cpu"),
-        "shaped, CPU ms": middle(shaped, "cpu"),
-        "TRL, wall ms": middle(plain, "wall"),
-        "shaped, wall ms": middle(shaped, "wall"),
-        "shaping, CPU ms": 1e3 * statistics.median(own(turn, 0) for turn in shaped),
-        "shaping, wall ms": 1e3 * statistics.median(own(turn, 1) for turn in shaped),
-        "a log, CPU ms": 1e3 * statistics.median(log[0] for log in found["logs"]),
-        "pace, ms": statistics.median(turn["pace"] for turn in found["turns"]),
+        "TRL, ms": middle(turn[kind] for turn in plain),
+        "shaped, ms": middle(turn[kind] for turn in whole),
+        "shaping, ms": middle(sum(times[index] for times in turn["sections"].values()) for turn in parts),
+        "TRL, wall ms": middle(turn["wall"] for turn in plain),
+        "shaped, wall ms": middle(turn["wall"] for turn in whole),
+        "a log, ms": middle(log[index] for log in found["logs"]),
+        "pace, ms": 1.0 if gpu else statistics.median(turn["pace"] for turn in found["turns"]),
         "TRL, FLOP": counts["plain"]["flops"],
         "extra FLOP": counts["shaped"]["flops"] - counts["plain"]["flops"],
         "extra operators": counts["shaped"]["operators"] - counts["plain"]["operators"],
         "TRL, messages": int(messages["plain"][0]),
         "TRL, bytes": int(messages["plain"][1]),
-        "extra messages": int(messages["shaped"][0] - messages["plain"][0]),
-        "extra bytes": int(messages["shaped"][1] - messages["plain"][1]),
-        "extra messages, logged": int(messages["shaped, logged"][0] - messages["plain, logged"][0]),
-        "extra bytes, logged": int(messages["shaped, logged"][1] - messages["plain, logged"][1]),
+        **{f"extra messages{which}": int(number[0]) for which, number in more.items()},
+        **{f"extra bytes{which}": int(number[1]) for which, number in more.items()},
         "held bytes": found["held_bytes"],
-        "TRL, peak bytes": peaks[0],
-        "shaped, peak bytes": peaks[1],
     }
-    tokens = 2 * case.pairs * case.tokens * found["processes"]
-    for name in ("TRL", "shaped"):
-        row[f"{name}, tokens/s"] = 1e3 * tokens / row[f"{name}, wall ms"]
-    row["overhead, %"] = 100 * row["shaping, CPU ms"] / row["TRL, CPU ms"]
-    row["difference, %"] = 100 * (row["shaped, CPU ms"] / row["TRL, CPU ms"] - 1)
+    for name, turns in (("TRL", plain), ("shaped", whole)):
+        row[f"{name}, peak bytes"] = max((turn["peak"] for turn in turns if turn["peak"] is not None), default=None)
+        row[f"{name}, tokens/s"] = 2e3 * case.pairs * case.tokens * found["processes"] / row[f"{name}, wall ms"]
+    row["overhead, %"] = 100 * row["shaping, ms"] / row["TRL, ms"]
+    row["difference, %"] = 100 * (row["shaped, ms"] / row["TRL, ms"] - 1)
     return row
 
 
@@ -239,7 +236,7 @@ def fit(rows: Sequence[dict[str, Any]], learn: Sequence[bool]) -> tuple[Costs, C
     }
     costs = []
     for name, table in terms.items():
-        times = [row[f"{name}, CPU ms"] * pace / row["pace, ms"] for row in rows]
+        times = [row[f"{name}, ms"] * pace / row["pace, ms"] for row in rows]
         known = [index for index, one in enumerate(learn) if one]
         cost = Costs([table[index] for index in known], [times[index] for index in known])
         for row, one in zip(rows, table, strict=True):

@@ -41,14 +41,10 @@ def errors(rows: Sequence[dict[str, Any]], predicted: str, measured: str) -> lis
     return [row[predicted] / row[measured] - 1 for row in rows]
 
 
-def scaled(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "shaped whole, ms": row["TRL, CPU ms"] + row["shaping, CPU ms"]} for row in rows]
-
-
 QUANTITIES = {
-    "TRL's step": ("predicted TRL, ms", "TRL, CPU ms"),
-    "shaped step": ("predicted shaped, ms", "shaped, CPU ms"),
-    "what shaping adds, ms": ("predicted shaping, ms", "shaping, CPU ms"),
+    "TRL's step": ("predicted TRL, ms", "TRL, ms"),
+    "shaped step": ("predicted shaped, ms", "shaped, ms"),
+    "what shaping adds, ms": ("predicted shaping, ms", "shaping, ms"),
     "overhead, %": ("predicted overhead, %", "overhead, %"),
 }
 
@@ -77,19 +73,17 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def label(row: dict[str, Any]) -> str:
+def label(row: dict[str, Any], base: Case) -> str:
     """How a case differs from the base, in words."""
-    base = next((base for base in BASES.values() if base.vocabulary == row["vocabulary"]), Case())
-    words = [
-        f"{name} {row[name]}" for name in ("hidden", "tokens", "layers", "pairs") if row[name] != getattr(base, name)
-    ]
+    names = ("hidden", "tokens", "layers", "pairs")
+    words = [f"{name} {row[name]}" for name in names if row[name] != getattr(base, name)]
     words.append(f"{row['concepts']} x {row['action']}")
     if row["monitor"]:
         words.append(f"all {row['features']} features")
     return ", ".join(words)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]], base: Case) -> str:
     """The measured cases as Markdown."""
     lines = [
         "| launch | case | TRL, ms | shaping, ms | overhead | predicted | by whole steps | extra FLOP | extra messages (bytes) | tokens/s, TRL and shaped |",
@@ -98,9 +92,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [
             row["launch"],
-            label(row) + (" *" if row["held out"] else ""),
-            f"{row['TRL, CPU ms']:.1f}",
-            f"{row['shaping, CPU ms']:.2f}",
+            label(row, base) + (" *" if row["held out"] else ""),
+            f"{row['TRL, ms']:.1f}",
+            f"{row['shaping, ms']:.2f}",
             f"{row['overhead, %']:.1f} %",
             f"{row['predicted overhead, %']:.1f} %",
             f"{row['difference, %']:+.1f} %",
@@ -174,7 +168,7 @@ def draw(rows: Sequence[dict[str, Any]], gpus: Sequence[dict[str, Any]], out: Pa
     chart = Figure(figsize=(13, 4.2), layout="constrained")
     steps, overhead, many = chart.subplots(1, 3)
     for axis, (predicted, measured), name in (
-        (steps, QUANTITIES["shaped step"], "Shaped step, ms of CPU"),
+        (steps, QUANTITIES["shaped step"], "Shaped step, ms"),
         (overhead, QUANTITIES["overhead, %"], "Overhead over TRL, %"),
     ):
         values = [row[key] for row in rows for key in (predicted, measured)]
@@ -269,14 +263,15 @@ def write(found: Sequence[dict[str, Any]], scale: str, device: str, out: Path) -
     save(gpus, out / f"{name}-gpus.csv")
     draw(rows, gpus, out / f"{name}.png")
     base, machine = BASES[scale], Machine()
+    clock = "CPU time of rank 0" if device == "cpu" else "wall time"
     text = f"""What shaping costs over TRL, and how that grows. {len(rows)} cases on {found[0]["machine"]}, torch {found[0]["torch"]}, {min(row["steps"] for row in rows)} to
 {max(row["steps"] for row in rows)} measured steps each, plain and shaped in turns in one process. The base: {base.layers} layers, hidden size {base.hidden}, {base.pairs} pairs of {base.tokens} tokens a rank, {base.concepts} concepts of 4
-features each, suppressed; a row names what differs. *TRL* and *shaping* are CPU time of rank 0, medians: of whole plain steps, and of shapedpo's own code within the
+features each, suppressed; a row names what differs. *TRL* and *shaping* are {clock}, medians: of whole plain steps, and of shapedpo's own code within the
 shaped ones. *By whole steps* is the difference of the two kinds of step, which has the noise of both. A star: held out of the fit. Tokens a second are of wall time, all ranks.
 
 {accuracy(rows)}
 
-{table(rows)}
+{table(rows, base)}
 
 The counts behind the prediction, by formula and in real steps:
 
