@@ -95,11 +95,9 @@ def gathered(features: int) -> list[int]:
 def held_bytes(case: Case) -> int:
     """Weights of the watched features and running sums, float32: what stays in memory beside TRL's."""
     d, c = case.hidden, case.concepts
-    readers = 0 if case.action == "text" else c * (COLUMNS * (2 * d + 2) + d)
-    state = 6 * c + 8 * 6 * c
-    if case.monitor:
-        readers += case.features * (2 * d + 2) + d
-        state += 12 * case.features
+    watched = (0 if case.action == "text" else c * COLUMNS) + case.features * case.monitor
+    readers = watched * (2 * d + 2) + d * bool(watched)  # each one's weights, bias and threshold; the SAE's own bias
+    state = 6 * c + 8 * 6 * c + 12 * case.features * case.monitor
     return FLOAT * (readers + state)
 
 

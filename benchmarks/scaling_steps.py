@@ -126,7 +126,8 @@ def held_bytes(trainer: Any) -> int:
     tensors = [tensor for reader in readers if hasattr(reader, "_sae") for tensor in reader._sae.parameters()]
     for one in [monitor, *([monitor.features] if monitor.features is not None else [])]:
         tensors += [one.window.sums, one.window.squares, one.pairs.table]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = {tensor.data_ptr(): tensor for tensor in tensors}  # readers of one SAE share what they can
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 def measure(case: Case, folder: Path, device: str, steps: int) -> dict[str, Any]:
