@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.scaling_cases import LAUNCHES, Case, cases
+from benchmarks.scaling_cases import LAUNCHES, Case, cases, split_launch
 
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ FEWEST = 12
 
 def command(launch: str, device: str) -> list[str]:
     """What starts a launch, without the script."""
-    kind, processes = launch[:-1].rstrip("-"), int(launch[-1])
+    kind, processes = split_launch(launch)
     if kind == "ddp":
         return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with socket.socket() as free:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small cases and few steps, to see that it runs")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--launches", nargs="+", default=None, help=f"such as {', '.join(LAUNCHES)}, or ddp8 on GPUs")
+    parser.add_argument("--launches", nargs="+", help=f"such as {', '.join(LAUNCHES)}, or ddp8 on GPUs")
     parser.add_argument("--steps", type=int, default=32, help="measured steps of a case, plain and shaped together")
     parser.add_argument("--cached", action="store_true", help="measure nothing, take what there is")
     parser.add_argument("--cache", type=Path, default=CACHE)
@@ -93,6 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = "quick" if options.quick else options.device
     cache = options.cache / scale
     launches = options.launches or (["ddp1", "ddp2"] if options.quick else LAUNCHES)
+    if options.device == "cuda" and not options.cached:
+        import torch
+
+        gpus = torch.cuda.device_count()
+        launches = [launch for launch in launches if split_launch(launch)[1] <= gpus]
+        if not launches:
+            parser.error(f"--device cuda: there are {gpus} GPUs, and no launch needs as few")
     wanted = {launch: cases(scale, launch) for launch in launches}
     if not options.cached:
         for launch in launches:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
 LAUNCHES = ["ddp1", "ddp2", "zero2-1", "zero2-2", "zero3-1", "zero3-2"]
+"""Named for what runs the processes and how many they are; with GPUs also `ddp8` and the like."""
 COLUMNS = 4
 """Features that a concept reads."""
 
@@ -56,6 +58,20 @@ BASES = {
     "cpu": Case(),
     "cuda": Case(hidden=2048, tokens=1024, features=16_384, layers=8, vocabulary=32_768, pairs=4),
 }
+
+
+def split_launch(launch: str) -> tuple[str, int]:
+    """`ddp`, `zero2` or `zero3`, and the number of processes.
+
+    Raises:
+        ValueError: If the name is not that of a launch.
+    """
+    found = re.fullmatch(r"(ddp|zero[23](?=-))-?([1-9]\d*)", launch)
+    if found is None:
+        raise ValueError(
+            f"Unknown launch {launch!r}. Name one as {', '.join(LAUNCHES)}, the number being that of processes."
+        )
+    return found[1], int(found[2])
 
 
 def cases(scale: str, launch: str) -> list[Case]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from benchmarks.scaling_cases import COLUMNS, Case
+from benchmarks.scaling_cases import COLUMNS, Case, split_launch
 
 
 FLOAT = 4
@@ -110,7 +110,7 @@ def trl_terms(case: Case, launch: str) -> dict[str, float]:
     parameters = matrix_parameters(case) + 2 * case.vocabulary * case.hidden
     return {
         f"host, {launch}": 1.0,
-        f"layers, {launch.rstrip('12')}": case.layers,
+        f"layers, {split_launch(launch)[0]}": case.layers,
         "GFLOP": trl_flops(case) / 1e9,
         "activations, MB": FLOAT * n * case.hidden * case.layers / 1e6,
         "logits, MB": FLOAT * 2 * case.pairs * (case.tokens - 1) * case.vocabulary / 1e6,

@@ -203,6 +203,8 @@ def main() -> None:
     jobs = json.loads(Path(sys.argv[1]).read_text())
     if jobs["device"] == "cpu":
         torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "zero3" in jobs["launch"]:
         import deepspeed
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.scaling import load, measure
-from benchmarks.scaling_cases import LAUNCHES, Case, cases, fitted, held_out
+from benchmarks.scaling import load, main, measure
+from benchmarks.scaling_cases import LAUNCHES, Case, cases, fitted, held_out, split_launch
 from benchmarks.scaling_gpus import MODELS, PAIRS, TOKENS, Machine, Model, evaluate, trl_seconds
 from benchmarks.scaling_model import (
     Costs,
@@ -85,6 +85,16 @@ def test_no_case_is_both_fitted_and_held_out(launch: str) -> None:
     assert len(set(keys)) == len(keys)
     known = {name for case in fitted("cpu", launch) for name in trl_terms(case, launch)}
     assert all(known == set(trl_terms(case, launch)) for case in held_out("cpu", launch))
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [split_launch(launch) for launch in ("ddp1", "zero3-16")] == [("ddp", 1), ("zero3", 16)]
+    for launch in ("ddp", "zero3", "zero38", "fsdp2"):
+        with pytest.raises(ValueError, match=rf"Unknown launch '{launch}'. Name one as ddp1, "):
+            split_launch(launch)
+    with pytest.raises(SystemExit):
+        main(["--steps", "5"])
+    assert "--steps must be at least 12" in capsys.readouterr().err
 
 
 def test_gpus() -> None:
