@@ -56,7 +56,7 @@ class Case:
 BASES = {
     "quick": Case(hidden=64, tokens=32, features=256, vocabulary=512),
     "cpu": Case(),
-    "cuda": Case(hidden=2048, tokens=1024, features=16_384, layers=8, vocabulary=32_768, pairs=4),
+    "cuda": Case(hidden=1536, tokens=512, features=16_384, layers=8, vocabulary=32_768, pairs=8),
 }
 
 

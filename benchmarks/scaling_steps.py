@@ -139,7 +139,7 @@ def measure(case: Case, folder: Path, device: str, steps: int) -> dict[str, Any]
         device: `cpu` or `cuda`.
         steps: How many are measured, of both kinds together.
     """
-    settings: dict[str, Any] = {"logging_steps": LOGGING, "calibration_size": 16}
+    settings: dict[str, Any] = {"logging_steps": LOGGING, "calibration_size": 16, "max_length": None}
     if case.monitor:
         settings |= {"monitor": "all", "monitor_sae": str(folder / "sae")}
     concepts = make_concepts(case, folder / "sae")
