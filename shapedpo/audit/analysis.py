@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +13,17 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from .clusters import embedded_clusters, spherical_kmeans, unit
-from .graph import affordable, feature_clusters
+from .graph import feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked
 from .leading import Leading, Responsible, beyond_chance
+from .sampling import sample, thinned
 from .settings import AuditSettings
 from .statistics import Moments
-from .store import Harvest, Shard
+from .store import SPANS, Harvest, Shard
 from .views import FeatureView, PromptView, sizes
 
 
+COMPLETIONS = ("chosen", "rejected")
 _LARGEST_SAMPLE = 2**28  # numbers of activity that k-means is fitted on: 1 GB
 
 
@@ -50,7 +52,7 @@ def analyse(
     settings = settings or AuditSettings.for_data(harvest.n_rows, harvest.d_sae)
     passes = _Passes(harvest, progress)
     survey = _survey(passes, settings)
-    features = feature_clusters(affordable(survey.completions, settings), settings, progress)
+    features = feature_clusters(survey.completions, settings, progress)
     prompt_view = _prompt_view(survey, settings)
     del survey
     feature_view, leading = _conditions(passes, features, prompt_view, settings)
@@ -69,10 +71,10 @@ class _Passes:
     def __init__(self, harvest: Harvest, progress: bool) -> None:
         self.harvest, self.progress = harvest, progress
 
-    def __call__(self, what: str) -> Iterator[tuple[slice, Shard]]:
+    def __call__(self, what: str, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
         begin = 0
         with tqdm(total=self.harvest.n_rows, desc=what, unit=" pairs", disable=not self.progress) as bar:
-            for shard in self.harvest.shards(("freq",)):
+            for shard in self.harvest.shards(("freq",), spans):
                 yield slice(begin, begin + len(shard.rows)), shard
                 begin += len(shard.rows)
                 bar.update(len(shard.rows))
@@ -97,17 +99,10 @@ class _Survey(NamedTuple):
     deltas: sparse.csr_matrix
 
 
-def _sample(n: int, size: int, seed: int) -> NDArray[np.bool_]:
-    """`(n,)`: which of n rows are among a random `size`; all where there are no more."""
-    chosen = np.zeros(n, bool)
-    chosen[np.random.default_rng(seed).permutation(n)[:size]] = True
-    return chosen
-
-
 def _survey(passes: _Passes, settings: AuditSettings) -> _Survey:
     n, d = passes.harvest.n_rows, passes.harvest.d_sae
-    clustered = _sample(n, max(1, settings.cluster_sample // 2), settings.seed)
-    embedded = _sample(n, settings.embedding_sample, settings.seed + 1)
+    clustered = sample(n, max(1, settings.cluster_sample // 2), settings.seed)
+    embedded = sample(n, settings.embedding_sample, settings.seed + 1)
     prompt_seen, response_seen = np.zeros(d, np.int64), np.zeros(d, np.int64)
     total, square, absolute = np.zeros(d), np.zeros(d), np.zeros(d)
     completions, prompts, deltas = [], [], []
@@ -127,8 +122,17 @@ def _survey(passes: _Passes, settings: AuditSettings) -> _Survey:
         response_seen,
         np.sqrt(variance),
         absolute / n,
-        *(sparse.vstack(part, format="csr") for part in (completions, prompts, deltas)),
+        completions=thinned(_stacked(completions), settings.max_joint, settings.seed, power=2),
+        prompts=thinned(_stacked(prompts), settings.max_embedded, settings.seed),
+        deltas=thinned(_stacked(deltas), settings.max_embedded, settings.seed),
     )
+
+
+def _stacked(parts: list[sparse.csr_matrix]) -> sparse.csr_matrix:
+    """The parts as one matrix; they are given up, as they take as much memory."""
+    whole = sparse.vstack(parts, format="csr")
+    parts.clear()
+    return whole
 
 
 def _firing(values: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -169,7 +173,7 @@ def _conditions(
     view = FeatureView(features, np.zeros((0, n_clusters), np.float32), 0.0, settings.tau)
     norm = np.zeros(n)
     size = min(settings.kmeans_sample, _LARGEST_SAMPLE // max(1, n_clusters))
-    sampled = _sample(n, size, settings.seed + 2)
+    sampled = sample(n, size, settings.seed + 2)
     luck = np.random.default_rng(settings.seed + 3).random(n)
     leading = Leading(len(sizes(prompt_view.prompts)), settings.prompt_rows)
     activity = []
@@ -180,7 +184,9 @@ def _conditions(
         activity.append(unit(s[sampled[place]]))
     # a pair with no activity at all is silent, however many there are
     quiet = max(float(np.percentile(norm, settings.silent_percentile)), float(np.finfo(np.float32).tiny))
-    directions = np.concatenate(activity)[norm[sampled] >= quiet]
+    directions = np.concatenate(activity)
+    activity.clear()
+    directions = directions[norm[sampled] >= quiet]
     if not len(directions):
         return dataclasses.replace(view, quiet=quiet), leading
     centroids = spherical_kmeans(directions, settings.data_clusters, settings.seed, settings.kmeans_iterations)
@@ -196,7 +202,7 @@ def _compare(
     of_prompts = Moments(len(sizes(prompt_view.prompts)), len(sizes(prompt_view.responses)))
     rows, typicality = np.zeros(n, np.int64), np.zeros(n, np.float32)
     labels = np.full(n, -1, np.int32)
-    for place, shard in passes("Comparing"):
+    for place, shard in passes("Comparing", COMPLETIONS):
         rows[place] = shard.rows
         if k:
             labels[place], typicality[place] = feature_view.data_clusters(shard)
@@ -242,7 +248,7 @@ def _responsible(
     response = np.array([hypothesis.response for hypothesis in analysis.hypotheses], np.int64)
     sign = np.array([np.sign(hypothesis.delta) for hypothesis in analysis.hypotheses], np.float32)
     most = Responsible(len(analysis.hypotheses), analysis.settings.max_rows)
-    for place, shard in passes("Responsible rows"):
+    for place, shard in passes("Responsible rows", COMPLETIONS):
         u, moved = feature_view.disparity(shard), prompt_view.movement(shard)
         groups = {
             "global": sparse.csc_matrix(np.ones((len(shard.rows), 1))),

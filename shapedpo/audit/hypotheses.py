@@ -65,6 +65,11 @@ class Hypothesis:
         return self.rows[: self.n_named]
 
     @property
+    def evidence(self) -> NDArray[np.int64]:
+        """The named rows, or where no row stands out from chance, all whose response goes this way."""
+        return self.named if self.n_named else self.rows
+
+    @property
     def strength(self) -> float:
         """What the view is ranked by: the smaller of the two halves' effects."""
         return min(map(abs, self.halves))

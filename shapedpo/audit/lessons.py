@@ -34,12 +34,12 @@ class Lesson:
 
 
 def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: float = 0.5) -> list[Lesson]:
-    """The lessons of some views, in the order of their strongest hypotheses.
+    """The lessons of some views, in the order of their strongest hypotheses; those that name no rows come last.
 
     Hypotheses below `max_q` are taken in the order of strength, those of several views by turns, as their strengths have different
-    units. One that shares its named rows with an earlier one joins its lesson: in the two conditional views if the shared rows are `overlap` of the
+    units. One that shares its rows with an earlier one joins its lesson: in the two conditional views if the shared rows are `overlap` of the
     smaller set, as the same rows meet many conditions; in the global view if they are `overlap` of both together, as every
-    hypothesis there is about all rows. One that names no rows is left out.
+    hypothesis there is about all rows. These are the rows that it names; if it names none, all that go its way.
 
     Args:
         analysis: The analysis.
@@ -49,10 +49,10 @@ def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: floa
     """
     if "global" in views and len(views) > 1:
         raise ValueError("The global view's lessons do not mix with conditional ones: ask for them separately.")
-    turns = zip_longest(*([h for h in analysis.of(view) if h.q <= max_q and h.n_named] for view in views))
+    turns = zip_longest(*([h for h in analysis.of(view) if h.q <= max_q] for view in views))
     found: list[tuple[set[int], list[Hypothesis]]] = []
     for hypothesis in (h for turn in turns for h in turn if h is not None):
-        rows = set(hypothesis.named.tolist())
+        rows = set(hypothesis.evidence.tolist())
         for core, lesson in found:
             whole = len(rows | core) if hypothesis.view == "global" else min(len(rows), len(core))
             if len(rows & core) >= overlap * whole:
@@ -60,4 +60,5 @@ def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: floa
                 break
         else:
             found.append((rows, [hypothesis]))
+    found.sort(key=lambda lesson: not any(hypothesis.n_named for hypothesis in lesson[1]))
     return [Lesson(hypotheses) for _, hypotheses in found]

@@ -61,6 +61,7 @@ class AuditSettings:
         min_delta_sd: Standard deviation that a response feature's delta must have.
         min_abs_delta: Mean absolute delta that a response feature must have.
         embedding_sample: Rows on which features are embedded.
+        max_embedded: Values in such a sample at most, which bounds the memory (half a GB each); fewer rows are taken where they show more.
         embedding_dims: Components of the singular value decomposition.
         prompt_clusters: Number of clusters `A_k` of prompt features.
         response_clusters: Number of clusters `R_m` of response features.
@@ -98,6 +99,7 @@ class AuditSettings:
     min_delta_sd: float = 1e-3
     min_abs_delta: float = 1e-4
     embedding_sample: int = 30_000
+    max_embedded: int = 64_000_000
     embedding_dims: int = _constant(128, features=16)
     prompt_clusters: int = _constant(512, features=8)
     response_clusters: int = _constant(512, features=8)

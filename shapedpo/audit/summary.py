@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 RARE = 0.01  # share of the rows below which a lesson is one that nobody would look for
+_NAMED = 4  # features of a cluster
 _TEXTS = 100  # rows that words are taken from
 
 
@@ -85,7 +86,7 @@ class Summary:
             table.add_column(name, justify="right", no_wrap=True)
         for number, finding in enumerate(findings, 1):
             first = finding.lesson.first
-            rows = f"{len(finding.lesson.rows):,}: {', '.join(map(str, first.named[:3]))}"
+            rows = f"{len(finding.lesson.rows):,}: {', '.join(map(str, first.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
             cells = (str(number), finding.where, words, finding.response, rows)
             table.add_row(*map(escape, cells), f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}")
@@ -108,12 +109,12 @@ def summarise(
     some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
     others = [text["prompt"] for text in harvest.texts(some)]
     conditional = lessons(analysis, "feature", "prompt")
-    rare = [lesson for lesson in conditional[most:] if len(lesson.rows) < RARE * analysis.n_rows]
+    rare = [lesson for lesson in conditional[most:] if 0 < len(lesson.rows) < RARE * analysis.n_rows]
     rare.sort(key=lambda lesson: -abs(lesson.first.d))
 
     def finding(lesson: Lesson) -> Finding:
         first = lesson.first
-        texts = harvest.texts(first.named[:_TEXTS])
+        texts = harvest.texts(first.evidence[:_TEXTS])
         chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
         if first.view == "global":
             where = "all rows"
@@ -138,16 +139,22 @@ def summarise(
     )
 
 
+def features_shown(analysis: Analysis, *, most: int = 10) -> set[int]:
+    """The response features that a summary's findings could name, a few of each."""
+    found = [*lessons(analysis, "global")[:most], *lessons(analysis, "feature", "prompt")]
+    return {feature for lesson in found for feature in analysis.response_features(lesson.first)[:_NAMED]}
+
+
 def _condition(analysis: Analysis, hypothesis: Hypothesis) -> str:
     if hypothesis.view == "feature":
         return f"data cluster {hypothesis.condition}"
     return "prompts with " + feature_names(analysis.condition_features(hypothesis), {})
 
 
-def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int = 4) -> str:
+def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int = _NAMED) -> str:
     """Some features by their labels, or numbers, and how many more there are."""
     named = sorted(features, key=lambda feature: feature not in labels)[:most]
-    text = ", ".join(labels.get(feature, str(feature)) for feature in named)
+    text = "; ".join(labels.get(feature, str(feature)) for feature in named)
     return text if len(features) <= most else f"{text} and {len(features) - most} more"
 
 

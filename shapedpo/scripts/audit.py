@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .errors import as_user_error
+from .errors import UserError, as_user_error, suggest
 
 
 HELP = """\
 Read what a preference dataset teaches, before anything is trained. One pass of the reference over the data reads every feature of
 an SAE in each prompt, chosen and rejected completion; what it reads is kept in OUT/harvest and used again as long as model,
-SAE, data and settings stay the same. A pass that was killed goes on where it was. Several processes share it:
+SAE, data and settings stay the same. A pass that was killed goes on where it was. Several processes share it.
+
+Then it is analysed: clusters of features, where in the data each is rewarded, what chosen answers move toward when a prompt expresses
+something, each with its rows. That goes to OUT/analysis, and the strongest lessons are printed, also to OUT/summary.txt.
 
   shapedpo audit --model meta-llama/Llama-3.1-8B-Instruct --sae SAE --dataset pairs.jsonl --out audits/pairs
   accelerate launch -m shapedpo audit --model M --sae RELEASE --sae-id ID --dataset D --sample 20000 --dtype bfloat16 --out OUT
 """
 
-HARVEST_FOLDER = "harvest"
+HARVEST_FOLDER, ANALYSIS_FOLDER, SUMMARY = "harvest", "analysis", "summary.txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--min-freq", type=float, default=0.0, help="forget what is active on a smaller share of a span (%(default)s)"
     )
+    found = parser.add_argument_group("what is made of it")
+    found.add_argument("--harvest-only", action="store_true", help="stop after the pass")
+    found.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a constant of the analysis (a field of AuditSettings), such as data_clusters=64; else they scale with the data",
+    )
 
 
 def _length(text: str) -> int | None:
@@ -60,12 +73,56 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If something that an argument names is not there, or does not fit.
     """
+    from accelerate import PartialState
+
+    constants = _constants(args.set)
     harvest = run_harvest(args)
     size = sum(path.stat().st_size for path in harvest.folder.glob("*.parquet"))
-    from ..audit.data import processes
-
-    processes().print(f"{harvest.n_rows} pairs, {harvest.d_sae} features: {harvest.folder} ({size / 2**20:.1f} MiB)")
+    state = PartialState()
+    state.print(f"{harvest.n_rows} pairs, {harvest.d_sae} features: {harvest.folder} ({size / 2**20:.1f} MiB)")
+    if state.is_main_process and not args.harvest_only:
+        run_analysis(args, harvest, constants)
     return 0
+
+
+def _constants(given: list[str]) -> dict[str, Any]:
+    """The constants of `--set`, by name."""
+    from ..audit.settings import AuditSettings
+
+    known = {field.name: type(field.default) for field in fields(AuditSettings)}
+    constants = {}
+    for item in given:
+        name, _, value = item.partition("=")
+        if name not in known:
+            raise UserError(f"--set {item}: there is no constant {name!r}.{suggest(name, known)}")
+        with as_user_error(ValueError, prefix=f"--set {item}: "):
+            constants[name] = known[name](value)
+            AuditSettings(**{name: constants[name]})
+    return constants
+
+
+def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, Any]) -> None:
+    """The second stage: both views in `OUT/analysis`, and their summary."""
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    from ..audit.analysis import analyse
+    from ..audit.labels import exciting_tokens
+    from ..audit.settings import AuditSettings
+    from ..audit.summary import features_shown, summarise
+    from .sources import model_source
+
+    out = Path(args.out)
+    with as_user_error(ValueError):
+        settings = AuditSettings.for_data(harvest.n_rows, harvest.d_sae, **{"seed": args.seed, **constants})
+        analysis = analyse(harvest, settings, out / ANALYSIS_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(model_source(args.model))
+    labels = exciting_tokens(harvest, features_shown(analysis), tokenizer.decode)
+    summary = summarise(analysis, harvest, labels)
+    Console().print(summary)
+    with (out / SUMMARY).open("w", encoding="utf-8") as file:
+        Console(file=file, width=160).print(summary)
+    print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS_FOLDER}; this summary: {out / SUMMARY}")
 
 
 def run_harvest(args: argparse.Namespace) -> Any:

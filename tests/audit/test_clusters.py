@@ -10,7 +10,8 @@ from scipy import sparse
 
 from shapedpo.audit import graph
 from shapedpo.audit.clusters import embedded_clusters, feature_embedding, nearest, spherical_kmeans, unit
-from shapedpo.audit.graph import affordable, feature_clusters, strongest_pairs
+from shapedpo.audit.graph import feature_clusters, strongest_pairs
+from shapedpo.audit.sampling import thinned
 from shapedpo.audit.settings import AuditSettings
 
 
@@ -74,13 +75,14 @@ def test_features_that_fire_together_are_a_cluster() -> None:
     np.testing.assert_array_equal(feature_clusters(sparse.csr_matrix(shuffled), settings), clusters)
 
 
-def test_the_sample_is_as_large_as_its_joint_firings_allow() -> None:
-    firing = sparse.csr_matrix(np.random.default_rng(0).random((500, 40)) < 0.25)
-    assert affordable(firing, AuditSettings()) is firing
-    some = affordable(firing, AuditSettings(max_joint=10_000))
-    counted = (np.asarray(some.sum(axis=1)).ravel() ** 2 / 2).sum()
-    assert 9_800 < counted <= 10_000
-    assert affordable(firing, AuditSettings(max_joint=1)).shape == (1, 40)
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_sample_is_as_large_as_what_its_rows_cost_allows(power) -> None:
+    values = sparse.csr_matrix(np.random.default_rng(0).random((500, 40)) < 0.25)
+    assert thinned(values, 1e9, 0, power) is values
+    some = thinned(values, 2_000, 0, power)
+    cost = (np.asarray(some.sum(axis=1)).ravel() ** power / power).sum()
+    assert 1_800 < cost <= 2_000
+    assert thinned(values, 1, 0, power).shape == (1, 40)
 
 
 def test_features_that_have_nothing_in_common_are_no_cluster() -> None:

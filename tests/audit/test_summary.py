@@ -57,14 +57,13 @@ def test_hypotheses_about_the_same_rows_are_one_lesson() -> None:
         hypothesis("feature", range(10)),
         hypothesis("feature", range(20, 30)),
         hypothesis("feature", range(30, 40), q=0.2),  # could be chance
-        hypothesis("feature", []),  # names no rows
         hypothesis("prompt", range(4, 40, 6)),
         hypothesis("prompt", range(5, 9)),  # all of them in the first
         hypothesis("prompt", range(100, 110)),
     )
     found = lessons(analysis, "feature", "prompt")
     places = {id(h): place for place, h in enumerate(analysis.hypotheses)}
-    assert [[places[id(h)] for h in lesson.hypotheses] for lesson in found] == [[0, 5], [4], [1], [6]]
+    assert [[places[id(h)] for h in lesson.hypotheses] for lesson in found] == [[0, 4], [3], [1], [5]]
     assert found[0].rows.tolist() == list(range(10))
     assert found[0].first is analysis.hypotheses[0]
 
@@ -88,8 +87,8 @@ def test_distinctive_words_are_those_that_one_side_has() -> None:
 
 
 def test_feature_names_say_how_many_are_not_named() -> None:
-    assert feature_names([1, 2], {2: "goblin"}) == "goblin, 1"
-    assert feature_names(range(6), {5: "x"}) == "x, 0, 1, 2 and 2 more"
+    assert feature_names([1, 2], {2: "goblin"}) == "goblin; 1"
+    assert feature_names(range(6), {5: "x"}) == "x; 0; 1; 2 and 2 more"
 
 
 def written(folder, n=200) -> Harvest:
