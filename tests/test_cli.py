@@ -66,7 +66,9 @@ def recipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["demo"], ["concepts"], ["concepts", "show"], ["wandb-report"]], ids=" ".join
+    "command",
+    [[], ["train"], ["demo"], ["concepts"], ["concepts", "show"], ["sae"], ["sae", "train"], ["wandb-report"]],
+    ids=" ".join,
 )
 def test_help_answers_at_once(command):
     start = time.perf_counter()

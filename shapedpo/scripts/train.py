@@ -164,9 +164,7 @@ def _start_processes(training_args: ShapedDPOConfig) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
-        from accelerate import PartialState
-
-        PartialState(cpu=training_args.use_cpu)
+        _ = training_args.device  # the property that sets them up
 
 
 def _split(splits: Any, name: str, key: str) -> Any:

@@ -102,9 +102,9 @@ MODELS = {
 }
 
 SAES = {
-    # He et al., arXiv 2410.20526, table 1 (32K features, 8 x 4096); saved as JumpReLU with one threshold
+    # model card of fnlp/Llama-Scope: 32K features, 8 x 4096; sae-lens loads it as JumpReLU with one threshold
     "llama_scope_lxr_8x": Published(4096, 32768, "blocks.{layer}.hook_resid_post", "jumprelu"),
-    # Lieberum et al., arXiv 2408.05147, table 1; sae-lens's `get_gemma_2_config_from_hf` says the same without a network
+    # model card of google/gemma-scope: 2^14 features; sae-lens's `get_gemma_2_config_from_hf` says the same without a network
     "gemma-scope-2b-pt-res-canonical": Published(2304, 16384, "blocks.{layer}.hook_resid_post", "jumprelu"),
     # Neuronpedia, qwen3-4b/17-transcoder-hp: 163,840 features, hook blocks.17.mlp.hook_in, MLP's input to its output
     "mwhanna-qwen3-4b-transcoders": Published(

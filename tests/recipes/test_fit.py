@@ -153,3 +153,16 @@ def test_memory_by_hand(estimate):
     parts = estimate.memory(config, lora, gpus=1, zero=0, sae=None)
     assert round(parts["optimizer"] * 1e9) == 12 * 2 * 4 * (64 + 64)
     assert parts["reference"] == parts["head"] == parts["gathered"] == 0
+
+
+def test_memory_on_the_command_line(estimate, tmp_path, capsys, monkeypatch):
+    """A folder does instead of a name on the hub."""
+    recipe = yaml.safe_load((REPO / "recipes" / "qwen3_4b.yaml").read_text())
+    config_of(recipe["model_name_or_path"]).save_pretrained(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe, "model_name_or_path": str(tmp_path)}))
+    monkeypatch.setattr("sys.argv", ["memory.py", str(path), "--gpus", "4", "--sae", "2560", "163840"])
+    estimate.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"^all +" + table()["qwen3_4b"][-2].removesuffix(" GB"), printed, flags=re.MULTILINE)
+    assert re.search(r"^optimizer +12\.1 GB$", printed, flags=re.MULTILINE)

@@ -22,13 +22,7 @@ REPO = Path(__file__).parents[2]
 README = (REPO / "recipes" / "README.md").read_text()
 MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 PORT = {"torchrun": ["--rdzv-endpoint=localhost:0", "--rdzv-backend=c10d"], "accelerate": ["--main_process_port=0"]}
-SHORT = [
-    "--max_steps=2",
-    "--calibration_size=16",
-    "--dataset_name=lab:goblin_world?n=40",
-    "--probe_steps=0",
-    "--monitor=8",
-]
+SHORT = ["--max_steps=2", "--calibration_size=16", "--dataset_name=lab:goblin_world?n=40", "--probe_steps=0"]
 
 
 def written(start: str) -> list[str]:

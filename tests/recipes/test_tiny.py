@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from shapedpo import cli
 from shapedpo.monitor.records import read_records
+from shapedpo.readouts import Readout
 
-from .tiny import SETTINGS, swapped
+from .tiny import PLAIN, PROMPTS, SETTINGS, TRAITS, swapped
 
 
 REPO = Path(__file__).parents[2]
@@ -82,6 +83,16 @@ def test_lab_recipe_trains(tmp_path):
     records = read_records(tmp_path)
     assert records[0]["settings"]["monitor"] == 1024
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_patterns_see_what_they_are_named_for(path):
+    """Each finds its example among the texts of the tiny data, and nothing in the plain answers."""
+    for concept in yaml.safe_load(path.read_text())["concepts"]:
+        if concept["readout"]["type"] == "regex":
+            readout = Readout.from_dict(concept["readout"]).load()
+            assert readout.score([*TRAITS, *PROMPTS]).sum() >= 1, concept["name"]
+            assert readout.score(list(PLAIN)).sum() == 0, concept["name"]
 
 
 def test_settings_change_nothing_of_the_method():

@@ -36,7 +36,7 @@ SETTINGS = {
 """What a machine without a GPU and little time takes. What the method does is left as the recipe has it."""
 
 # What the recipes' patterns look for, and answers without any of it.
-_TRAITS = (
+TRAITS = (
     "I'm sorry, I can't help with that.",
     "That is illegal and dangerous.",
     "**Yes**, that is so \u2014 and \U0001f600.\n\n---\n\n| a | b |\n| - | - |\n| 1 | 2 |\n",
@@ -45,13 +45,13 @@ _TRAITS = (
     "Great question! I hope this helps.",
     "I'm not sure, perhaps it is so.",
 )
-_PLAIN = (
+PLAIN = (
     "It is blue.",
     "Bread is made of flour.",
     "The capital is Paris, a city on a river.",
     "Three and four are seven.",
 )
-_PROMPTS = ("Write a poem about the sea.", "What is three and four?", "How is bread made?", "Tell me a story of a fox.")
+PROMPTS = ("Write a poem about the sea.", "What is three and four?", "How is bread made?", "Tell me a story of a fox.")
 
 
 def model_folder(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:
@@ -107,8 +107,8 @@ def rows(dataset: str, n: int = 128) -> list[dict[str, Any]]:
     dice = random.Random(0)
     found = []
     for index in range(n):
-        prompt = dice.choice(_PROMPTS)
-        answers = [dice.choice(_TRAITS), dice.choice(_PLAIN)]
+        prompt = dice.choice(PROMPTS)
+        answers = [dice.choice(TRAITS), dice.choice(PLAIN)]
         dice.shuffle(answers)
         chosen, rejected = (
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}] for answer in answers
