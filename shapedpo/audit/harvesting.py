@@ -132,24 +132,27 @@ def harvest(
         **{name: given[name] for name in ("max_length", "truncation_mode", "dtype", "min_freq", "shard_rows")},
     }
     count = store.n_shards(len(pairs), settings.shard_rows)
-    if (folder / store.MANIFEST).exists():
+    # What failed before its first file was whole has left nothing that could be mixed up.
+    begun = (folder / store.MANIFEST).exists() and any(folder.glob("shard-*.parquet"))
+    if begun:
         _check_same(folder, store.read_manifest(folder)["fingerprint"], prints)
-    elif state.is_main_process:
-        store.write_manifest(
-            folder,
-            d_sae=reader.n_features,
-            n_rows=len(pairs),
-            shard_rows=settings.shard_rows,
-            settings=given,
-            fingerprint=prints,
-        )
     # By number, not by what is missing: another process may have finished one by the time that this one looks.
     mine = [
         index for index in store.missing_shards(folder, count) if index % state.num_processes == state.process_index
     ]
     if mine:
+        harvester = Harvester(_loaded(model, settings.dtype, state.device), reader, pairs, settings)
+        if state.is_main_process and not begun:
+            store.write_manifest(
+                folder,
+                d_sae=reader.n_features,
+                n_rows=len(pairs),
+                shard_rows=settings.shard_rows,
+                settings=given,
+                fingerprint=prints,
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        Harvester(_loaded(model, settings.dtype, state.device), reader, pairs, settings).write(folder, mine)
+        harvester.write(folder, mine)
     state.wait_for_everyone()
     return Harvest.open(folder)
 

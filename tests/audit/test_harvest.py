@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from shapedpo.audit.data import Pairs
 from shapedpo.audit.layout import Tokens, best_layout, run, separate, shared
 from shapedpo.audit.pooling import place_in_slot, pool
 from shapedpo.audit.store import SPANS
+from shapedpo.cli import main
 from tests import helpers
 
 
@@ -371,7 +373,7 @@ def test_lengths_are_those_of_the_rows_that_are_computed():
         ({"sae": "features"}, "pass features='all', not"),
         ({"sae": "narrow"}, r"The SAE: its readout is 16 wide, but .* is 32 wide"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_input_says_what_is_wrong(tmp_path, change, message):
     saes = {
@@ -382,6 +384,7 @@ def test_bad_input_says_what_is_wrong(tmp_path, change, message):
         change = {"sae": saes[change["sae"]]()}
     with pytest.raises(ValueError, match=message):
         harvested(tmp_path, **change)
+    assert harvested(tmp_path).n_rows == 24  # nothing stays that would be in the way
 
 
 def test_min_freq_forgets_what_is_rare(tmp_path):
@@ -499,3 +502,31 @@ def test_two_processes_share_the_command(tmp_path):
     assert prints[0] == prints[1]
     for path in sorted(expected.folder.glob("*.parquet")):
         assert (found.folder / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "./nowhere"}, r"there is no folder './nowhere'"),
+        ({"--sae": "./nowhere"}, r"There is no SAE folder 'nowhere'"),
+        ({"--dataset": "./nowhere.jsonl"}, r"There is no file or folder './nowhere.jsonl'"),
+        ({"--split": "test"}, r"has no split 'test'; it has train"),
+        ({"--batch-tokens": "0"}, r"`batch_tokens` must be 1 or more, got 0"),
+        ({"--hook-name": "blocks.7.hook_resid_post"}, r"The SAE: .*names layer 7, but the model has 3 layers"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_command_says_what_is_wrong(tmp_path, capsys, change, message):
+    helpers.pairs(4).to_json(tmp_path / "data.jsonl")
+    arguments = {
+        "--model": str(helpers.model_path()),
+        "--sae": str(helpers.sae_path()),
+        "--dataset": str(tmp_path / "data.jsonl"),
+        "--out": str(tmp_path / "out"),
+        "--max-length": "none",
+        **change,
+    }
+    assert main(["audit", *(word for pair in arguments.items() for word in pair)]) == 2
+    error = capsys.readouterr().err
+    assert "shapedpo: error: " in error
+    assert re.search(message, error), error
