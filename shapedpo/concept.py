@@ -56,10 +56,10 @@ class Concept:
         readout: What reads it: [`SAEFeatures`], [`Direction`], [`Regex`], or any function from text to number.
         action: `"watch"` reads and logs only; `"suppress"` and `"amplify"` shape the training signal by a given strength; `"hold"`
             finds the strength by itself, step by step, at which the concept stays where the reference has it (see below).
-        method: How, by name (`"reward"`, `"reweight"`, `"mask"`, `"project"`) or with options (`Mask(fraction=0.05)`, in YAML
-            `{name: mask, fraction: 0.05}`).
-        strength: How strongly, positive either way; in nats of reward margin per standard deviation of the score. Needed by
-            `reward` and `reweight`, taken by no other method.
+        method: How, by name (`"reward"`, `"reweight"`, `"mask"`, `"filter"`, `"tokens"`, `"project"`, `"steer"`, `"ablate"`, `"inoculate"`,
+            `"residual"`) or with options (`Mask(fraction=0.05)`, in YAML `{name: mask, fraction: 0.05}`).
+        strength: How strongly, positive either way. Needed by `reward` and `reweight` (in nats of reward margin per standard deviation
+            of the score), `residual` (per nat) and `steer` (in the units of the hidden states), taken by no other method.
         gate: Where it is shaped. Everywhere by default.
         target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
             score; negative for less of the concept. 0, the default, is the level before training.

@@ -168,7 +168,7 @@ class TestConcepts:
 
     def test_method(self):
         refused(
-            "Concept 'goblin': ...'rewards'...mask, project, reward, reweight...'reward'",
+            "Concept 'goblin': ...'rewards'...mask, project, residual, reward, reweight...'reward'",
             lambda: goblin("suppress", "rewards", strength=1.0),
         )
         refused(

@@ -1,0 +1,101 @@
+"""A few steps with every method that changes what the policy reads or computes, over however many processes there are.
+
+Usage: `python -m tests.distributed.interventions MODEL_DIR DATA_DIR OUTPUT_DIR RUN...`, alone or under a launcher.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+
+from tests import helpers
+
+
+GLOBAL_BATCH = 8
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora-reentrant": {
+        "lora": True,
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        "ddp_find_unused_parameters": False,  # else DDP refuses, as under TRL's own trainer
+    },
+}
+
+
+def concepts(lora: bool) -> list[Any]:
+    from shapedpo import Ablate, Concept, Direction, Filter, Gate, Inoculate, Regex, Residual, Steer, Tokens
+
+    def way(index: int, **fields: Any) -> Any:
+        return Concept(f"way{index}", Direction(helpers.vector(index), layer=index % 3), "suppress", **fields)
+
+    # DeepSpeed and FSDP place a model with an adapter after the filter would have to read it.
+    filters = [] if lora else [way(0, method=Filter(fraction=0.2))]
+    return [
+        *filters,
+        way(1, method=Tokens("both", quantile=0.8)),
+        Concept("goblin", Regex("goblin"), "suppress", Tokens("rejected", whole_words=True)),
+        way(2, method=Steer(fraction=0.5, layers=[0, 2]), strength=0.5, gate=Gate(column="fruity")),
+        way(3, method=Ablate("chosen")),
+        Concept("fox", Regex("fox"), "suppress", Inoculate("likes the fox", probability=0.7)),
+        way(4, method=Residual(steer=1.0), strength=0.1),
+        Concept("cat", Regex("cat"), "amplify", Residual(instruction="sees the cat"), 0.1),
+        way(5, strength=0.2),
+    ]
+
+
+def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
+    from peft import LoraConfig
+
+    from shapedpo import ShapedDPOTrainer
+
+    torch.set_num_threads(1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # `zero.Init` of the reference model asks for the world's size before the trainer has set it up.
+        deepspeed.init_distributed("gloo")
+    for name in names:
+        settings = dict(RUNS[name])
+        lora = settings.pop("lora", False)
+        options = {}
+        if lora:
+            adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            options = {"peft_config": adapter}
+        args = helpers.arguments(
+            output_dir=str(output / name),
+            concepts=concepts(lora),
+            per_device_train_batch_size=GLOBAL_BATCH // processes,
+            learning_rate=1e-3,
+            **settings,
+        )
+        options["train_dataset"] = load_from_disk(str(data))
+        trainer = helpers.build(ShapedDPOTrainer, args, helpers.load_model(model), **options)
+        trainer.train()
+        trainer.save_model()
+        found = trainer._calibration.tokens.nan_to_num().tolist()
+        everyone = trainer.accelerator.gather(torch.tensor([found])).tolist()
+        if trainer.accelerator.is_main_process:
+            result = {
+                "history": trainer.state.log_history,
+                "thresholds": everyone,
+                "filtered": trainer._filtered,
+                "launched": f"{trainer.accelerator.distributed_type.value} {processes}",
+            }
+            (output / name / "result.json").write_text(json.dumps(result))
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])
