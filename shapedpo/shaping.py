@@ -211,7 +211,9 @@ def check_methods(
             )
             raise ValueError(f"{owner} has no meaning for the loss type {unfit[0]!r}: {why}. Use another loss type.")
     for owner, concept in users:
-        if set(losses) == {"sft"} and not (concept.shaper.fits_sft or _projects(concept, "residual")):
+        if set(losses) == {"sft"} and not (
+            concept.shaper.fits_sft or _projects(concept, "residual") or _projects(concept, "parameters")
+        ):
             raise ValueError(
                 f"{owner} has no meaning for the loss type 'sft' alone, which compares no pairs and reads no reference."
             )

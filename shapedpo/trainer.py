@@ -25,6 +25,7 @@ from .metrics import Pairs, concept_metrics
 from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored, without
+from .parameter_projection import ParameterProjection, check_parameter_projection
 from .processes import all_or_none
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
@@ -158,6 +159,8 @@ class ShapedDPOTrainer(InterveningTrainer):
         policy: Any = self.model
         self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
         check_filters(self.concepts, self.train_dataset)
+        check_parameter_projection(self.concepts, args, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._parameter_projection = ParameterProjection(policy, self.concepts)
         self._steering = policy_steering(policy, self.concepts, self._reader.readers)
         if self._reads:
             run = TrainerAccess(self, source)
@@ -181,7 +184,11 @@ class ShapedDPOTrainer(InterveningTrainer):
             return super().training_step(*args, **kwargs)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
         with self._residual_projection, self._steering:
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self._parameter_projection and self.accelerator.sync_gradients:
+            for index, share in self._parameter_projection.apply(self._sum).items():
+                self._metrics["train"][f"concepts/{self.concepts[index].name}/projected"].append(share)
+        return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         extras, inputs = split_batch(inputs)
@@ -269,9 +276,22 @@ class ShapedDPOTrainer(InterveningTrainer):
             self.use_weighting = True  # until the loss is computed
             batch.loss_context.enter_context(mutable_losses())
             batch.pairs = batch.pairs._replace(weights=weights) if batch.pairs is not None else None
+        if self._parameter_projection and outputs.log_probs.requires_grad:
+            self._add_concept_gradients(outputs, batch)
         deltas = self._shaping.projected_deltas(signals)
         if deltas is not None and outputs.log_probs.requires_grad:
             project_policy(outputs.log_probs, deltas, mask, self.ld_alpha, self._sum)
+
+    def _add_concept_gradients(self, outputs: Any, batch: Batch) -> None:
+        """Make the backward passes of the concepts that are projected in parameter space."""
+        chosen, rejected = super().compute_ref_log_probs(Computed(outputs.log_probs), batch.inputs)
+        objectives = {}
+        for index in self._parameter_projection.concepts:
+            signal = batch.signals[index]
+            objectives[index] = (signal.delta * signal.gate * (chosen - rejected)).sum() / 2
+        self._parameter_projection.add(objectives)
+        # Hooks that project the loss's gradient in pair space must not see these.
+        outputs.log_probs = outputs.log_probs.view_as(outputs.log_probs)
 
     @property
     def _training(self) -> bool:

@@ -26,27 +26,36 @@ class Project(Shaper):
     orthonormal basis of the concepts' directions (SAE decoder rows, or the direction itself). The forward pass is untouched.
     On `stories260k` this did little: training works around it.
 
+    In the space of the **parameters**, of a step that would raise the concept the component along the concept's own gradient is removed:
+    \\( g \leftarrow g - (g \cdot v / v \cdot v)\, v \\) where \\( g \cdot v < 0 \\), with \\( v = \nabla \sum_i d_i (\log\pi(y^+_i) -
+    \log\pi(y^-_i))/2 \\) over the step's pairs; of several, their span is. It costs a second backward pass and a second set of gradients for each concept. The gradient
+    norm that is logged is the projected one's.
+
     Args:
-        space: `"pair"` or `"residual"`.
+        space: `"pair"`, `"residual"` or `"parameters"`.
         layers: Decoder layers whose output gradient is projected, in the residual stream. All by default.
 
-    Source: ours; the paper's authors report that projecting the gradients of activations is worked around by training.
+    Source: ours; in the space of parameters after A-GEM (Chaudhry et al., arXiv 1812.00420). The paper's authors report that projecting
+    the gradients of activations is worked around by training.
     """
 
     name: ClassVar[str] = "project"
     actions: ClassVar[tuple[str, ...]] = ("suppress",)
 
-    space: Literal["pair", "residual"] = "pair"
+    space: Literal["pair", "residual", "parameters"] = "pair"
     layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.space not in ("pair", "residual"):
-            raise ValueError(f"Method 'project': `space` must be 'pair' or 'residual', got {self.space!r}.")
+        if self.space not in ("pair", "residual", "parameters"):
+            raise ValueError(
+                f"Method 'project': `space` must be 'pair', 'residual' or 'parameters', got {self.space!r}."
+            )
         if self.layers is None:
             return
-        if self.space == "pair":
+        if self.space != "residual":
+            where = "pair space" if self.space == "pair" else "parameter space"
             raise ValueError(
-                "Method 'project': `layers` is an option of the space 'residual'; in pair space there are none."
+                f"Method 'project': `layers` is an option of the space 'residual'; in {where} there are none."
             )
         layers = list(self.layers) if isinstance(self.layers, list | tuple) else []
         if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
