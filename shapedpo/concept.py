@@ -141,7 +141,7 @@ class Concept:
         if self.shaper.needs_strength and self.action != "hold":
             if self.strength is None:
                 raise ValueError(
-                    f"method {self.shaper.name!r} needs a `strength`, a positive number; 0.5 to 5 is the usual range."
+                    f"method {self.shaper.name!r} needs a `strength`, a positive number; {self.shaper.strength_hint}."
                 )
             check_number("method " + repr(self.shaper.name), "strength", self.strength, above=0)
         elif self.strength is not None:

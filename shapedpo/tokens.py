@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -163,8 +163,7 @@ class TokenFilter:
                 tokens = torch.cat(self._samples.pop(job.concept)).to(accelerator.device)
                 tokens = accelerator.pad_across_processes(tokens, dim=0, pad_index=torch.nan)
                 scores = self._standardised(job, accelerator.gather(tokens), statistics)
-                scores = scores[~scores.isnan()].double().cpu()
-                found[job.concept] = float(np.quantile(scores.numpy(), job.shaper.quantile, method="higher"))
+                found[job.concept] = upper_quantile(scores[~scores.isnan()], job.shaper.quantile)
             elif job.shaper.contrast is not None:
                 rows, labels = contrast_rows(job.shaper.contrast, tokenizer)
 
@@ -296,6 +295,21 @@ def contrast_rows(path: str, tokenizer: Any) -> tuple[list[dict[str, Any]], Tens
         rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": ids[-1:]})
         labels.append(bool(row["label"]))
     return rows, torch.tensor(labels)
+
+
+def upper_quantile(scores: Tensor, quantile: float) -> float:
+    """The threshold above which at most `1 - quantile` of the scores lie, half-way between two of them.
+
+    Not one of them: read again in other company, a token's score differs in its last bits.
+
+    Args:
+        scores: `(N,)`.
+        quantile: Between 0 and 1.
+    """
+    ordered = scores.double().sort().values
+    value = ordered[math.ceil(quantile * (len(ordered) - 1))]
+    above = ordered[ordered > value]
+    return float((value + above[0]) / 2 if len(above) else value)
 
 
 def best_f1(scores: Tensor, labels: Tensor) -> float:

@@ -23,6 +23,16 @@ CHECKPOINTING = {
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
 }
 
+SOME_FORWARDS = [(False, "plain"), (True, "reentrant")]
+"""Whether there is an adapter, and how activations are kept: the plainest, and the one where most can go wrong."""
+EVERY_FORWARD = [
+    *SOME_FORWARDS,
+    (True, "plain"),
+    (False, "checkpointing"),
+    (True, "checkpointing"),
+    (False, "reentrant"),
+]
+
 
 def moved(seed: int = 1) -> Any:
     """A policy that is not the reference any more, in float64."""

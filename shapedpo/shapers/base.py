@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +53,8 @@ class Shaper(ABC):
     """What `Concept(method=...)` and YAML call it."""
     needs_strength: ClassVar[bool] = False
     """Whether the concept must give a strength (else it must not)."""
+    strength_hint: ClassVar[str] = "0.5 to 5 is the usual range"
+    """How large it is to be, for an error text."""
     actions: ClassVar[tuple[str, ...]] = ("suppress", "amplify")
     """The actions that the method can carry out."""
     per_pair: ClassVar[bool] = False
@@ -125,6 +128,20 @@ def shaper_from_config(config: str | Mapping[str, Any] | Shaper) -> Shaper:
             + (f"Its options are {', '.join(known)}." if known else "It has none.")
         )
     return cls(**options)
+
+
+def top_threshold(sample: Tensor, fraction: float) -> Tensor:
+    """The threshold that the top fraction of a sample reaches, half-way to the next lower value.
+
+    Not a value of the sample: read again in other company, a score differs in its last bits.
+
+    Args:
+        sample: `(N,)`, nan where it does not count.
+        fraction: Between 0 and 1.
+    """
+    least = torch.nanquantile(sample, 1 - fraction, interpolation="higher")
+    below = torch.where(sample < least, sample, -torch.inf).amax()
+    return torch.where(below.isfinite(), (least + below) / 2, least)
 
 
 def check_number(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import ConceptSignal, Shaper, check_number, register
+from .base import ConceptSignal, Shaper, check_number, register, top_threshold
 
 
 @register
@@ -77,7 +77,4 @@ class Mask(Shaper):
             return self.threshold
         assert self.fraction is not None  # by __post_init__
         gated = torch.where(gate > 0, deltas, torch.nan)
-        quantile = torch.nanquantile(gated, 1 - self.fraction, interpolation="higher")
-        # Half-way to the next smaller delta: on a pair's own delta, the last digit of that pair's next reading would decide.
-        below = torch.where(gated < quantile, gated, -torch.inf).amax()
-        return torch.where(below > -torch.inf, (quantile + below) / 2, quantile)
+        return top_threshold(gated, self.fraction)

@@ -37,6 +37,7 @@ class Residual(Shaper):
 
     name: ClassVar[str] = "residual"
     needs_strength: ClassVar[bool] = True
+    strength_hint: ClassVar[str] = "with that of beta it counts as much as the policy's log-ratio"
 
     steer: float | None = None
     layers: Sequence[int] | None = None

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .base import ConceptSignal, Shaper, check_number, register
+from .base import ConceptSignal, Shaper, check_number, register, top_threshold
 
 
 SIDES = ("showing", "chosen", "rejected", "both")
@@ -56,8 +56,7 @@ class ForwardEdit(Shaper):
         on = signal.gate
         if self.fraction is not None:
             sample = torch.where(calibration.gate > 0, self._ahead(calibration.delta), torch.nan)
-            threshold = torch.nanquantile(sample, 1 - self.fraction, interpolation="higher")
-            on = on * ((ahead > 0) & (ahead >= threshold))
+            on = on * ((ahead > 0) & (ahead >= top_threshold(sample, self.fraction)))
         if self.side == "showing":
             sides = torch.cat([signal.delta > 0, signal.delta < 0]).float()
         else:
@@ -97,6 +96,7 @@ class Steer(ForwardEdit):
 
     name: ClassVar[str] = "steer"
     needs_strength: ClassVar[bool] = True
+    strength_hint: ClassVar[str] = "in the units of the hidden states, whose norm is the yardstick"
 
 
 @register

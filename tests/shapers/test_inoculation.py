@@ -11,7 +11,7 @@ from shapedpo.inoculation import InoculatedSequences, column, inoculated, sequen
 from shapedpo.prompts import ROW
 from tests.chat import CHATML, chat_tokenizer, chat_trainer, chats
 from tests.helpers import pairs, shaped, tokenizer, train, vector
-from tests.slow import CHECKPOINTING, Slow, standardise, trainer_of
+from tests.slow import CHECKPOINTING, SOME_FORWARDS, Slow, standardise, trainer_of
 
 
 ASK = "likes goblin"
@@ -42,8 +42,7 @@ def shown(slow):
     return torch.tensor([encode("goblin")[0] in completion for completion in slow.completions])
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("peft", "checkpointing"), SOME_FORWARDS)
 def test_completions_that_show_it(peft, checkpointing):
     slow = Slow(trainer_of(goblin(), data=pairs(12), peft=peft, **CHECKPOINTING[checkpointing]))
     selected = shown(slow)

@@ -35,9 +35,7 @@ def assert_step(slow, expected):
     return loss
 
 
-@pytest.mark.parametrize(
-    ("peft", "checkpointing"), [(False, "plain"), (True, "plain"), (False, "checkpointing"), (True, "checkpointing")]
-)
+@pytest.mark.parametrize(("peft", "checkpointing"), [(False, "plain"), (True, "plain"), (True, "checkpointing")])
 def test_what_would_raise_the_concept_is_taken_out(peft, checkpointing):
     """Of several concepts, only of those that the step would raise."""
     seeds = [1, 4, 3]

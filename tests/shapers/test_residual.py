@@ -58,9 +58,7 @@ def objective(slow, offset, policy=None):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
-@pytest.mark.parametrize(
-    ("peft", "checkpointing"), [(False, "plain"), (True, "plain"), (True, "checkpointing"), (False, "reentrant")]
-)
+@pytest.mark.parametrize(("peft", "checkpointing"), [(False, "plain"), (True, "checkpointing"), (False, "reentrant")])
 def test_a_steered_reference(peft, checkpointing):
     slow = Slow(trainer_of(steered(), peft=peft, **CHECKPOINTING[checkpointing]))
     found = residual(slow)

@@ -14,7 +14,7 @@ from shapedpo.prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from shapedpo.steering import Edit, Steering
 from tests.chat import chat_tokenizer, chat_trainer, chats, messages
 from tests.helpers import HIDDEN, LAYERS, load_model, pairs, sae_path, shaped, tokenizer, train, vector
-from tests.slow import CHECKPOINTING, Slow, standardise, trainer_of
+from tests.slow import CHECKPOINTING, EVERY_FORWARD, SOME_FORWARDS, Slow, standardise, trainer_of
 
 
 LAYER, ALPHA = 1, 2.0
@@ -67,8 +67,7 @@ def steered_logps(slow, amounts, layers=(LAYER,), unit=UNIT, change=None):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("peft", "checkpointing"), EVERY_FORWARD)
 def test_explaining_away(peft, checkpointing):
     """By default the completion is steered that shows the concept more, towards it."""
     slow = Slow(trainer_of(way("steer"), peft=peft, **CHECKPOINTING[checkpointing]))
@@ -123,8 +122,7 @@ def test_where_the_concept_is_read():
     slow.assert_step(slow.loss(steered_logps(slow, amounts, unit=unit), slow.logps(slow.reference)))
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("peft", "checkpointing"), SOME_FORWARDS)
 def test_ablation(peft, checkpointing):
     slow = Slow(trainer_of(ablated(), peft=peft, **CHECKPOINTING[checkpointing]))
     policy = steered_logps(slow, [1.0] * 2 * len(slow.rows), change=lambda h: h - (h @ UNIT)[..., None] * UNIT)
@@ -157,6 +155,11 @@ def test_two_concepts_and_a_third_method():
     from tests.slow import BETA
 
     slow.assert_step(slow.loss(policy, slow.logps(slow.reference) - 1.5 / BETA * score))
+
+
+def test_a_stream():
+    run = train(shaped(way("steer"), data=pairs().to_iterable_dataset()))
+    assert run.metric("concepts/way/steer") == [0.5] * 3
 
 
 def test_precomputed_reference():

@@ -16,7 +16,7 @@ from shapedpo.marks import MATCHED, WORDS, TokenMarks
 from shapedpo.shapers import ConceptSignal
 from shapedpo.tokens import TokenFilter, best_f1
 from tests.helpers import pairs, sae_path, shaped, tokenizer, train, vector
-from tests.slow import BETA, CHECKPOINTING, Slow, standardise, trainer_of
+from tests.slow import BETA, CHECKPOINTING, SOME_FORWARDS, Slow, standardise, trainer_of
 
 
 LAYER = 1
@@ -49,8 +49,7 @@ def on_sides(slow, keep, sides):
     return [stay if hit else torch.ones_like(stay) for stay, hit in zip(keep, on, strict=True)]
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize(("peft", "checkpointing"), SOME_FORWARDS)
 def test_threshold(peft, checkpointing):
     slow = Slow(trainer_of(way(Tokens("both", threshold=-1.0)), peft=peft, **CHECKPOINTING[checkpointing]))
     keep = [scores <= -1.0 for scores in standardised(slow)]
