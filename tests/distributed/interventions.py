@@ -27,17 +27,20 @@ RUNS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "ddp_find_unused_parameters": False,  # else DDP refuses, as under TRL's own trainer
     },
+    "projected": {"gradient_accumulation_steps": 2},
 }
 
 
-def concepts(lora: bool) -> list[Any]:
-    from shapedpo import Ablate, Concept, Direction, Filter, Gate, Inoculate, Regex, Residual, Steer, Tokens
+def concepts(name: str) -> list[Any]:
+    from shapedpo import Ablate, Concept, Direction, Filter, Gate, Inoculate, Project, Regex, Residual, Steer, Tokens
 
     def way(index: int, **fields: Any) -> Any:
         return Concept(f"way{index}", Direction(helpers.vector(index), layer=index % 3), "suppress", **fields)
 
+    if name == "projected":
+        return [way(index, method=Project("parameters"), gate=Gate(column="fruity")) for index in (1, 3, 4)]
     # DeepSpeed and FSDP place a model with an adapter after the filter would have to read it.
-    filters = [] if lora else [way(0, method=Filter(fraction=0.2))]
+    filters = [] if name != "full" else [way(0, method=Filter(fraction=0.2))]
     return [
         *filters,
         way(1, method=Tokens("both", quantile=0.8)),
@@ -72,7 +75,7 @@ def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
             options = {"peft_config": adapter}
         args = helpers.arguments(
             output_dir=str(output / name),
-            concepts=concepts(lora),
+            concepts=concepts(name),
             per_device_train_batch_size=GLOBAL_BATCH // processes,
             learning_rate=1e-3,
             **settings,
@@ -81,7 +84,8 @@ def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
         trainer = helpers.build(ShapedDPOTrainer, args, helpers.load_model(model), **options)
         trainer.train()
         trainer.save_model()
-        found = trainer._calibration.tokens.nan_to_num().tolist()
+        tokens = trainer._calibration.tokens
+        found = [] if tokens is None else tokens.nan_to_num().tolist()
         everyone = trainer.accelerator.gather(torch.tensor([found])).tolist()
         if trainer.accelerator.is_main_process:
             result = {

@@ -29,6 +29,9 @@ LAUNCHERS = {
         "-m",
     ],
 }
+MIXED = ("way1/tokens", "goblin/tokens", "way2/steer", "way3/ablate", "fox/inoculate", "way4/residual", "cat/residual")
+SHARES = {"full": MIXED, "lora-reentrant": MIXED, "projected": ("way1/projected",)}
+"""What must not be 0 in each run, or it would show nothing."""
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
 
 
@@ -55,12 +58,13 @@ def test_two_processes_equal_one(alone, data, tmp_path, launcher):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [word.format(port=port) for word in LAUNCHERS[launcher]]
-    words = [str(model_path()), str(data), str(tmp_path), *interventions.RUNS]
+    runs = [name for name in interventions.RUNS if (launcher, name) != ("zero3", "projected")]  # which is refused
+    words = [str(model_path()), str(data), str(tmp_path), *runs]
     command = [sys.executable, *start, "tests.distributed.interventions", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    for name in interventions.RUNS:
+    for name in runs:
         one, two = (json.loads((folder / name / "result.json").read_text()) for folder in (alone, tmp_path))
         assert two["launched"] == ("MULTI_CPU 2" if launcher == "ddp" else "DEEPSPEED 2")
         assert two["thresholds"][0] == two["thresholds"][1] == pytest.approx(one["thresholds"][0], abs=1e-5)
@@ -72,10 +76,9 @@ def test_two_processes_equal_one(alone, data, tmp_path, launcher):
                 if key == "loss" or key.startswith(("concepts/", "rewards/", "logps/")):
                     assert theirs[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (name, key, mine["step"])
                     compared += 1
-        assert compared > 3 * 30
-        shares = one["history"][0]
-        for key in ("way1/tokens", "goblin/tokens", "way2/steer", "way3/ablate", "fox/inoculate", "way4/residual"):
-            assert shares[f"concepts/{key}"] != 0, key
+        assert compared > 3 * 15
+        for key in SHARES[name]:
+            assert any(entry.get(f"concepts/{key}") for entry in one["history"]), key
         file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
         mine, theirs = (load_file(folder / name / file) for folder in (alone, tmp_path))
         assert mine.keys() == theirs.keys()
