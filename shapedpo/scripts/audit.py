@@ -89,8 +89,8 @@ def _constants(given: list[str]) -> dict[str, Any]:
     """The constants of `--set`, by name."""
     from ..audit.settings import AuditSettings
 
-    known = {field.name: type(field.default) for field in fields(AuditSettings)}
-    constants = {}
+    known: dict[str, type] = {field.name: type(getattr(AuditSettings, field.name)) for field in fields(AuditSettings)}
+    constants: dict[str, Any] = {}
     for item in given:
         name, _, value = item.partition("=")
         if name not in known:
@@ -116,7 +116,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     with as_user_error(ValueError):
         settings = AuditSettings.for_data(harvest.n_rows, harvest.d_sae, **{"seed": args.seed, **constants})
         analysis = analyse(harvest, settings, out / ANALYSIS_FOLDER)
-    tokenizer = AutoTokenizer.from_pretrained(model_source(args.model))
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
     labels = exciting_tokens(harvest, features_shown(analysis), tokenizer.decode)
     summary = summarise(analysis, harvest, labels)
     Console().print(summary)
