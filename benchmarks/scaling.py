@@ -86,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=32, help="measured steps of a case, plain and shaped together")
     parser.add_argument("--cached", action="store_true", help="measure nothing, take what there is")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the tables and the picture (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
     if options.steps < FEWEST:
         parser.error(f"--steps must be at least {FEWEST}: a case needs a step of every kind, got {options.steps}")
@@ -107,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.scaling_report import write
 
     found = [one for launch in launches for one in load(cache, [launch], wanted[launch])]
-    print(write(found, scale, options.device, options.out))
+    out = options.out or (cache if options.quick else RESULTS)
+    print(write(found, scale, options.device, out))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from benchmarks.scaling_cases import COLUMNS
 from benchmarks.scaling_model import gathered
 
@@ -126,7 +128,12 @@ def shaping_seconds(
     messages = 1 + (setting == SETTINGS[1])
     logged = 2 + (1 + len(gathered(WIDTH))) * everything
     sent = (6 * WIDTH * 4 * (2 + gpus)) * everything  # a sum of the windows, and everyone's table of top pairs
-    log = host["log"] + logged * machine.latency(gpus) + sent / machine.bandwidth(gpus)
+    log = (
+        host["log"]
+        + host["monitor's log"] * everything
+        + logged * machine.latency(gpus)
+        + sent / machine.bandwidth(gpus)
+    )
     return {
         "operators": operators * machine.operator,
         "products": product,
@@ -157,7 +164,7 @@ def evaluate(host: dict[str, float], machine: Machine | None = None) -> list[dic
                         "computing, s": computing,
                         "exchanging, s": exchanging,
                         **{f"{name}, ms": 1e3 * value for name, value in parts.items()},
-                        "shaping, ms": 1e3 * extra,
+                        "added, ms": 1e3 * extra,
                         "overhead, %": 100 * extra / step,
                         "TRL, tokens/s": tokens / step,
                         "shaped, tokens/s": tokens / (step + extra),
@@ -173,19 +180,20 @@ def host_costs(rows: Sequence[dict[str, Any]], shaping: dict[str, float]) -> dic
         rows: Measured cases.
         shaping: Milliseconds of each term of shaping.
     """
-    import numpy as np
-
     some = [row for row in rows if row["action"] in ("watch", "suppress")]  # the controller's operators are the host's
-    table = [[1, row["concepts"], float(row["monitor"])] for row in some]
-    step, concept, monitor = np.linalg.lstsq(np.array(table), [row["extra operators"] for row in some], rcond=None)[0]
-    logs = [[1, row["concepts"]] for row in rows if not row["monitor"]]
-    first, each = np.linalg.lstsq(np.array(logs), [row["a log, ms"] for row in rows if not row["monitor"]], rcond=None)[
-        0
-    ]
+    step, concept, monitor = _linear(some, "extra operators")
+    log, log_concept, log_monitor = _linear(rows, "a log, ms")
     return {
-        "operators of a step": float(step),
-        "operators of a concept": float(concept),
-        "operators of the monitor": float(monitor),
+        "operators of a step": step,
+        "operators of a concept": concept,
+        "operators of the monitor": monitor,
         "hold": 1e-3 * (shaping.get("hold", 0.0) + 16 * shaping.get("held concept", 0.0)),
-        "log": 1e-3 * float(first + 16 * each),
+        "log": 1e-3 * (log + 16 * log_concept),
+        "monitor's log": 1e-3 * log_monitor,
     }
+
+
+def _linear(rows: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """How much of a column is every case's, each concept's, and the monitor's: least squares."""
+    table = [[1.0, row["concepts"], float(row["monitor"])] for row in rows]
+    return np.linalg.lstsq(np.array(table), np.array([row[name] for row in rows], float), rcond=None)[0].tolist()

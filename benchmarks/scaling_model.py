@@ -162,10 +162,14 @@ class Costs:
 # --- what was measured -------------------------------------------------------------------------------------------------------------
 
 
+SECTIONS = ("collate", "read", "shaping", "monitor", "hold", "messages")
+"""Of a shaped step: texts in the collator; activations in the reference's pass; scores, offsets and metrics; running sums; the controller; collectives."""
+
+
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """A measured case as one row: medians over its steps.
 
-    `TRL, ms` and `shaped, ms` are whole steps, `shaping, ms` is shapedpo's own code in a shaped step: CPU time of rank 0, or on a GPU wall
+    `TRL, ms` and `shaped, ms` are whole steps, `added, ms` is shapedpo's own code in a shaped step (and, section by section, its parts): CPU time of rank 0, or on a GPU wall
     time. `difference, %` is what the whole steps say of the overhead, with all their noise.
     """
     case, gpu = Case(**found["case"]), found["device"] == "cuda"
@@ -192,7 +196,8 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
         "steps": len(plain) + len(shaped),
         "TRL, ms": middle(turn[kind] for turn in plain),
         "shaped, ms": middle(turn[kind] for turn in whole),
-        "shaping, ms": middle(sum(times[index] for times in turn["sections"].values()) for turn in parts),
+        "added, ms": middle(sum(times[index] for times in turn["sections"].values()) for turn in parts),
+        **{f"{name}, ms": middle(turn["sections"].get(name, [0, 0])[index] for turn in parts) for name in SECTIONS},
         "TRL, wall ms": middle(turn["wall"] for turn in plain),
         "shaped, wall ms": middle(turn["wall"] for turn in whole),
         "a log, ms": middle(log[index] for log in found["logs"]),
@@ -209,7 +214,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     for name, turns in (("TRL", plain), ("shaped", whole)):
         row[f"{name}, peak bytes"] = max((turn["peak"] for turn in turns if turn["peak"] is not None), default=None)
         row[f"{name}, tokens/s"] = 2e3 * case.pairs * case.tokens * found["processes"] / row[f"{name}, wall ms"]
-    row["overhead, %"] = 100 * row["shaping, ms"] / row["TRL, ms"]
+    row["overhead, %"] = 100 * row["added, ms"] / row["TRL, ms"]
     row["difference, %"] = 100 * (row["shaped, ms"] / row["TRL, ms"] - 1)
     return row
 
@@ -223,14 +228,14 @@ def fit(rows: Sequence[dict[str, Any]], learn: Sequence[bool]) -> tuple[Costs, C
     """Fits both models on some rows, and writes into each what they predict for it.
 
     Args:
-        rows: Of [`summary`]. Gain `predicted TRL, ms`, `predicted shaping, ms`, `predicted overhead, %` and `predicted shaped, ms`.
+        rows: Of [`summary`]. Gain `predicted TRL, ms`, `predicted added, ms`, `predicted overhead, %` and `predicted shaped, ms`.
         learn: Which to fit on.
     """
     pace = statistics.median(row["pace, ms"] for row in rows)
     cases = [case_of(row) for row in rows]
     terms = {
         "TRL": [trl_terms(case, row["launch"]) for case, row in zip(cases, rows, strict=True)],
-        "shaping": [shaping_terms(case, row["processes"]) for case, row in zip(cases, rows, strict=True)],
+        "added": [shaping_terms(case, row["processes"]) for case, row in zip(cases, rows, strict=True)],
     }
     costs = []
     for name, table in terms.items():
@@ -241,7 +246,7 @@ def fit(rows: Sequence[dict[str, Any]], learn: Sequence[bool]) -> tuple[Costs, C
             row[f"predicted {name}, ms"] = cost.predict(one) * row["pace, ms"] / pace
         costs.append(cost)
     for row, one in zip(rows, learn, strict=True):
-        row["predicted shaped, ms"] = row["predicted TRL, ms"] + row["predicted shaping, ms"]
-        row["predicted overhead, %"] = 100 * row["predicted shaping, ms"] / row["predicted TRL, ms"]
+        row["predicted shaped, ms"] = row["predicted TRL, ms"] + row["predicted added, ms"]
+        row["predicted overhead, %"] = 100 * row["predicted added, ms"] / row["predicted TRL, ms"]
         row["held out"] = not one
     return costs[0], costs[1]

@@ -22,6 +22,7 @@ from benchmarks.scaling_gpus import (
     host_costs,
 )
 from benchmarks.scaling_model import (
+    SECTIONS,
     Costs,
     case_of,
     fit,
@@ -31,6 +32,7 @@ from benchmarks.scaling_model import (
     summary,
     trl_flops,
 )
+from benchmarks.scaling_picture import OVERHEAD, SHAPED, draw
 
 
 CLOSE = 0.2
@@ -43,9 +45,9 @@ def errors(rows: Sequence[dict[str, Any]], predicted: str, measured: str) -> lis
 
 QUANTITIES = {
     "TRL's step": ("predicted TRL, ms", "TRL, ms"),
-    "shaped step": ("predicted shaped, ms", "shaped, ms"),
-    "what shaping adds, ms": ("predicted shaping, ms", "shaping, ms"),
-    "overhead, %": ("predicted overhead, %", "overhead, %"),
+    "shaped step": SHAPED,
+    "what shaping adds, ms": ("predicted added, ms", "added, ms"),
+    "overhead, %": OVERHEAD,
 }
 
 
@@ -94,7 +96,7 @@ def table(rows: Sequence[dict[str, Any]], base: Case) -> str:
             row["launch"],
             label(row, base) + (" *" if row["held out"] else ""),
             f"{row['TRL, ms']:.1f}",
-            f"{row['shaping, ms']:.2f}",
+            f"{row['added, ms']:.2f}",
             f"{row['overhead, %']:.1f} %",
             f"{row['predicted overhead, %']:.1f} %",
             f"{row['difference, %']:+.1f} %",
@@ -103,6 +105,19 @@ def table(rows: Sequence[dict[str, Any]], base: Case) -> str:
             f"{row['TRL, tokens/s']:,.0f}, {row['shaped, tokens/s']:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sections(rows: Sequence[dict[str, Any]], base: Case) -> str:
+    """Where shaping's time goes in a step, as Markdown: of the cases that the model is fitted on."""
+    lines = [
+        f"| launch | case | {', ms | '.join(SECTIONS)}, ms | a log, ms |",
+        "| --- | --- |" + " ---: |" * (len(SECTIONS) + 1),
+    ]
+    for row in rows:
+        if not row["held out"] and row["hidden"] == base.hidden and row["tokens"] == base.tokens:
+            cells = [f"{row[f'{name}, ms']:.2f}" for name in (*SECTIONS, "a log")]
+            lines.append(f"| {row['launch']} | {label(row, base)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -145,7 +160,7 @@ def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
         some = [row for row in rows if (row["model"], row["GPUs"]) == (model, gpus)]
         one = some[0]
         cells = [model, str(gpus), f"{one['TRL, s']:.2f} ({one['computing, s']:.2f}, {one['exchanging, s']:.2f})"]
-        cells += [f"{row['overhead, %']:.2f} % ({row['shaping, ms']:.1f} ms)" for row in some]
+        cells += [f"{row['overhead, %']:.2f} % ({row['added, ms']:.1f} ms)" for row in some]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -159,81 +174,6 @@ def parts(rows: Sequence[dict[str, Any]]) -> str:
             cells = [f"{row['model']}, {row['GPUs']}", row["setting"], *(f"{row[f'{name}, ms']:.2f}" for name in names)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def draw(rows: Sequence[dict[str, Any]], gpus: Sequence[dict[str, Any]], out: Path) -> None:
-    """Predicted against measured, and the evaluation for GPUs."""
-    from matplotlib.figure import Figure
-
-    chart = Figure(figsize=(13, 4.2), layout="constrained")
-    steps, overhead, many = chart.subplots(1, 3)
-    for axis, (predicted, measured), name in (
-        (steps, QUANTITIES["shaped step"], "Shaped step, ms"),
-        (overhead, QUANTITIES["overhead, %"], "Overhead over TRL, %"),
-    ):
-        values = [row[key] for row in rows for key in (predicted, measured)]
-        low, high = 0.8 * min(values), 1.25 * max(values)
-        axis.fill_between(
-            [low, high], [0.8 * low, 0.8 * high], [1.2 * low, 1.2 * high], color="0.92", label="within 20 %"
-        )
-        axis.plot([low, high], [low, high], color="0.6", linewidth=0.8)
-        for held, colour in ((False, "tab:blue"), (True, "tab:orange")):
-            for many_ranks, mark in ((False, "o"), (True, "^")):
-                some = [row for row in rows if row["held out"] == held and (row["processes"] > 1) == many_ranks]
-                axis.scatter(
-                    [row[measured] for row in some],
-                    [row[predicted] for row in some],
-                    s=22,
-                    marker=mark,
-                    color=colour,
-                    alpha=0.8,
-                    linewidths=0,
-                    label=f"{'held out' if held else 'fitted'}, {'2 ranks' if many_ranks else '1 rank'}"
-                    if some
-                    else None,
-                )
-        axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), title=name)
-        axis.set(xlabel="measured", ylabel="predicted")
-        ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_locator(_fixed(ticks))
-            side.set_major_formatter("{x:g}")
-            side.set_minor_locator(_fixed([]))
-    steps.legend(fontsize=8, frameon=False)
-    colours = ("tab:green", "tab:blue", "black", "tab:red")
-    for model, style in zip(dict.fromkeys(row["model"] for row in gpus), ("-", "--"), strict=True):
-        for setting, colour in zip(SETTINGS, colours, strict=True):
-            some = [row for row in gpus if row["model"] == model and row["setting"] == setting]
-            many.plot(
-                [row["GPUs"] for row in some],
-                [row["overhead, %"] for row in some],
-                style,
-                color=colour,
-                label=setting if style == "-" else None,
-                linewidth=1.5,
-            )
-    many.set(
-        xscale="log",
-        yscale="log",
-        title="Evaluated for H100s, ZeRO-3: overhead, %",
-        xlabel="GPUs (solid: 8B, dashed: 70B)",
-    )
-    many.xaxis.set_major_locator(_fixed(GPUS))
-    many.xaxis.set_major_formatter("{x:g}")
-    many.xaxis.set_minor_locator(_fixed([]))
-    many.yaxis.set_major_locator(_fixed([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]))
-    many.yaxis.set_major_formatter("{x:g}")
-    many.yaxis.set_minor_locator(_fixed([]))
-    low, high = many.get_ylim()
-    many.set_ylim(low, 8 * high)
-    many.legend(fontsize=8, frameon=False, loc="upper right")
-    chart.savefig(out, dpi=110)
-
-
-def _fixed(ticks: Sequence[float]) -> Any:
-    from matplotlib.ticker import FixedLocator
-
-    return FixedLocator(list(ticks))
 
 
 def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -264,7 +204,8 @@ def write(found: Sequence[dict[str, Any]], scale: str, device: str, out: Path) -
     draw(rows, gpus, out / f"{name}.png")
     base, machine = BASES[scale], Machine()
     clock = "CPU time of rank 0" if device == "cpu" else "wall time"
-    text = f"""What shaping costs over TRL, and how that grows. {len(rows)} cases on {found[0]["machine"]}, torch {found[0]["torch"]}, {min(row["steps"] for row in rows)} to
+    warning = "This is a quick run: its times mean nothing, its counts do.\n\n" if scale == "quick" else ""
+    text = f"""{warning}What shaping costs over TRL, and how that grows. {len(rows)} cases on {found[0]["machine"]}, torch {found[0]["torch"]}, {min(row["steps"] for row in rows)} to
 {max(row["steps"] for row in rows)} measured steps each, plain and shaped in turns in one process. The base: {base.layers} layers, hidden size {base.hidden}, {base.pairs} pairs of {base.tokens} tokens a rank, {base.concepts} concepts of 4
 features each, suppressed; a row names what differs. *TRL* and *shaping* are {clock}, medians: of whole plain steps, and of shapedpo's own code within the
 shaped ones. *By whole steps* is the difference of the two kinds of step, which has the noise of both. A star: held out of the fit. Tokens a second are of wall time, all ranks.
@@ -272,6 +213,11 @@ shaped ones. *By whole steps* is the difference of the two kinds of step, which 
 {accuracy(rows)}
 
 {table(rows, base)}
+
+Where it goes: *collate* is texts in the collator, *read* activations in the reference's pass, *shaping* scores, offsets and metrics, *monitor* the running
+sums, *hold* the controller, *messages* the collectives. A log comes every 10 steps by default.
+
+{sections(rows, base)}
 
 The counts behind the prediction, by formula and in real steps:
 
