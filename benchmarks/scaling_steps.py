@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -106,7 +107,6 @@ class MeasuredTrainer(ShapedDPOTrainer, _TRL):
         self._shaping.observe = sections.timed("hold", self._shaping.observe)  # type: ignore[method-assign]
         for name in ("gather", "reduce"):
             setattr(self.accelerator, name, sections.timed("messages", getattr(self.accelerator, name), inside=True))
-        shaping.project_pairs = sections.timed("shaping", shaping.project_pairs)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         if self.plain:
@@ -150,7 +150,8 @@ def measure(case: Case, folder: Path, device: str, steps: int) -> dict[str, Any]
             fill_window(trainer._shaping.hold, case.concepts)
         turns = Turns(trainer, device)
         trainer.add_callback(turns)
-        trainer.train()
+        with patch.object(shaping, "project_pairs", trainer.sections.timed("shaping", shaping.project_pairs)):
+            trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model)
         return {
             "case": case.fields,
