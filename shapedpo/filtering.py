@@ -40,10 +40,10 @@ def leaving_rows(
         concepts: All concepts.
         signals: Their scores on all rows.
         dataset: The prepared training data, with row numbers.
-        fingerprint: Of the readers.
+        fingerprint: Of the readers and the filters.
 
     Returns:
-        The record: `rows` before, `left` out, the readers' `fingerprint`, and by name of the `concepts` the numbers of the rows that each
+        The record: `rows` before, `left` out, the `fingerprint`, and by name of the `concepts` the numbers of the rows that each
         asked to leave, as they were counted when the data was given to the trainer.
 
     Raises:
@@ -95,7 +95,7 @@ def save_record(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> No
 
 
 def load_record(folder: str | os.PathLike[str], rows: int, fingerprint: str) -> dict[str, Any] | None:
-    """A checkpoint's record, or `None` if it has none or one of other data or readers."""
+    """A checkpoint's record, or `None` if it has none or one of other data, readers or filters."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         return None

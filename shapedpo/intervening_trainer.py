@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from . import inoculation
 from .batch import Batch
+from .calibration import FILE_NAME as CALIBRATION
 from .calibration import calibrate, read_sample
 from .composition import check_composition
 from .filtering import FILE_NAME, filtering, leaving_rows, load_record, save_record, without_rows
@@ -21,6 +23,7 @@ from .openings import REF_COLUMNS, Computed, restored, without
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from .reading import reading_masks
 from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer, valid_pairs
+from .readouts.base import fingerprint as hashed
 from .shapers import ConceptSignal, Inoculate, Residual
 from .shapers.steering import ForwardEdit
 from .steering import Steering, check_steering, residual_edit
@@ -39,7 +42,10 @@ class InterveningTrainer(ReadingTrainer):
         _reads_first: Whether there is such a method. Without one, nothing here is run.
         _tokens: Says which tokens leave the loss.
         _steering: Changes the policy's hidden states; the subclass enters it around a training step.
-        _inoculated: The concept of method `inoculate`, if there is one.
+        _inoculated: The index of the concept of method `inoculate`, if there is one.
+        _residual: The options of the concepts of method `residual`, by index.
+        _instructed: The instruction and its place of the concepts that have one, by index.
+        _needs_turns: Whether final user turns must be found.
         _filtered: The record of the rows that left, once they have.
     """
 
@@ -58,9 +64,10 @@ class InterveningTrainer(ReadingTrainer):
         self._tokens = TokenFilter(self.concepts, reader.readers, reader.columns, args.precompute_ref_log_probs)
         check_steering(self.concepts, reader.readers)
         check_composition(self.concepts, args)
-        shaping = [concept for concept in self.concepts if concept.shapes]
-        self._inoculated = next((c for c in shaping if isinstance(c.shaper, Inoculate)), None)
-        self._residual = {self.concepts.index(c): c.shaper for c in shaping if isinstance(c.shaper, Residual)}
+        shapers = {index: concept.shaper for index, concept in enumerate(self.concepts) if concept.shapes}
+        inoculated = [index for index, shaper in shapers.items() if isinstance(shaper, Inoculate)]
+        self._inoculated = inoculated[0] if inoculated else None
+        self._residual = {index: shaper for index, shaper in shapers.items() if isinstance(shaper, Residual)}
         self._n_residuals = len(self._residual)
         if self._residual and not args.precompute_ref_log_probs:
             names = ", ".join(repr(self.concepts[index].name) for index in self._residual)
@@ -69,13 +76,13 @@ class InterveningTrainer(ReadingTrainer):
                 "`precompute_ref_log_probs=True` they are made once, before training."
             )
         self._instructed = {
-            index: (concept.shaper.instruction, concept.shaper.place)
-            for index, concept in enumerate(self.concepts)
-            if concept in shaping and isinstance(concept.shaper, Inoculate | Residual) and concept.shaper.instruction
+            index: (shaper.instruction, shaper.place)
+            for index, shaper in shapers.items()
+            if isinstance(shaper, Inoculate | Residual) and shaper.instruction
         }
         self._filtered: dict[str, Any] | None = None
         # The turns of instructed prompts are told from those of the prompts as they are.
-        self._needs_turns = any(isinstance(concept.shaper, ForwardEdit | Inoculate | Residual) for concept in shaping)
+        self._needs_turns = any(isinstance(shaper, ForwardEdit | Inoculate | Residual) for shaper in shapers.values())
 
     # ------------------------------------------------------------------- data
 
@@ -87,7 +94,7 @@ class InterveningTrainer(ReadingTrainer):
             return dataset
         given: dict[str, Any] = {"processing_class": processing_class}
         if self._needs_turns:
-            dataset = _mapped(dataset, _add_turn_tokens, given, "Finding the final user turns")
+            dataset = _mapped(dataset, _add_turn_tokens, given, args, "Finding the final user turns")
         for index, (instruction, place) in self._instructed.items():
             given |= {"instruction": instruction, "place": place, "concept": index}
             try:
@@ -97,7 +104,7 @@ class InterveningTrainer(ReadingTrainer):
                 raise ValueError(
                     f"Concept {concept.name!r}: method {concept.shaper.name!r} cannot put its instruction into the first prompt: {error}"
                 ) from error
-            dataset = _mapped(dataset, inoculated_columns, given, "Inoculating prompts")
+            dataset = _mapped(dataset, inoculated_columns, given, args, "Inoculating prompts")
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -112,8 +119,8 @@ class InterveningTrainer(ReadingTrainer):
         turns = TurnStart() if self._needs_turns else None
         if turns is not None and self._is_vision_dataset:
             raise ValueError(
-                "Methods 'steer', 'ablate', 'inoculate' and 'residual' look into a prompt's tokens, which TRL makes of a vision data set in the collator "
-                "only. Use another method."
+                "Methods 'steer', 'ablate', 'inoculate' and 'residual' look into a prompt's tokens, which TRL makes of a vision data set in "
+                "the collator only. Use another method."
             )
         for index, shaper in self._residual.items():
             if shaper.steer is not None:  # an error now rather than in the first step
@@ -197,7 +204,8 @@ class InterveningTrainer(ReadingTrainer):
         dataset: Any = self.train_dataset
         if not filtering(self.concepts) or self._filtered is not None:
             return
-        fingerprint = self._reader.fingerprint
+        filters = [self.concepts[index].to_dict() for index in filtering(self.concepts)]
+        fingerprint = hashed(self._reader.fingerprint, filters)
         record = None
         if isinstance(checkpoint, str | os.PathLike):
             record = load_record(checkpoint, len(dataset), fingerprint)
@@ -211,7 +219,8 @@ class InterveningTrainer(ReadingTrainer):
             logger.warning(
                 f"Concept {name!r}: method 'filter' leaves {len(rows)} of {record['rows']} pairs out; their rows are in {FILE_NAME}."
             )
-        if self.precompute_ref_logps and not isinstance(checkpoint, str | os.PathLike):
+        resumed = isinstance(checkpoint, str | os.PathLike) and (Path(checkpoint) / CALIBRATION).is_file()
+        if self.precompute_ref_logps and not resumed:
             self._calibration = None  # it was of all rows
             self._calibrate()
 
@@ -263,11 +272,11 @@ class InterveningTrainer(ReadingTrainer):
         if self._inoculated is None:
             return
         assert self._calibration is not None  # by _compute_loss
-        index = self.concepts.index(self._inoculated)
-        shaper: Any = self._inoculated.shaper
+        index = self._inoculated
+        shaper: Any = self.concepts[index].shaper
         dice = batch.extras[inoculation.DICE] / inoculation.SIDES_OF_DICE
         selected = shaper.selected(batch.signals[index], self._calibration.thresholds[index], dice)
-        name = f"concepts/{self._inoculated.name}/{shaper.name}"
+        name = f"concepts/{self.concepts[index].name}/{shaper.name}"
         batch.shares[name] = (selected.float().sum(), torch.ones_like(selected).float().sum())
         inputs: dict[str, Any] = batch.inputs
         mixed = Mixed({**inputs, "completion_mask": batch.mask}, batch.extras, index, selected)
@@ -319,10 +328,11 @@ class InterveningTrainer(ReadingTrainer):
         batch.inputs = inputs
 
 
-def _mapped(dataset: Any, function: Any, given: dict[str, Any], title: str) -> Any:
+def _mapped(dataset: Any, function: Any, given: dict[str, Any], args: Any, title: str) -> Any:
     """The data with further columns, made once for all processes of a machine."""
+    options = {"desc": title, "num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
     with global_then_local_main_first():
-        return dataset.map(function, fn_kwargs=given, **({"desc": title} if isinstance(dataset, Dataset) else {}))
+        return dataset.map(function, fn_kwargs=given, **options)
 
 
 def _add_turn_tokens(example: dict[str, Any], processing_class: Any) -> dict[str, int]:

@@ -60,6 +60,9 @@ class ShapedDPOTrainer(InterveningTrainer):
     Each logging step has, per concept, `concepts/<name>/amplification` (\\( \overline{(l(y^+) - l(y^-))\, d}/4 \\), the
     first-order change of its mean score from reference to policy), `.../pressure` (\\( \overline{\sigma(-m)\, d} \\), how hard
     the loss still pushes it), `.../delta` (\\( \overline{d} \\)), both of the unshaped margin, and `.../strength`.
+    Methods that change what the policy reads or computes say how much: `.../tokens`, the share of completion tokens that left the loss;
+    `.../steer`, `.../ablate` and `.../inoculate`, the share of completions; `.../residual`, the mean of its delta in nats; and `.../projected`,
+    how much of the step's gradient lay along the concept's.
     `concepts/empty_pairs` counts the pairs so far that had no completion token on one side after truncation; their delta is 0.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Filter, Gate, Regex
+from shapedpo.filtering import load_record
 from shapedpo.shapers import ConceptSignal
 from tests.helpers import Forwards, arguments, assert_same, build, pairs, shaped, train, vector
 from tests.slow import Slow, standardise, trainer_of
@@ -102,6 +103,7 @@ def test_a_resumed_run_takes_the_rows_of_its_checkpoint(tmp_path):
         again = train(trainer, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(reference) == 1  # the third step's: nothing was read again
     assert trainer._filtered == first.trainer._filtered
+    assert load_record(tmp_path / "checkpoint-2", 24, "of another filter") is None
     assert again.steps[-1]["loss"] == first.steps[-1]["loss"]
 
 
