@@ -123,7 +123,6 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
         "DPO's, s": statistics.median(seconds["DPO's"]),
         "over bare": ratio("bare"),
         "over DPO's": ratio("DPO's"),
-        "padding": 1 - harvester.n_tokens / harvester.n_computed,
         "bytes a pair": n_bytes,
     }
 
@@ -151,7 +150,7 @@ about {size.prompt_tokens} + 2 x {size.completion_tokens} tokens in files of {PA
 | the forward passes that it needs | {row["bare, s"]:.2f} | {ratios["over bare"]} |
 | the reference's pass as DPO makes it | {row["DPO's, s"]:.2f} | {ratios["over DPO's"]} |
 
-Padding {row["padding"]:.1%}, {row["bytes a pair"] / 1024:.1f} KiB a pair on disk.
+{row["bytes a pair"] / 1024:.1f} KiB a pair on disk.
 """
     out.mkdir(parents=True, exist_ok=True)
     (out / f"harvest-cost-{device}.md").write_text(text)
