@@ -30,7 +30,7 @@ LAUNCHERS = {
     ],
 }
 MIXED = ("way1/tokens", "goblin/tokens", "way2/steer", "way3/ablate", "fox/inoculate", "way4/residual", "cat/residual")
-SHARES = {"full": MIXED, "lora-reentrant": MIXED, "projected": ("way1/projected",)}
+SHARES = {"full": MIXED, "lora-reentrant": MIXED, "projected": ("way3/projected", "way4/projected")}
 """What must not be 0 in each run, or it would show nothing."""
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
 
