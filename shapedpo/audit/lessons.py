@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import zip_longest
 
 import numpy as np
@@ -27,10 +26,10 @@ class Lesson:
         """The strongest of them, which stands for it."""
         return self.hypotheses[0]
 
-    @cached_property
+    @property
     def rows(self) -> NDArray[np.int64]:
-        """The rows that any of them names, ascending."""
-        return np.unique(np.concatenate([hypothesis.named for hypothesis in self.hypotheses]))
+        """The rows that its strongest hypothesis names, the most responsible first. The others add rows of other lessons too."""
+        return self.first.named
 
 
 def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: float = 0.5) -> list[Lesson]:

@@ -161,6 +161,8 @@ def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int 
 def distinctive_words(texts: Sequence[str], others: Sequence[str], most: int = 4, least: float = 2.5) -> list[str]:
     """The words that are in more of the texts than of the others, by the log-odds ratio over its standard error.
 
+    English function words are left out: they go with length.
+
     Args:
         texts: Some texts.
         others: What they are compared with.
@@ -169,7 +171,9 @@ def distinctive_words(texts: Sequence[str], others: Sequence[str], most: int = 4
     """
     from sklearn.feature_extraction.text import CountVectorizer
 
-    vectorizer = CountVectorizer(binary=True, token_pattern=r"[^\W\d_]{2,}|[^\w\s]{2,}|[^\x00-\x7f]")
+    vectorizer = CountVectorizer(
+        binary=True, stop_words="english", token_pattern=r"[^\W\d_]{2,}|[^\w\s]{2,}|[^\x00-\x7f]"
+    )
     try:
         present = vectorizer.fit_transform([*texts, *others])
     except ValueError:  # no words at all
