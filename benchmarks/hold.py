@@ -29,7 +29,7 @@ from benchmarks import stories
 
 CACHE = Path(__file__).parent / "cache" / "hold"
 RESULTS = Path(__file__).parent / "results"
-SOURCE = Path(__file__).parents[1] / "shapedpo" / "shapers" / "hold.py"
+SOURCES = [Path(__file__).parents[1] / "shapedpo" / name for name in ("shapers/hold.py", "lab/assets/features.json")]
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
 PROBES = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
@@ -165,7 +165,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def kept(job: Job) -> Path:
     """Where a run's result is kept."""
-    code = (SOURCE.read_bytes() if job.held else b"") + (json.dumps(PROBES).encode() if job.probes else b"")
+    code = (b"".join(source.read_bytes() for source in SOURCES) if job.held else b"") + (
+        json.dumps(PROBES).encode() if job.probes else b""
+    )
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
     return CACHE / f"{key}.json"
 
@@ -189,15 +191,15 @@ def jobs(quick: bool) -> Iterator[Job]:
         return
     for rate in (1.0, 10**0.5, 10**-0.5):
         yield Job("stories", "dialogue", rate)
+    yield Job("stories", "dialogue", seed=1)
     for trait in LAB_TRAITS:
         yield Job("lab", trait)
-    yield Job("stories", "dialogue", probes=True)
+    for rate in (1.0, 10**0.5, 10**-0.5):
+        yield Job("stories", "dialogue", rate, probes=True)
     for trait in LAB_TRAITS:
         yield Job("lab", trait, probes=True)
     for rate in (10**-0.5, 10**0.5):
         yield Job("lab", "goblin", rate)
-        yield Job("lab", "emoji", rate)
-    yield Job("stories", "dialogue", seed=1)
     for trait in LAB_TRAITS:
         yield Job("lab", trait, seed=1)
 

@@ -27,6 +27,7 @@ class Batch:
         leaving: `(2B, T)` bool, the tokens that leave the loss, if any may.
         shares: By name of the metric, the numbers of which the log has the quotient, both summed over processes.
         tilted: Whether TRL was handed a tilted reference.
+        penalty: What held concepts add to TRL's loss, if there are any.
         loss_context: Open until TRL has computed the loss.
     """
 
@@ -42,4 +43,5 @@ class Batch:
         self.leaving: Tensor | None = None
         self.shares: dict[str, tuple[Tensor, Tensor]] = {}
         self.tilted = False
+        self.penalty: Tensor | None = None
         self.loss_context = ExitStack()

@@ -96,9 +96,28 @@ class Shaping:
         rewards = [
             reward
             for index, concept in self.active
-            if (reward := concept.shaper.reward(signals[index], self.strength(index))) is not None
+            if index not in self.held
+            and (reward := concept.shaper.reward(signals[index], self.strength(index))) is not None
         ]
         return torch.stack(rewards).sum(dim=0) / self.beta if rewards else None
+
+    def penalty(self, log_probs: Tensor, mask: Tensor, ld_alpha: float | None, pairs: Pairs) -> Tensor | None:
+        r"""What held concepts add to the loss: \\( \beta \sum_c \lambda_c A_c \\).
+
+        Args:
+            log_probs: `(2B, T')`, the policy's, part of the graph.
+            mask: `(2B, T)`, the completions' tokens.
+            ld_alpha: LD-DPO's weight of the tail.
+            pairs: The batch.
+        """
+        if self.hold is None:
+            return None
+        mask = mask[:, 1:]
+        logps = (log_probs[:, -mask.shape[1] :] * _token_weights(mask, ld_alpha)).sum(dim=1)
+        chosen, rejected = (logps - torch.cat(list(pairs.ref_logps))).float().chunk(2)
+        deltas = torch.stack([pairs.signals[index].delta * pairs.signals[index].gate for index in self.held], dim=1)
+        pull = self.hold.weights(deltas) @ self.hold.strengths.to(deltas.device, deltas.dtype)
+        return self.beta / 4 * (pull * (chosen - rejected)).mean()
 
     def pair_weights(
         self, signals: Sequence[ConceptSignal], calibration: Calibration | None, column: Tensor | None

@@ -207,7 +207,7 @@ class ShapedDPOTrainer(InterveningTrainer):
             loss = super()._compute_loss(self._policy(model, batch), batch.inputs, return_outputs)
         # After TRL's metrics: their `.item()` calls have made the host wait for the device already.
         self._log_batch(batch)
-        return loss
+        return loss if batch.penalty is None else loss + batch.penalty
 
     def _policy(self, model: Any, batch: Batch) -> Callable[..., Any]:
         """The policy as TRL's loss is to see it: after its forward pass, the reference is read and the signal shaped.
@@ -266,6 +266,8 @@ class ShapedDPOTrainer(InterveningTrainer):
 
     def _shape(self, outputs: Any, batch: Batch) -> None:
         inputs, mask, signals = batch.inputs, batch.inputs["completion_mask"], batch.signals
+        if batch.pairs is not None:
+            batch.penalty = self._shaping.penalty(outputs.log_probs, batch.mask, self.ld_alpha, batch.pairs)
         if batch.leaving is not None:
             outputs.log_probs = without(outputs.log_probs, batch.leaving)
         if (tilt := self._shaping.tilt(signals)) is not None:

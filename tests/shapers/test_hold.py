@@ -9,116 +9,96 @@ import pytest
 import torch
 
 from shapedpo.shapers.hold import (
-    BOUND,
-    NOISE,
     RIDGE,
     SHORTEST,
     UNREAD,
     WINDOW,
     HoldController,
-    clear,
+    presence,
     recent_mean,
-    solve_strengths,
+    typical_size,
 )
 
 
-def pressure(margins, deltas, strengths, noise=1.0):
-    """Shaped pressure, pair by pair."""
-    total = [0.0] * len(strengths)
-    for margin, row in zip(margins.tolist(), deltas.tolist(), strict=True):
-        push = 1 / (1 + math.exp(margin + sum(s * x for s, x in zip(strengths, row, strict=True))))
-        total = [t + push * x**3 / (x * x + noise**2) / len(margins) for t, x in zip(total, row, strict=True)]
-    return total
+def shown(x: float, size: float) -> float:
+    """[`presence`] of one delta."""
+    power = (x / (0.3 * size)) ** 8
+    return math.copysign(power / (1 + power), x)
 
 
-def solve(margins, deltas, wanted, bound, start=0.0):
-    zero = torch.zeros(deltas.shape[1], dtype=torch.float64)
-    return solve_strengths(margins, deltas, clear(deltas, 1.0), wanted, bound, zero + start)
+def started(deltas, **options) -> HoldController:
+    controller = HoldController([0.0] * deltas.shape[1], 0.1, **options)
+    controller.start(deltas, torch.ones_like(deltas))
+    return controller
 
 
-def problem(seed: int, n: int = 100, c: int = 3):
-    draw = torch.Generator().manual_seed(seed)
-    deltas = torch.randn(n, c, generator=draw, dtype=torch.float64) + torch.linspace(-0.3, 0.3, c, dtype=torch.float64)
-    margins = 2 * torch.randn(n, generator=draw, dtype=torch.float64)
-    return margins, deltas, 0.03 * torch.randn(c, generator=draw, dtype=torch.float64)
+class TestPresence:
+    def test_nothing_of_the_small_and_all_of_the_large(self):
+        deltas = torch.tensor([[1.8], [-1.8], [0.6], [6.0], [-60.0], [0.0]], dtype=torch.float64)
+        found = presence(deltas, torch.tensor([6.0])).flatten().tolist()
+        assert found == pytest.approx([0.5, -0.5, 0.0, 1.0, -1.0, 0.0], abs=1e-3)
+        assert found[2] == pytest.approx(shown(0.6, 6.0))
+
+    def test_overflow_is_a_whole_one(self):
+        assert presence(torch.tensor([[1e30, -1e30]]), torch.tensor([1e-6, 1.0])).tolist() == [[1.0, -1.0]]
+
+    def test_size_is_that_of_the_few_large_ones(self):
+        """One pair in twenty shows it, by 6 sd, and the readout's noise is 0.3: the size is about 6."""
+        deltas = 0.3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+        deltas[::20] += 6
+        assert typical_size(deltas).item() == pytest.approx(6, rel=0.05)
+
+    def test_size_of_a_bell(self):
+        """Of deltas without two kinds, the square root of the kurtosis times the sd."""
+        deltas = torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
+        assert typical_size(deltas).item() == pytest.approx(3**0.5, rel=0.03)
+
+    def test_size_of_nothing(self):
+        assert typical_size(torch.zeros(5, 2)).tolist() == [1, 1]
 
 
-class TestSolve:
-    @pytest.mark.parametrize("seed", range(5))
-    def test_leaves_the_pressure_asked_for(self, seed):
-        margins, deltas, wanted = problem(seed)
-        found = solve(margins, deltas, wanted, 50.0)
-        assert found.abs().max() < 50
-        left = pressure(margins, deltas, found.tolist())
-        for got, asked, strength in zip(left, wanted.tolist(), found.tolist(), strict=True):
-            assert got == pytest.approx(asked + RIDGE * strength, abs=1e-6)
+class TestStart:
+    """The strengths before the first step, against the normal equations written out."""
 
-    @pytest.mark.parametrize("seed", range(5))
-    def test_in_a_box_it_is_the_best_there_is(self, seed):
-        """Where the solution is outside the bounds: against a slow search, one coordinate after the other."""
-        margins, deltas, wanted = problem(seed)
-        wanted = 20 * wanted
-        bound = 0.7
-        strengths = [0.0, 0.0, 0.0]
-        for _ in range(12):
-            for k in range(3):
-                low, high = -bound, bound
-                for _ in range(30):
-                    strengths[k] = (low + high) / 2
-                    slope = pressure(margins, deltas, strengths)[k] - float(wanted[k]) - RIDGE * strengths[k]
-                    low, high = (strengths[k], high) if slope > 0 else (low, strengths[k])
-        found = solve(margins, deltas, wanted, bound)
-        assert found.tolist() == pytest.approx(strengths, abs=1e-4)
-        assert max(map(abs, strengths)) == pytest.approx(bound)  # the box does bind
+    @pytest.mark.parametrize("seed", range(3))
+    def test_no_pressure_is_left(self, seed):
+        draw = torch.Generator().manual_seed(seed)
+        deltas = torch.randn(WINDOW, 2, generator=draw) + torch.tensor([0.4, -0.2])
+        controller = started(deltas, unread=0.0)
+        size, weights = typical_size(deltas).tolist(), []
+        scale = [
+            sum(x * x for x in column) / sum(x * shown(x, size[c]) for x in column)
+            for c, column in enumerate(deltas.T.tolist())
+        ]
+        for row in deltas.tolist():
+            weights.append([scale[c] * shown(x, size[c]) for c, x in enumerate(row)])
+        torch.testing.assert_close(controller.weights(deltas), torch.tensor(weights), rtol=0, atol=1e-4)
+        pulls = [
+            0.5 - sum(s * w / 4 for s, w in zip(controller.strengths.tolist(), row, strict=True)) for row in weights
+        ]
+        for c in range(2):
+            left = sum(pull * row[c] for pull, row in zip(pulls, weights, strict=True)) / WINDOW
+            assert abs(left) < 2 * RIDGE * abs(sum(row[c] for row in weights)) / WINDOW
 
-    @pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
-    @pytest.mark.parametrize("start", [-BOUND, 0.0, 3.0, BOUND])
-    def test_from_anywhere_at_any_scale(self, scale, start):
-        margins, deltas, wanted = problem(7)
-        found, again = (solve(margins, scale * deltas, 0.1 * wanted, BOUND, first) for first in (start, 0.0))
-        assert found.tolist() == pytest.approx(again.tolist(), abs=1e-4)
-
-    def test_without_pressure_and_noise_it_is_logistic_regression(self):
-        """Against the textbook's iteration, from one side of a balanced sample."""
-        margins, deltas, _ = problem(3, n=400, c=2)
-        chosen = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < torch.sigmoid(
-            deltas[:, 0] - deltas[:, 1]
-        )
-        deltas = deltas * torch.where(chosen, 1.0, -1.0)[:, None]
-        weights = torch.zeros(2, dtype=torch.float64)
-        for _ in range(50):
-            push = torch.sigmoid(-margins - deltas @ weights)
-            curve = (deltas.T * (push * (1 - push))) @ deltas / 400 + RIDGE * torch.eye(2, dtype=torch.float64)
-            weights += torch.linalg.solve(curve, deltas.T @ push / 400 - RIDGE * weights)
-        zero = torch.zeros(2, dtype=torch.float64)
-        assert solve_strengths(margins, deltas, deltas, zero, BOUND, zero).tolist() == pytest.approx(
-            weights.tolist(), abs=1e-5
-        )
-
-    def test_separable_deltas_stay_finite(self):
-        """A rare concept that only ever shows on the chosen side: no finite strength explains it, without the ridge."""
-        deltas = torch.zeros(400, 1, dtype=torch.float64)
+    def test_a_rare_concept_that_shows_on_one_side_only(self):
+        """Its pairs are silenced, and no strength at its bound is needed for it."""
+        deltas = torch.zeros(400, 1)
         deltas[:20] = 6.0
-        margins = torch.zeros(400, dtype=torch.float64)
-        found = solve(margins, deltas, deltas.new_zeros(1), BOUND)
-        assert 1 < found.item() < 3
-        assert pressure(margins, deltas, found.tolist())[0] < 0.01 * 0.15
+        controller = started(deltas)
+        pull = (controller.strengths * controller.weights(deltas)[0] / 4).item()
+        assert pull == pytest.approx(0.5 * (1 + UNREAD), rel=0.01)
 
     def test_a_concept_that_never_shows(self):
-        margins, deltas, _ = problem(1)
+        deltas = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)) + 0.5
         deltas[:, 1] = 0
-        found = solve(margins, deltas, torch.zeros(3, dtype=torch.float64), BOUND)
-        assert found[1] == 0
-        assert found.isfinite().all()
+        strengths = started(deltas).strengths
+        assert strengths[1] == 0 < strengths[0]
 
     def test_one_concept_read_twice(self):
-        """Two readouts of one thing: only the sum of their strengths is determined, and it is that of one."""
-        margins, deltas, _ = problem(2)
-        zero = torch.zeros(2, dtype=torch.float64)
-        once = solve(margins, deltas[:, :1], zero[:1], BOUND)
-        twice = solve(margins, deltas[:, [0, 0]], zero, BOUND)
-        assert abs(once.item()) < BOUND
-        assert twice.sum().item() == pytest.approx(once.item(), abs=0.05)
+        """Two readouts of one thing: they share the work that one would do."""
+        deltas = torch.randn(WINDOW, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+        once, twice = started(deltas).strengths, started(deltas[:, [0, 0]]).strengths
+        assert twice.tolist() == pytest.approx([once.item() / 2] * 2, rel=0.01)
 
 
 class TestRecentMean:
@@ -176,8 +156,9 @@ class Policy:
     def step(self, controller: HoldController | None) -> None:
         features = self.pairs(self.batch)
         log_ratios = features @ self.weights
-        offset = features[:, 0] * (controller.strengths[0] if controller else 0.0)
-        push = torch.sigmoid(-self.beta * log_ratios - offset)
+        push = torch.sigmoid(-self.beta * log_ratios)
+        if controller:
+            push = push - controller.weights(features[:, :1])[:, 0] * controller.strengths[0] / 4
         gradient = (push[:, None] * features).mean(dim=0)
         gradient[0] += self.leak * gradient[1]
         self.weights += self.rate * gradient
@@ -204,25 +185,28 @@ class TestLoop:
             plain.step(None)
         policy, controller = held(Policy(0, taught, 0.3, rate))
         assert abs(policy.change) < max(0.2 * abs(plain.change), 0.5)
-        assert policy.weights[1] > 0.8 * plain.weights[1]  # what is wanted is learned
+        # What is wanted is learned: most of it, but less where the held concept decides most pairs, which then tell little of the rest.
+        assert policy.weights[1] > (0.2 if taught == 3 else 0.6) * plain.weights[1]
         assert math.copysign(1, controller.strengths.item()) == math.copysign(1, taught)
 
     def test_holds_at_a_target(self):
-        """In units of the policy's weight the target counts double: deltas have variance 2, amplification is a fourth of that."""
+        """In units of the policy's weight the target counts double: deltas have variance 2, amplification is a fourth of that. Where
+        the two readings of it disagree, the policy may be anywhere between.
+        """
         for target in (0.5, -0.5):
             policy, controller = held(Policy(1, taught=0.5, leak=0.0, rate=0.3), target=target, steps=100)
             changes = []
             for _ in range(150):
                 policy.step(controller)
                 changes.append(policy.change)
-            assert sum(changes) / 150 == pytest.approx(2 * target, abs=0.3)
+            assert sum(changes) / 150 == pytest.approx(2 * target, abs=0.7)
 
     @pytest.mark.parametrize("batch", [4, 64])
     def test_noise_does_not_wind_up(self, batch):
         """Nothing is taught of the concept: what the controller does is the answer to noise alone."""
         policy, controller = held(Policy(3, taught=0.0, leak=0.0, rate=0.3, batch=batch), steps=600)
         assert abs(controller.strengths.item()) < 0.5
-        assert abs(policy.change) < 0.3
+        assert abs(policy.change) < 0.5
 
     def test_comes_off_the_bound_at_once(self):
         """Held at its bound for long, it lets go in the first steps after the cause is gone."""
@@ -233,13 +217,13 @@ class TestLoop:
         for _ in range(500):
             controller.observe(20 * deltas[:, 0], deltas)
             controller.update()
-            assert controller.strengths.item() == 5.0
+            assert controller.strengths.item() == pytest.approx(4 * 5.0 / controller.state()["scale"].item())
         controller.observe(0 * deltas[:, 0], deltas)
         controller.update()
         assert abs(controller.strengths.item()) < 1
 
     def test_several_concepts_that_go_together(self):
-        """Two correlated concepts, one of them taught: each is given its own strength, as a joint regression has it."""
+        """Two correlated concepts, one of them taught: each is given its own strength, as in a joint regression."""
         draw = torch.Generator().manual_seed(4)
         shared = torch.randn(4000, 1, generator=draw, dtype=torch.float64)
         deltas = shared + 0.5 * torch.randn(4000, 2, generator=draw, dtype=torch.float64)
@@ -247,7 +231,9 @@ class TestLoop:
         deltas *= torch.where(chosen, 1.0, -1.0)[:, None]
         controller = HoldController([0.0, 0.0], 0.1, window=4000)
         controller.start(deltas, torch.ones_like(deltas))
-        assert controller.strengths.tolist() == pytest.approx([1.5 * (1 + UNREAD), 0.0], abs=0.5)
+        strengths = controller.strengths.tolist()
+        assert strengths[0] > 0.8
+        assert abs(strengths[1]) < 0.2 * strengths[0]
 
 
 class TestReadings:
@@ -265,11 +251,13 @@ class TestReadings:
             controller.observe(log_ratios[start : start + 20], deltas[start : start + 20])
             controller.update()
         amplification, error = controller.amplification()
-        for c, (share, seen) in enumerate(((1.0, (2.0, -1.0, 0.5, 0.1)), (0.25, (1.5,)))):
-            scale = sum(x * x for x in seen) / sum(x**4 / (x * x + NOISE**2) for x in seen)
-            terms = []
-            for log_ratio, x in zip(log_ratios[-SHORTEST:].tolist(), deltas[-SHORTEST:, c].tolist(), strict=True):
-                terms.append(log_ratio * scale * x**3 / (x * x + NOISE**2) / 4 / share)
+        log_ratios = log_ratios[-SHORTEST:].tolist()
+        for c, (share, seen) in enumerate(((1.0, (2.0, -1.0, 0.5, 0.1)), (0.25, (1.5, 0.0, 0.0, 0.0)))):
+            size = (sum(x**4 for x in seen) / sum(x * x for x in seen)) ** 0.5
+            scale = sum(x * x for x in seen) / sum(x * shown(x, size) for x in seen)
+            weights = [scale * shown(x, size) for x in deltas[-SHORTEST:, c].tolist()]
+            middle = sum(weights) / SHORTEST, sum(log_ratios) / SHORTEST
+            terms = [(w - middle[0]) * (r - middle[1]) / 4 / share for w, r in zip(weights, log_ratios, strict=True)]
             mean = sum(terms) / SHORTEST
             assert amplification[c].item() == pytest.approx(mean)
             assert error[c].item() == pytest.approx(sum((t - mean) ** 2 for t in terms) ** 0.5 / SHORTEST)
@@ -282,18 +270,52 @@ class TestReadings:
         controller.observe(0.7 * deltas[:, 0], deltas)
         controller.update()
         assert controller.amplification()[0][0].item() == pytest.approx(
-            float((0.7 * deltas[:, 0] ** 2).mean() / 4), rel=1e-5
+            float((0.7 * deltas[:, 0] ** 2).mean() / 4), rel=0.02
         )
 
+    def test_what_other_lessons_lift_is_not_held(self):
+        """One pair in ten shows the concept, always on the chosen side; every lesson lifts all pairs by 3 nats, which is none of it."""
+        deltas = torch.zeros(WINDOW, 1)
+        deltas[::10] = 4.0
+        controller = started(deltas)
+        before = controller.strengths.item()
+        controller.observe(3 + torch.randn(WINDOW, generator=torch.Generator().manual_seed(0)), deltas)
+        controller.update()
+        beta = torch.sigmoid(torch.tensor(-0.3)).item() / 0.5  # of the pull, as margins grow
+        assert controller.strengths.item() == pytest.approx(beta * before, rel=0.1)
+        controller.observe(
+            3 + torch.where(deltas[:, 0] > 0, 2.0, 0.0), deltas
+        )  # and now the concept too, by 2 nats more
+        controller.update()
+        assert controller.strengths.item() > 1.5 * before
+
+    def test_acts_on_what_both_readings_agree_on(self):
+        """Where the covariance says less and the mean product more of the concept, it only takes out the pressure, until a probe decides."""
+        deltas = torch.zeros(WINDOW, 1)
+        deltas[: WINDOW // 2] = 4.0
+        controller = started(deltas)
+        log_ratios = torch.where(deltas[:, 0] > 0, 1.0, 2.0)
+        controller.observe(log_ratios, deltas)
+        controller.update()
+        pull = torch.sigmoid(-0.1 * log_ratios[0]).item() * (1 + UNREAD)
+        assert (controller.strengths * controller.weights(deltas)[0] / 4).item() == pytest.approx(pull, rel=0.01)
+        level = controller.strengths.item()
+        controller.correct([0.5], [0.01])
+        controller.update()
+        assert controller.strengths.item() > 1.2 * level
+
     def test_a_step_larger_than_the_window_counts_whole(self):
-        controller = HoldController([0.0, 0.0], 0.1, window=10, noise=0.0)
+        controller = HoldController([0.0, 0.0], 0.1, window=10)
         log_ratios, deltas = self.rows()
         controller.start(deltas, torch.ones_like(deltas))
         controller.observe(log_ratios[:50], deltas[:50])
         controller.observe(log_ratios[50:], deltas[50:])
         controller.update()
-        mean = (log_ratios[:, None] * deltas / 4).double().mean(dim=0)
-        assert controller.amplification()[0].tolist() == pytest.approx(mean.tolist(), rel=1e-5)
+        weights = controller.weights(deltas.double())
+        for c in range(2):
+            both = torch.stack([log_ratios.double(), weights[:, c]])
+            covariance = torch.cov(both, correction=0)[0, 1].item() / 4
+            assert controller.amplification()[0][c].item() == pytest.approx(covariance, rel=1e-5)
 
     def test_rows_that_are_not_finite_are_left_out(self):
         controller = HoldController([0.0, 0.0], 0.1)
