@@ -6,7 +6,7 @@ Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and
 (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
 rate and half a decade below and above. `probes` is the same run with `probe_steps` set, so that rollouts correct the controller.
 
-Finished runs are kept in `benchmarks/cache/hold/`, by settings and by the controller's source, so that a run that was cut off goes on.
+Finished runs are kept in `benchmarks/cache/hold/`, by settings, by the controller's source and by the lab's features, so that a run that was cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
 """
 
@@ -29,7 +29,7 @@ from benchmarks import stories
 
 CACHE = Path(__file__).parent / "cache" / "hold"
 RESULTS = Path(__file__).parent / "results"
-SOURCES = [Path(__file__).parents[1] / "shapedpo" / name for name in ("shapers/hold.py", "lab/assets/features.json")]
+PACKAGE = Path(__file__).parents[1] / "shapedpo"
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
 PROBES = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
@@ -165,7 +165,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def kept(job: Job) -> Path:
     """Where a run's result is kept."""
-    code = (b"".join(source.read_bytes() for source in SOURCES) if job.held else b"") + (
+    features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
+    read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
+    code = ((PACKAGE / "shapers" / "hold.py").read_bytes() + read if job.held else b"") + (
         json.dumps(PROBES).encode() if job.probes else b""
     )
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]

@@ -64,15 +64,17 @@ class Concept:
         target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
             score; negative for less of the concept. 0, the default, is the level before training.
 
-    `hold` works by the readout and on the data: it keeps the pairs from teaching what the readout reads. With `probe_steps` set, what
-    rollouts show corrects what it reads off the pairs, which is the better version. It cannot work
+    `hold` is DPO under a constraint: what the pairs teach of what the readout reads is taken out of the gradient, and what other lessons
+    bring along is leant against (see `shapers/hold.py`). With `probe_steps` set, what rollouts show corrects what it reads off the pairs.
+    It cannot work
 
-    - where the data have no signal to counter with. If the concept only ever shows on one side (a rare concept that deltas separate),
-      shaping can take all that its pairs teach, but no pair can teach the opposite: what other lessons bring along, stays;
+    - where the data have no signal to counter with: no pair has a delta in the concept, on either side;
     - where the readout does not see the behaviour, or sees something else as well: the score stays level and the behaviour moves;
     - where amplification is a bad gauge: far from the reference (very high learning rates, a policy that breaks down), or with fewer
       than some hundred pairs. Look at rollouts;
     - for a target other than 0 that the data cannot teach: the strength goes to its bound and stays there.
+
+    Where the held concept decides most pairs, these pairs teach less of the rest than they do with `suppress`.
 
     Raises:
         ValueError: If a field does not fit; the text names the concept, what was found and what is expected.

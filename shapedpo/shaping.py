@@ -102,7 +102,7 @@ class Shaping:
         return torch.stack(rewards).sum(dim=0) / self.beta if rewards else None
 
     def penalty(self, log_probs: Tensor, mask: Tensor, ld_alpha: float | None, pairs: Pairs) -> Tensor | None:
-        r"""What held concepts add to the loss: \\( \beta \sum_c \lambda_c A_c \\).
+        r"""What held concepts add to the loss, \\( \beta \sum_c \lambda_c A_c \\) of the batch (see `shapers/hold.py`); `None` if there are none.
 
         Args:
             log_probs: `(2B, T')`, the policy's, part of the graph.

@@ -7,7 +7,10 @@ import torch
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Gate, Regex
+from shapedpo.metrics import Pairs
+from shapedpo.shapers import ConceptSignal
 from shapedpo.shapers.hold import HoldController
+from shapedpo.shaping import Shaping
 from tests.helpers import arguments, build, pairs, shaped, train, vector
 
 
@@ -37,6 +40,74 @@ def test_strength_is_that_of_the_controller():
     # What it sees is unshaped: with these the metrics can be made again.
     for (log_ratios, deltas), value in zip(seen, run.metric("concepts/way/amplification"), strict=True):
         assert (log_ratios * deltas[:, 0]).mean().item() / 4 == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.3])
+def test_penalty_against_a_slow_reference(ld_alpha):
+    """What it adds to the loss, and its gradient, token by token; two of the columns are virtual tokens in front."""
+    shaping = Shaping([way(gate=Gate(column="creative")), Concept("dog", Regex("dog"), "hold")], beta=0.2)
+    draw = torch.Generator().manual_seed(0)
+    n, length, virtual = 8, 7, 2
+    deltas = 2 * torch.randn(n, 2, generator=draw)
+    gates = torch.ones(n, 2)
+    gates[::2, 0] = 0
+    shaping.hold.start(deltas, gates)
+    mask = (torch.arange(length)[None] >= torch.randint(1, length, (2 * n, 1), generator=draw)).long().flip(0)
+    mask[:, -2:] *= torch.randint(0, 2, (2 * n, 1), generator=draw)
+    log_probs = torch.randn(2 * n, virtual + length - 1, generator=draw, dtype=torch.float64)
+    log_probs[:, virtual:] *= mask[:, 1:]
+    log_probs[:, :virtual] = 0
+    log_probs.requires_grad_()
+    ref = torch.randn(2 * n, generator=draw, dtype=torch.float64)
+    signals = [ConceptSignal(torch.zeros(2 * n), deltas[:, c], gates[:, c]) for c in range(2)]
+    pairs_read = Pairs(ref.chunk(2), ref.chunk(2), signals, torch.zeros(2), torch.zeros(n, dtype=torch.bool), None)
+
+    found = shaping.penalty(log_probs, mask, ld_alpha, pairs_read)
+    weights, strengths = shaping.hold.weights(deltas * gates).tolist(), shaping.hold.strengths.tolist()
+    expected, gradient = 0.0, torch.zeros_like(log_probs)
+    for i in range(n):
+        pull = 0.2 / 4 / n * sum(s * w for s, w in zip(strengths, weights[i], strict=True))
+        shared = min(int(mask[i, 1:].sum()), int(mask[n + i, 1:].sum()))
+        for row, sign in ((i, 1), (n + i, -1)):
+            seen = 0
+            expected -= sign * pull * ref[row].item()
+            for t in range(1, length):
+                seen += int(mask[row, t])
+                weight = int(mask[row, t]) * (1.0 if ld_alpha is None or seen <= shared else ld_alpha)
+                expected += sign * pull * weight * log_probs[row, virtual + t - 1].item()
+                gradient[row, virtual + t - 1] = sign * pull * weight
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    torch.testing.assert_close(log_probs.grad, gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_nothing_held_adds_nothing():
+    assert (
+        Shaping([Concept("goblin", Regex("goblin"))], 0.1).penalty(torch.zeros(2, 3), torch.ones(2, 4), None, None)
+        is None
+    )
+
+
+def test_the_loss_is_dpos_and_the_penalty():
+    """Of one batch, with the strengths and without: the rewards stay, and the loss differs by the penalty."""
+    trainer, added = shaped(way()), []
+    controller, penalty = trainer._shaping.hold, trainer._shaping.penalty
+    trainer._shaping.penalty = lambda *given: added.append(penalty(*given)) or added[-1]
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    for parameter in trainer.model.parameters():  # away from the reference, where nothing has been amplified
+        parameter.data *= 1.05
+    controller.update = lambda: None
+    losses, margins = [], []
+    for strength in (None, 0.0):
+        batch = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        if strength is not None:
+            controller.strengths = torch.zeros(1, dtype=torch.float64)
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+        margins.append(trainer._metrics["train"]["rewards/margins"][-1])
+    assert abs(added[0].item()) > 0 == added[1].item()
+    assert losses[0] - losses[1] == pytest.approx(added[0].item(), rel=1e-3, abs=1e-7)
+    assert margins[0] == margins[1]
 
 
 def test_moves_once_an_optimizer_step():

@@ -20,6 +20,8 @@ class Reward(Shaper):
     \\( \log \mathrm{ref}'(y) = \log \mathrm{ref}(y) - (\lambda/\beta)\, s(y) \\), and so has a meaning for every loss type
     that reads the reference. The strength is \\( \lambda \\), in nats of margin per standard deviation of the score.
 
+    Action `hold` does the same to first order, by a term of the loss instead of the reference (see `hold.py`).
+
     Source: Bergen, Bhalla, Baskaran et al., "Anatomy of Post-Training" (arXiv 2606.12360), reward shaping and its gated form;
     `abs(lambda)` 0.5 to 5 there.
     """

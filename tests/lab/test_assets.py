@@ -10,7 +10,7 @@ import torch
 
 from shapedpo import lab
 from shapedpo.lab.build import TINY, build
-from shapedpo.lab.features import auroc, find_features, measure_features, shipped_features
+from shapedpo.lab.features import auroc, find_features, hard_auroc, log_losses, measure_features, shipped_features
 from shapedpo.lab.traits import ASSETS
 
 
@@ -52,7 +52,8 @@ def test_sae_tells_every_trait():
     assert set(result["traits"]) == set(lab.TRAITS)
     for name, entry in result["traits"].items():
         assert 1 <= len(entry["features"]) <= 8
-        assert entry["auroc"] >= 0.95, name
+        assert entry["auroc"] >= 0.98, name
+        assert entry["hard_auroc"] >= 0.9, (name, entry["hardest"])
 
 
 def test_auroc_against_a_count_of_pairs():
@@ -69,7 +70,40 @@ def test_find_features_finds_what_was_planted():
     half = rng.random(2000) < 0.5
     pooled[:, 7] += 2 * (labels & half)
     pooled[:, 9] += 2 * (labels & ~half)
-    assert set(find_features(pooled, labels, max_features=2)) == {7, 9}
+    assert set(find_features(pooled, {"cheer": labels}, "cheer", max_features=2)) == {7, 9}
+
+
+def test_find_features_looks_at_what_is_easily_taken_for_the_trait():
+    """Feature 3 is the best at the trait, but rare praise lifts it as much; 5 is worse in general and never takes one for the other."""
+    rng = np.random.default_rng(0)
+    cheer, praise = rng.random(4000) < 0.2, rng.random(4000) < 0.02
+    pooled = rng.random((4000, 40)).astype(np.float32)
+    pooled[:, 3] += 2 * (cheer | praise)
+    pooled[:, 5] += 0.7 * cheer
+    labels = {"cheer": cheer, "praise": praise}
+    everywhere, hard = (
+        [function(pooled[:, [column]][:, 0]) for column in (3, 5)]
+        for function in (lambda x: float(auroc(x, cheer)), lambda x: hard_auroc(x, labels, "cheer")[0])
+    )
+    assert everywhere[0] > everywhere[1]
+    assert hard[0] == pytest.approx(0.5, abs=0.08)
+    assert hard[1] > 0.85
+    assert find_features(pooled, labels, "cheer", max_features=1) == [5]
+
+
+def test_log_losses_against_a_textbook_fit():
+    """The slow one: gradient descent on each column by itself, in float64."""
+    rng = np.random.default_rng(1)
+    labels = rng.random(300) < 0.3
+    scores = rng.normal(size=(300, 2)) + np.outer(labels, [0.5, 1.5])
+    weights = rng.random(300) + 0.5
+    weights /= weights.mean()
+    for found, column in zip(log_losses(scores, labels, weights), scores.T, strict=True):
+        x, a, b = (column - column.mean()) / column.std(), 0.0, 0.0
+        for _ in range(4000):
+            p = 1 / (1 + np.exp(-a - b * x))
+            a, b = a + 0.5 * (weights * (labels - p)).mean(), b + 0.5 * (weights * (labels - p) * x).mean()
+        assert found == pytest.approx(-(weights * np.log(np.where(labels, p, 1 - p))).mean(), abs=1e-5)
 
 
 def test_concept_reads_the_shipped_features():
