@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from shapedpo import SAEFeatures, cli
 from shapedpo.capture import resolve_site
 from shapedpo.lab.features import shipped_features
 from tests import helpers
+
+
+LAB = Path(__file__).parents[2] / "recipes" / "goblin_lab.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +96,7 @@ def test_training_repeats(recipe, capfd):
 
 def test_find_the_labs_goblin(capfd):
     """The lab's shipped features of the goblin are among those that are found anew."""
-    assert (
-        sae("find", "--config", "recipes/goblin_lab.yaml", "--pattern", "(?i)goblin", "--pairs", 300, "--top", 8) == 0
-    )
+    assert sae("find", "--config", LAB, "--pattern", "(?i)goblin", "--pairs", 300, "--top", 8) == 0
     printed = capfd.readouterr().out
     found = [int(row) for row in re.findall(r"^│ +(\d+)", printed, flags=re.MULTILINE)]
     assert len(found) == 8
