@@ -199,7 +199,8 @@ class HoldController:
         least = amplification + self.bias - self.targets
         most = least + log_ratios.mean() * weights.mean(dim=0) / (4 * self._share) * (1 - self._probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
-        # James and Stein's: what is within its own noise is taken for noise, so that strengths do not follow it.
+        # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
+        error = (error**2 + self._probed * self._doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
         pressure = (torch.sigmoid(-self.beta * log_ratios)[:, None] * weights).mean(dim=0)
         moments = weights.T @ weights / len(weights)

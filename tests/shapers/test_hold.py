@@ -344,6 +344,22 @@ class TestReadings:
         controller.correct([0.3], [100.0])  # as good as unknown
         assert controller.bias.item() == pytest.approx(0.3, abs=0.02)
 
+    def test_a_noisy_probe_moves_little(self):
+        """64 rollouts of a rare concept: a change of one standard error is no reason to let go."""
+        deltas = torch.zeros(WINDOW, 1)
+        deltas[::20] = 6.0
+        controller = started(deltas)
+        controller.observe(torch.zeros(WINDOW), deltas)
+        controller.update()
+        before = controller.strengths.item()
+        controller.correct([-0.1], [0.1])
+        controller.update()
+        assert 0.8 * before < controller.strengths.item() <= before
+        for _ in range(20):  # said often enough, it is one
+            controller.correct([-0.1], [0.03])
+        controller.update()
+        assert controller.strengths.item() < 0.7 * before
+
     def test_goes_on_from_its_state(self):
         log_ratios, deltas = self.rows()
         one = HoldController([0.0, 0.1], 0.1, window=60)
