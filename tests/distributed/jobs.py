@@ -47,7 +47,8 @@ def train(output: Path, strategy: str = "ddp", resume: bool = False) -> None:
 
         deepspeed.init_distributed("gloo")
         auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-        fields["deepspeed"] = {"zero_optimization": {"stage": int(strategy[-1])}, **dict.fromkeys(auto, "auto")}
+        zero = {"stage": int(strategy[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        fields["deepspeed"] = {"zero_optimization": zero, **dict.fromkeys(auto, "auto")}
 
     class Steps(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
