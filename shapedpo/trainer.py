@@ -168,7 +168,8 @@ class ShapedDPOTrainer(InterveningTrainer):
         if self._reads:
             run = TrainerAccess(self, source)
             reader: Any = self._reader.monitored
-            self._monitor = RunMonitor(run, settings, reader, make_sinks(self.args))
+            with all_or_none():  # a file of labels can be missing too
+                self._monitor = RunMonitor(run, settings, reader, make_sinks(self.args))
             self.add_callback(self._monitor)
             guard_wandb(self.callback_handler)
             if self.precompute_ref_logps:
