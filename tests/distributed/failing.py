@@ -33,7 +33,7 @@ def main(kind: str, model: Path, output: Path) -> None:
         (output / "failed").write_text(str(time.time()))
 
     def score(text: str) -> float:
-        if rank == 1 and next(calls) >= CALIBRATION + 8:  # in the second step
+        if rank == 1 and next(calls) >= CALIBRATION + 8:  # in the third step
             failed()
             if kind == "text":
                 raise RuntimeError(f"nothing is known of {text!r}")

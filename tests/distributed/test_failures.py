@@ -18,7 +18,7 @@ from tests.helpers import model_path
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 MESSAGES = {
     "text": "nothing is known of",
-    "score": "Concept 'scored': 4 of its scores on a batch of step 1 are not finite",
+    "score": "Concept 'scored': 4 of its scores on a batch of step 2 are not finite",
     "file": "Concept 'way': There is no file",
 }
 
