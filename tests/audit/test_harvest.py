@@ -489,7 +489,7 @@ def test_two_processes_share_the_command(tmp_path):
         ),
         *("--model", str(helpers.model_path()), "--sae", str(helpers.sae_path())),
         *("--dataset", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out"), "--sample", "40"),
-        *("--max-length", "14", "--shard-rows", "10", "--batch-tokens", "100"),
+        *("--max-length", "14", "--shard-rows", "10", "--batch-tokens", "100", "--harvest-only"),
     ]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
