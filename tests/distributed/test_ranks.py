@@ -126,7 +126,7 @@ def test_two_processes_equal_one(alone, together, launcher, name):
         records, theirs = ([record for record in some if record["type"] != "pairs"] for some in (records, theirs))
     if not loose:
         assert_close(*(shown(some[1:]) for some in (records, theirs)), "records")
-    assert_same_parameters(here, there, 1e-4)
+    assert_same_parameters(here, there, 2e-4 if loose else 1e-4)
     assert two["held"] == one["held"] * 2
     assert {name: value for name, value in two["held"][0].items() if name != "elements"} == {
         "plain": True,
@@ -184,7 +184,9 @@ def assert_same_metrics(one: list, two: list, tolerance: float) -> None:
             if plain == "rewards/accuracies" and tolerance > 1e-3:
                 continue  # of margins near 0
             if plain == "loss" or plain.startswith(("concepts/", "rewards/", "logps/", "probe/")):
-                assert theirs[name] == pytest.approx(mine[name], rel=tolerance, abs=tolerance), (name, mine["step"])
+                # What rollouts show is of parameters that may differ by 1e-4.
+                near = 3 * tolerance if plain.startswith("probe/") else tolerance
+                assert theirs[name] == pytest.approx(mine[name], rel=near, abs=near), (name, mine["step"])
                 compared += 1
     assert compared > 3 * 4 * 26
 
@@ -197,7 +199,9 @@ def assert_same_parameters(here: Path, there: Path, tolerance: float) -> None:
     start = dict(AutoModelForCausalLM.from_pretrained(model_path()).named_parameters())
     moved = 0.0
     for name, value in mine.items():
-        torch.testing.assert_close(theirs[name].float(), value.float(), rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            theirs[name].float(), value.float(), rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
         if name in start:
             moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 5 * tolerance or "lora" in " ".join(mine)
@@ -223,7 +227,7 @@ def assert_close(one, two, where):
         for index, pair in enumerate(zip(one, two, strict=True)):
             assert_close(*pair, f"{where}[{index}]")
     elif isinstance(one, float):
-        assert two == pytest.approx(one, rel=1e-3, abs=1e-4), where
+        assert two == pytest.approx(one, rel=2e-3, abs=2e-4), where
     else:
         assert one == two, where
 
