@@ -215,7 +215,7 @@ shaped ones. *By whole steps* is the difference of the two kinds of step, which 
 {table(rows, base)}
 
 Where it goes: *collate* is texts in the collator, *read* activations in the reference's pass, *shaping* scores, offsets and metrics, *monitor* the running
-sums, *hold* the controller, *messages* the collectives. A log comes every 10 steps by default.
+sums, *hold* the controller, *messages* the collectives. A log comes every 10 steps by default; here each draws the report too, which a long run does at most 50 times.
 
 {sections(rows, base)}
 
