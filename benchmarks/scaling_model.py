@@ -61,7 +61,10 @@ def read_flops(case: Case) -> int:
 
 
 def shaping_flops(case: Case) -> int:
-    """What shaping adds: reading, the running sums of three figures and of their squares, and a projection's small products."""
+    """What shaping adds: reading, the running sums of three figures and of their squares, and a projection's small products.
+
+    What the hold controller computes on the host is left out.
+    """
     b, c = case.pairs, case.concepts
     windows = 2 * 2 * 3 * b * (c + case.features * case.monitor)
     project = 2 * b * c**2 + 2 * c**2 + 2 * b * c if case.action == "project" else 0

