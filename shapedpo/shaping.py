@@ -22,6 +22,9 @@ from .shapers.projection import ResidualProjection, orthonormal_basis, project_p
 
 # Losses that sort a batch and compare ranks: its pairs have no losses of their own.
 SORTING_LOSSES = ("aot", "aot_unpaired")
+# Losses that compare log-ratios a token, and those whose pull on a pair is far from DPO's `beta * sigmoid(-margin)`.
+NORMALISED_LOSSES = ("sigmoid_norm",)
+OTHER_PULLS = ("ipo", "sppo_hard")
 
 
 class Shaping:
@@ -30,10 +33,11 @@ class Shaping:
     Args:
         concepts: All concepts; those that only watch are passed over.
         beta: DPO's beta.
+        normalised: Whether the loss compares log-ratios a token (`sigmoid_norm`).
     """
 
-    def __init__(self, concepts: Sequence[Concept], beta: float) -> None:
-        self.beta = beta
+    def __init__(self, concepts: Sequence[Concept], beta: float, normalised: bool = False) -> None:
+        self.beta, self.normalised = beta, normalised
         self.concepts = list(concepts)
         self.active = [(index, concept) for index, concept in enumerate(concepts) if concept.shapes]
         self.held = [index for index, concept in self.active if concept.action == "hold"]
@@ -62,21 +66,23 @@ class Shaping:
         else:
             self.hold.start(calibration.deltas[:, self.held], calibration.gates[:, self.held])
 
-    def observe(self, pairs: Pairs, gather: Callable[[Tensor], Tensor], last: bool) -> None:
+    def observe(self, pairs: Pairs, mask: Tensor, gather: Callable[[Tensor], Tensor], last: bool) -> None:
         """Let the controller of the held concepts, if there are any, see a batch that was trained on.
 
         Args:
             pairs: This process's part of it.
+            mask: `(2B, T)`, the completions' tokens.
             gather: Puts the rows of all processes one after the other.
             last: Whether an optimizer step follows, and with it the next strengths.
         """
         if self.hold is None:
             return
-        (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy_logps, pairs.ref_logps
-        apart = ((chosen - ref_chosen) - (rejected - ref_rejected)).float()
+        ratios = (torch.cat(list(pairs.policy_logps)) - torch.cat(list(pairs.ref_logps))).float()
+        chosen, rejected = ratios.chunk(2)
+        margins = self.beta * self._compared(ratios, mask)
         deltas = [pairs.signals[index].delta * pairs.signals[index].gate for index in self.held]
-        rows = gather(torch.stack([apart, *deltas], dim=1))
-        self.hold.observe(rows[:, 0], rows[:, 1:])
+        rows = gather(torch.stack([chosen - rejected, margins, *deltas], dim=1))
+        self.hold.observe(rows[:, 0], rows[:, 2:], margins=rows[:, 1])
         if last:
             self.hold.update()
 
@@ -112,12 +118,18 @@ class Shaping:
         """
         if self.hold is None:
             return None
-        mask = mask[:, 1:]
-        logps = (log_probs[:, -mask.shape[1] :] * _token_weights(mask, ld_alpha)).sum(dim=1)
-        chosen, rejected = (logps - torch.cat(list(pairs.ref_logps))).float().chunk(2)
+        weights = _token_weights(mask[:, 1:], ld_alpha)
+        logps = (log_probs[:, -weights.shape[1] :] * weights).sum(dim=1)
+        apart = self._compared((logps - torch.cat(list(pairs.ref_logps))).float(), mask)
         deltas = torch.stack([pairs.signals[index].delta * pairs.signals[index].gate for index in self.held], dim=1)
         pull = self.hold.weights(deltas) @ self.hold.strengths.to(deltas.device, deltas.dtype)
-        return self.beta / 4 * (pull * (chosen - rejected)).mean()
+        return self.beta / 4 * (pull * apart).mean()
+
+    def _compared(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
+        """What the loss compares of completions' log-ratios `(2B,)`: chosen less rejected, a token where it is normalised; `(B,)`."""
+        lengths = mask.sum(dim=1).clamp(min=1) if self.normalised else 1
+        chosen, rejected = (log_ratios / lengths).chunk(2)
+        return chosen - rejected
 
     def pair_weights(
         self, signals: Sequence[ConceptSignal], calibration: Calibration | None, column: Tensor | None
@@ -251,6 +263,22 @@ def check_methods(
                 )
             if concept.gate is not None:
                 raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
+        if concept.action == "hold":
+            owner = f"Concept {concept.name!r}: action 'hold'"
+            if unfit := [loss for loss in losses if loss in OTHER_PULLS]:
+                raise ValueError(
+                    f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is of another "
+                    "size. Use another loss type, or action suppress or amplify with a strength."
+                )
+            if (
+                0
+                < len([loss for loss in losses if loss in NORMALISED_LOSSES])
+                < len([loss for loss in losses if loss != "sft"])
+            ):
+                raise ValueError(
+                    f"{owner} needs losses that compare one thing, got {', '.join(losses)}: 'sigmoid_norm' compares log-ratios a "
+                    "token, the others those of whole completions. Use one of the two kinds."
+                )
         if args.beta == 0 and concept.shaper.name in ("reward", "residual"):
             raise ValueError(f"{owner} divides by `beta`, which is 0.")
     projected = [repr(concept.name) for _, concept in users if _projects(concept, "pair")]

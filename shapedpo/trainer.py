@@ -139,7 +139,7 @@ class ShapedDPOTrainer(InterveningTrainer):
                 "`sync_ref_model=True` moves the reference during training, and with it what the concepts' scores mean. "
                 "Leave the concepts or `sync_ref_model` out."
             )
-        self._shaping = Shaping(self.concepts, args.beta)
+        self._shaping = Shaping(self.concepts, args.beta, normalised="sigmoid_norm" in args.loss_type)
         self._prepare_interventions(args)
         self._calibration: Calibration | None = None
         self._reading_ready = False
@@ -324,7 +324,7 @@ class ShapedDPOTrainer(InterveningTrainer):
             logged["concepts/empty_pairs"] = [self._calibration.empty_pairs]
             assert self._monitor is not None  # it is there wherever there is a reading
             self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
-            self._shaping.observe(batch.pairs, self.accelerator.gather, last=self.accelerator.sync_gradients)
+            self._shaping.observe(batch.pairs, batch.mask, self.accelerator.gather, self.accelerator.sync_gradients)
         if batch.tilted or batch.leaving is not None:
             for name, value in unshaped.items():
                 if name.startswith("rewards/") or batch.leaving is not None:

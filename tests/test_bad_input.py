@@ -417,6 +417,11 @@ class TestMethodsAndLosses:
         )
         shaped(goblin("suppress", strength=1.0), loss_type=["sft", "sigmoid"])
 
+    @pytest.mark.parametrize("losses", [["ipo"], ["sppo_hard"], ["sigmoid", "sigmoid_norm"]])
+    def test_hold_weighs_its_pull_against_dpos(self, losses):
+        refused(f"Concept 'goblin': action 'hold'...{losses[-1]}", lambda: shaped(goblin("hold"), loss_type=losses))
+        shaped(goblin("hold"), loss_type=["sigmoid_norm", "sft"])
+
     def test_projection_needs_more_pairs_than_concepts(self, caplog):
         concepts = [
             Concept(f"c{i}", Regex(word), "suppress", "project") for i, word in enumerate(("cat", "dog", "fox", "the"))

@@ -24,9 +24,10 @@ def test_strength_is_that_of_the_controller():
     controller, seen = trainer._shaping.hold, []
     observe = controller.observe
 
-    def spy(log_ratios, deltas):
+    def spy(log_ratios, deltas, margins):
+        assert torch.equal(margins, trainer.beta * log_ratios)
         seen.append((log_ratios.clone(), deltas.clone()))
-        observe(log_ratios, deltas)
+        observe(log_ratios, deltas, margins)
 
     controller.observe = spy
     run = train(trainer)
@@ -42,10 +43,11 @@ def test_strength_is_that_of_the_controller():
         assert (log_ratios * deltas[:, 0]).mean().item() / 4 == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])
-def test_penalty_against_a_slow_reference(ld_alpha):
+def test_penalty_against_a_slow_reference(ld_alpha, normalised):
     """What it adds to the loss, and its gradient, token by token; two of the columns are virtual tokens in front."""
-    shaping = Shaping([way(gate=Gate(column="creative")), Concept("dog", Regex("dog"), "hold")], beta=0.2)
+    shaping = Shaping([way(gate=Gate(column="creative")), Concept("dog", Regex("dog"), "hold")], 0.2, normalised)
     draw = torch.Generator().manual_seed(0)
     n, length, virtual = 8, 7, 2
     deltas = 2 * torch.randn(n, 2, generator=draw)
@@ -69,7 +71,7 @@ def test_penalty_against_a_slow_reference(ld_alpha):
         pull = 0.2 / 4 / n * sum(s * w for s, w in zip(strengths, weights[i], strict=True))
         shared = min(int(mask[i, 1:].sum()), int(mask[n + i, 1:].sum()))
         for row, sign in ((i, 1), (n + i, -1)):
-            seen = 0
+            seen, sign = 0, sign / max(int(mask[row].sum()), 1) if normalised else sign
             expected -= sign * pull * ref[row].item()
             for t in range(1, length):
                 seen += int(mask[row, t])
@@ -114,7 +116,7 @@ def test_moves_once_an_optimizer_step():
     trainer = shaped(way(), gradient_accumulation_steps=3, per_device_train_batch_size=2)
     controller, calls = trainer._shaping.hold, []
     observe, update = controller.observe, controller.update
-    controller.observe = lambda *batch: (calls.append("observe"), observe(*batch))
+    controller.observe = lambda *batch, **more: (calls.append("observe"), observe(*batch, **more))
     controller.update = lambda: (calls.append("update"), update())
     train(trainer)
     assert calls == ["observe", "observe", "observe", "update"] * 3
@@ -126,7 +128,7 @@ def test_the_gate_is_all_it_sees():
     trainer = shaped(way(gate=Gate(column="creative")), data=data)
     controller, seen = trainer._shaping.hold, []
     observe = controller.observe
-    controller.observe = lambda log_ratios, deltas: (seen.append(deltas), observe(log_ratios, deltas))
+    controller.observe = lambda log_ratios, deltas, margins: (seen.append(deltas), observe(log_ratios, deltas, margins))
     train(trainer)
     zero = torch.cat(seen)[:, 0] == 0
     assert 0 < int(zero.sum()) < len(zero)

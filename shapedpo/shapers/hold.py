@@ -93,7 +93,7 @@ class HoldController:
         self._share = torch.ones_like(self.targets)  # of the rows that are gated in
         self._size = torch.ones_like(self.targets)  # of the deltas of pairs that show the concept on one side
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
-        self._pairs = torch.zeros(0, 1 + len(targets))  # (W, 1 + C) float32: log-ratio and gated deltas
+        self._pairs = torch.zeros(0, 2 + len(targets))  # (W, 2 + C) float32: log-ratio, margin and gated deltas
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
 
     def start(self, deltas: Tensor, gates: Tensor) -> None:
@@ -107,7 +107,7 @@ class HoldController:
         # The sample may be in the data's order: what stays of it in the window while it fills must not be one end of the data.
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
-        self._pairs = torch.cat([deltas.new_zeros(len(order), 1), deltas[order]], dim=1)
+        self._pairs = torch.cat([deltas.new_zeros(len(order), 2), deltas[order]], dim=1)
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
         self._size = typical_size(deltas)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
@@ -116,14 +116,16 @@ class HoldController:
         self._scale = torch.where(shown > 0, (deltas**2).mean(dim=0) / shown, 1.0)
         self._solve()
 
-    def observe(self, log_ratios: Tensor, deltas: Tensor) -> None:
+    def observe(self, log_ratios: Tensor, deltas: Tensor, margins: Tensor | None = None) -> None:
         """Take in pairs that were trained on.
 
         Args:
             log_ratios: `(B,)`, the unshaped \\( l_i \\), nats, of all processes' pairs.
             deltas: `(B, C)`, their gated deltas.
+            margins: `(B,)`, what the loss takes the sigmoid of; by default \\( \\beta l_i \\).
         """
-        rows = torch.cat([log_ratios[:, None], deltas], dim=1).float().cpu()
+        margins = self.beta * log_ratios if margins is None else margins
+        rows = torch.cat([log_ratios[:, None], margins[:, None], deltas], dim=1).float().cpu()
         rows = rows[rows.isfinite().all(dim=1)]  # a policy that diverges is the trainer's to report
         self._fresh += len(rows)
         self._pairs = torch.cat([self._pairs, rows])[-max(self.window, self._fresh) :]
@@ -189,12 +191,12 @@ class HoldController:
         return scale * presence(deltas, size)
 
     def _weights(self) -> Tensor:
-        return self.weights(self._pairs[:, 1:].double())
+        return self.weights(self._pairs[:, 2:].double())
 
     def _solve(self) -> None:
         if not len(self._pairs):
             return
-        log_ratios, weights = self._pairs[:, 0].double(), self._weights()
+        log_ratios, margins, weights = self._pairs[:, 0].double(), self._pairs[:, 1].double(), self._weights()
         amplification, error = self.amplification()
         least = amplification + self.bias - self.targets
         most = least + log_ratios.mean() * weights.mean(dim=0) / (4 * self._share) * (1 - self._probed)
@@ -202,7 +204,7 @@ class HoldController:
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
         error = (error**2 + self._probed * self._doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
-        pressure = (torch.sigmoid(-self.beta * log_ratios)[:, None] * weights).mean(dim=0)
+        pressure = (torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
         moments = weights.T @ weights / len(weights)
         moments += torch.diag(RIDGE * moments.diag() + 1e-12)
         wanted = (1 + self.unread) * pressure + self.gain * self._share * excess
