@@ -52,6 +52,8 @@ def lessons(analysis: Analysis, *views: View, max_q: float = 0.05, overlap: floa
     found: list[tuple[set[int], list[Hypothesis]]] = []
     for hypothesis in (h for turn in turns for h in turn if h is not None):
         rows = set(hypothesis.evidence.tolist())
+        if not rows:  # the condition lacks what rows elsewhere teach: no row of its own teaches the opposite
+            continue
         for core, lesson in found:
             whole = len(rows | core) if hypothesis.view == "global" else min(len(rows), len(core))
             if len(rows & core) >= overlap * whole:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments. Their defaults are those of `HarvestSettings`, which is too slow to import here."""
     what = parser.add_argument_group("what is read")
     what.add_argument("--model", required=True, help="the reference: a folder, a name on the hub, or `lab`")
-    what.add_argument("--sae", required=True, help="the SAE: a folder that sae-lens saved, or a release that it knows")
+    what.add_argument("--sae", required=True, help="a folder that sae-lens saved, a release that it knows, or `lab`")
     what.add_argument("--sae-id", help="which SAE of the release")
     what.add_argument("--hook-name", help="where to read, if the SAE's metadata does not say")
     what.add_argument("--dataset", required=True, help="a file, a folder, a name on the hub, or lab:WORLD")
@@ -130,6 +130,7 @@ def run_harvest(args: argparse.Namespace) -> Any:
     from ..audit.data import load_pairs
     from ..audit.harvesting import HarvestSettings, harvest
     from ..readouts import SAEFeatures
+    from .sources import sae_source
 
     names = (
         "limit",
@@ -144,6 +145,8 @@ def run_harvest(args: argparse.Namespace) -> Any:
     )
     with as_user_error(ValueError, TypeError, FileNotFoundError, OSError):
         settings = HarvestSettings(**{name: getattr(args, name) for name in names})
-        sae = SAEFeatures(args.sae, "all", sae_id=args.sae_id, hook_name=args.hook_name, dtype=args.sae_dtype)
+        sae = SAEFeatures(
+            sae_source(args.sae), "all", sae_id=args.sae_id, hook_name=args.hook_name, dtype=args.sae_dtype
+        )
         data = load_pairs(args.dataset, args.split, args.dataset_config, args.streaming)
         return harvest(args.model, sae, data, Path(args.out) / HARVEST_FOLDER, settings, source=args.dataset)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .errors import UserError, as_user_error
 from .recipe import read_recipe
-from .sources import load_preferences, model_source
+from .sources import load_preferences, model_source, sae_source
 from .train import parse
 
 
@@ -89,12 +89,8 @@ class Setting(NamedTuple):
             name, sae_id = self.sae
         if name is None:
             raise UserError("Which SAE? Give --sae (a folder or a release), or `monitor_sae` in the recipe.")
-        if name == "lab":
-            from .. import lab
-
-            name = str(lab.sae_path())
         with as_user_error(ValueError):
-            return load_sae(name, sae_id)
+            return load_sae(sae_source(name), sae_id)
 
     def responses(self, rows: Dataset, pairs: int) -> list[Response]:
         """Both completions of the first so many pairs, drawn with the run's seed."""

@@ -41,6 +41,15 @@ def _builder(name: str) -> str | None:
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
+def sae_source(name: str) -> str:
+    """What [`SAEFeatures`] takes for an SAE that a command names: `lab` is the one that ships."""
+    if name != "lab":
+        return name
+    from .. import lab
+
+    return str(lab.sae_path())
+
+
 def model_source(name: str | None) -> str:
     """What `from_pretrained` takes for a recipe's `model_name_or_path`.
 

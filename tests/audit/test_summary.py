@@ -68,6 +68,10 @@ def test_hypotheses_about_the_same_rows_are_one_lesson() -> None:
     assert found[0].first is analysis.hypotheses[0]
 
 
+def test_a_condition_that_only_lacks_what_others_have_is_no_lesson() -> None:
+    assert lessons(analysis_of(hypothesis("feature", [], strength=-0.5)), "feature", "prompt") == []
+
+
 def test_global_lessons_are_told_apart_by_the_union_of_their_rows() -> None:
     analysis = analysis_of(
         hypothesis("global", range(100)), hypothesis("global", range(10)), hypothesis("global", range(5, 100))
