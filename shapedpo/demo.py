@@ -129,6 +129,7 @@ def _train(
         concepts=concepts or None,
         monitor="all" if concepts else None,
         probe_steps=100 if concepts else 0,
+        probe_prompts=200,  # they correct `hold`: fewer would add more noise than they take away
         seed=seed,
         report_to=["wandb"],
         logging_steps=10,
@@ -139,7 +140,7 @@ def _train(
     )
     model = lab.load_model()
     # With no concept this is TRL's DPOTrainer, bit for bit
-    heldout = lab.preference_data(world.lessons, 200, seed + 3)  # for probe rollouts' prompts; nothing is evaluated
+    heldout = lab.preference_data(world.lessons, 250, seed + 3)  # for probe rollouts' prompts; nothing is evaluated
     trainer = ShapedDPOTrainer(
         model=model, args=args, train_dataset=dataset, eval_dataset=heldout, processing_class=lab.load_tokenizer()
     )

@@ -192,18 +192,18 @@ class SAEReader(ActivationReader):
                 hidden = scratch[: tile[..., 0].numel() * weight.shape[1]].view(*tile.shape[:2], -1)  # (N', T', F')
                 torch.mm(tile.flatten(0, 1), weight, out=hidden.flatten(0, 1))
                 if self.pooling != "max":
-                    self._activate_(hidden, features)
+                    self._activate_(hidden, features, count=self.pooling == "freq")
                 part = reduce_tokens(hidden, inside[rows, tokens], "max" if self.pooling == "max" else "mean")
                 _accumulate(out[rows, features], part, self.pooling)
         if self.pooling == "max":
             # An activation never falls as its pre-activation grows: the largest of one is that of the other's largest.
             self._activate_(out, slice(None))
 
-    def _activate_(self, hidden: Tensor, features: slice) -> None:
-        """Turn `x @ W_enc` into activations in place, or for `freq` into 1 where there is one and 0 elsewhere."""
+    def _activate_(self, hidden: Tensor, features: slice, count: bool = False) -> None:
+        """Turn `x @ W_enc` into activations in place, or to `count` them into 1 where there is one and 0 elsewhere."""
         hidden += self._sae.b_enc[features]
         threshold = getattr(self._sae, "threshold", None)
-        if self.pooling == "freq":
+        if count:
             hidden.gt_(0.0 if threshold is None else threshold[features].clamp(min=0.0))
         else:
             hidden.relu_()
