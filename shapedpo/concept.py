@@ -65,8 +65,8 @@ class Concept:
             score; negative for less of the concept. 0, the default, is the level before training.
 
     `hold` is DPO under a constraint: what the pairs teach of what the readout reads is taken out of the gradient, and what other lessons
-    bring along is leant against (see `shapers/hold.py`). With `probe_steps` set, what rollouts show corrects what it reads off the pairs; a few dozen
-    rollouts are too few to be a help.
+    bring along is leant against (see `shapers/hold.py`). With `probe_steps` set, what rollouts show corrects what it reads off the pairs; that
+    takes a `probe_prompts` of 200 or so, with 64 it did harm.
     It cannot work
 
     - where the data have no signal to counter with: no pair has a delta in the concept, on either side;
