@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
@@ -47,9 +48,11 @@ class ResumableTrainer(DPOTrainer):
         with all_or_none():
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir)) or True
-            elif isinstance(resume_from_checkpoint, str | os.PathLike):
-                check_checkpoint(resume_from_checkpoint)
+        # One choice for all: on a slow shared disk another process might not see the newest one yet.
+        (resume_from_checkpoint,) = broadcast_object_list([resume_from_checkpoint])
+        with all_or_none():
             if isinstance(resume_from_checkpoint, str | os.PathLike):
+                check_checkpoint(resume_from_checkpoint)
                 self._resume(Path(resume_from_checkpoint))
         self._before_training(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -194,7 +194,7 @@ class TestHold:
         one, other = (load_file(tmp_path / name / "checkpoint-4" / FILE) for name in ("whole", "cut"))
         assert_same_tensors([one], [other])
         assert {"hold.pairs", "hold.strengths", "hold.bias"} < one.keys()
-        assert one["hold.pairs"].shape[1] == 1 + 2
+        assert one["hold.pairs"].shape[1] == 2 + 2  # log-ratio, margin, two deltas
 
     def test_without_its_state_it_starts_anew(self, tmp_path):
         """From a checkpoint with other concepts, where that is allowed."""
