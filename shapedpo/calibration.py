@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .concept import Concept
+from .files import replacing
 from .reading import ConceptReader, RawScores, Statistics
 from .shapers import ConceptSignal
 
@@ -205,9 +206,8 @@ def save_calibration(
         "fingerprint": fingerprint,
         "empty_pairs": str(calibration.empty_pairs),
     }
-    partial = folder / f".{FILE_NAME}.partial"
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, folder / FILE_NAME)
+    with replacing(folder / FILE_NAME) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def load_calibration(

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .calibration import FILE_NAME
+from .files import replacing
 from .openings import restored
 from .processes import all_or_none
 
@@ -46,9 +47,9 @@ class ResumableTrainer(DPOTrainer):
             ValueError: If the checkpoint is not whole, or does not fit the run.
         """
         with all_or_none():
-            if resume_from_checkpoint is True:
+            if resume_from_checkpoint is True and self.accelerator.is_main_process:
                 resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir)) or True
-        # One choice for all: on a slow shared disk another process might not see the newest one yet.
+        # One chooses for all: on a slow shared disk another process might not see the newest one yet.
         (resume_from_checkpoint,) = broadcast_object_list([resume_from_checkpoint])
         with all_or_none():
             if isinstance(resume_from_checkpoint, str | os.PathLike):
@@ -95,9 +96,8 @@ def seal(folder: str | os.PathLike[str]) -> None:
     """Say that a checkpoint is whole, in one step. To be called when all processes have written their part."""
     folder = Path(folder)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
-    partial = folder / f".{SEAL}.partial"
-    partial.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
-    os.replace(partial, folder / SEAL)
+    with replacing(folder / SEAL) as partial:
+        partial.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
 
 
 def unseal(folder: str | os.PathLike[str]) -> None:

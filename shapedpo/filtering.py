@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .collator import ROW
 from .concept import Concept
+from .files import replacing
 from .shapers import ConceptSignal, Filter
 
 
@@ -89,9 +90,8 @@ def save_record(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> No
     """Write a record into a folder, whole or not at all."""
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{FILE_NAME}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def load_record(folder: str | os.PathLike[str], rows: int, fingerprint: str) -> dict[str, Any] | None:

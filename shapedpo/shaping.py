@@ -80,8 +80,8 @@ class Shaping:
         ratios = (torch.cat(list(pairs.policy_logps)) - torch.cat(list(pairs.ref_logps))).float()
         chosen, rejected = ratios.chunk(2)
         margins = self.beta * self._compared(ratios, mask)
-        deltas = [pairs.signals[index].delta * pairs.signals[index].gate for index in self.held]
-        rows = gather(torch.stack([chosen - rejected, margins, *deltas], dim=1))
+        deltas = _gated_deltas(pairs.signals, self.held)
+        rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), deltas], dim=1))
         self.hold.observe(rows[:, 0], rows[:, 2:], margins=rows[:, 1])
         if last:
             self.hold.update()
@@ -121,7 +121,7 @@ class Shaping:
         weights = _token_weights(mask[:, 1:], ld_alpha)
         logps = (log_probs[:, -weights.shape[1] :] * weights).sum(dim=1)
         apart = self._compared((logps - torch.cat(list(pairs.ref_logps))).float(), mask)
-        deltas = torch.stack([pairs.signals[index].delta * pairs.signals[index].gate for index in self.held], dim=1)
+        deltas = _gated_deltas(pairs.signals, self.held)
         pull = self.hold.weights(deltas) @ self.hold.strengths.to(deltas.device, deltas.dtype)
         return self.beta / 4 * (pull * apart).mean()
 
@@ -145,10 +145,8 @@ class Shaping:
 
     def projected_deltas(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
         """Deltas of the concepts projected in pair space: `(B, C')`, or `None` if there are none."""
-        deltas = [
-            signals[index].delta * signals[index].gate for index, concept in self.active if _projects(concept, "pair")
-        ]
-        return torch.stack(deltas, dim=1) if deltas else None
+        projected = [index for index, concept in self.active if _projects(concept, "pair")]
+        return _gated_deltas(signals, projected) if projected else None
 
     def residual_projection(self, model: nn.Module, readers: Sequence[LoadedReadout]) -> AbstractContextManager[Any]:
         """A context for forward and backward in which the residual stream's gradient is projected.
@@ -270,11 +268,8 @@ def check_methods(
                     f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is of another "
                     "size. Use another loss type, or action suppress or amplify with a strength."
                 )
-            if (
-                0
-                < len([loss for loss in losses if loss in NORMALISED_LOSSES])
-                < len([loss for loss in losses if loss != "sft"])
-            ):
+            normalised = {loss in NORMALISED_LOSSES for loss in losses if loss != "sft"}
+            if len(normalised) > 1:
                 raise ValueError(
                     f"{owner} needs losses that compare one thing, got {', '.join(losses)}: 'sigmoid_norm' compares log-ratios a "
                     "token, the others those of whole completions. Use one of the two kinds."
@@ -294,6 +289,11 @@ def check_methods(
             "less."
         )
     return warnings
+
+
+def _gated_deltas(signals: Sequence[ConceptSignal], indices: Sequence[int]) -> Tensor:
+    """Deltas of some concepts, 0 outside their gates: `(B, C')`."""
+    return torch.stack([signals[index].delta * signals[index].gate for index in indices], dim=1)
 
 
 def _projects(concept: Concept, space: str) -> bool:

@@ -29,7 +29,7 @@ from .parameter_projection import ParameterProjection, check_parameter_projectio
 from .processes import all_or_none
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
-from .shaping import Shaping, check_methods, project_policy
+from .shaping import NORMALISED_LOSSES, Shaping, check_methods, project_policy
 from .steering import policy_steering
 
 
@@ -139,7 +139,9 @@ class ShapedDPOTrainer(InterveningTrainer):
                 "`sync_ref_model=True` moves the reference during training, and with it what the concepts' scores mean. "
                 "Leave the concepts or `sync_ref_model` out."
             )
-        self._shaping = Shaping(self.concepts, args.beta, normalised="sigmoid_norm" in args.loss_type)
+        self._shaping = Shaping(
+            self.concepts, args.beta, normalised=any(loss in NORMALISED_LOSSES for loss in args.loss_type)
+        )
         self._prepare_interventions(args)
         self._calibration: Calibration | None = None
         self._reading_ready = False

@@ -31,6 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix
 
+from ..files import replacing
+
 
 SPANS = ("prompt", "chosen", "rejected")
 VALUES = ("max", "freq", "peak")
@@ -255,7 +257,7 @@ def write_manifest(
         "settings": settings,
         **more,
     }
-    with _whole(folder / MANIFEST) as temporary:
+    with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -294,29 +296,10 @@ def write_shard(
             encodings[f"{name}_{part}.list.element"] = encoding
         columns[f"{name}_ids"] = pa.array(ids[name], pa.list_(pa.int32()))
         columns[f"{name}_text"] = pa.array(texts[name], pa.string())
-    with _whole(shard_path(folder, index)) as temporary:
+    with replacing(shard_path(folder, index)) as temporary:
         pq.write_table(
             pa.table(columns), temporary, compression="zstd", use_dictionary=False, column_encoding=encodings
         )
-
-
-class _whole:
-    """A path to write to, which takes the place of `path` when the block ends well: readers never see half a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            with self.temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
 
 
 # --- names and files ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..files import replacing
+
 
 Record = dict[str, Any]
 FILE_NAME = "concepts.jsonl"
@@ -79,9 +81,8 @@ class RecordFile:
             else:
                 kept = [record for record in read_records(self.path)[:count] if record["step"] <= resume_step]
                 kept = [record for record in kept if record["type"] != "end"]
-                partial = self.path.with_name(f".{self.path.name}.partial")
-                partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-                os.replace(partial, self.path)
+                with replacing(self.path) as partial:
+                    partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self.count = len(kept)
         return kept
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from ..files import replacing
 from ..readouts.sae_reader import SAEReader
 from .estimates import Estimates, Window
 from .estimators import best_estimate
@@ -341,9 +342,8 @@ class RunMonitor(TrainerCallback):
     def save_state(self, folder: Path) -> None:
         """Write what [`gather_state`] brought together, whole or not at all."""
         if self._saved is not None:
-            partial = folder / f".{STATE_NAME}.partial"
-            save_file(self._saved, partial)
-            partial.replace(folder / STATE_NAME)
+            with replacing(folder / STATE_NAME) as partial:
+                save_file(self._saved, partial)
 
     def load_state(self, folder: Path) -> SAEReader | None:
         """Take over the state of a checkpoint, if it has one that fits.

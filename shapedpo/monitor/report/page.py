@@ -11,7 +11,6 @@ import base64
 import functools
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ...files import replacing
 from .digest import Digest, Record
 from .view import view
 
@@ -130,12 +130,8 @@ class ReportSink:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        half.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 # --- the template ----------------------------------------------------------------------------------------------------
