@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .errors import UserError
 from .scripts import audit, sae
-from .scripts.errors import UserError
 
 
 TRAIN_HELP = """\

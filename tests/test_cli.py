@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from shapedpo import cli
-from shapedpo.scripts.errors import UserError
+from shapedpo.errors import UserError
 from shapedpo.scripts.recipe import read_recipe
-from shapedpo.scripts.sources import concepts_from, lab_preferences, load_preferences, local_source, model_source
+from shapedpo.sources import concepts_from, lab_preferences, load_preferences, local_source, model_source
 
 
 REPO = Path(__file__).parents[1]

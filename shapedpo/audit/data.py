@@ -18,9 +18,9 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from ..collator import ROW
+from ..errors import UserError
 from ..openings import tokenised
-from ..scripts.errors import UserError
-from ..scripts.sources import load_preferences
+from ..sources import load_preferences
 from .layout import Tokens, row_length
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..readouts import SAEFeatures
 from ..readouts.base import fingerprint
-from ..scripts.sources import model_source
+from ..sources import model_source
 from . import store
 from .data import Pairs, load_pairs, processes
 from .harvester import Harvester

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, as_user_error, suggest
+from ..errors import UserError, as_user_error, suggest
 
 
 HELP = """\
@@ -110,7 +110,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from ..audit.labels import exciting_tokens
     from ..audit.settings import AuditSettings
     from ..audit.summary import features_shown, summarise
-    from .sources import model_source
+    from ..sources import model_source
 
     out = Path(args.out)
     with as_user_error(ValueError):
@@ -130,7 +130,7 @@ def run_harvest(args: argparse.Namespace) -> Any:
     from ..audit.data import load_pairs
     from ..audit.harvesting import HarvestSettings, harvest
     from ..readouts import SAEFeatures
-    from .sources import sae_source
+    from ..sources import sae_source
 
     names = (
         "limit",

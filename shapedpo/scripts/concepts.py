@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..concept import Concept, Gate
+from ..errors import UserError, as_user_error
 from ..readouts import Readout
-from .errors import UserError, as_user_error
-from .sources import concepts_from
+from ..sources import concepts_from
 
 
 def show(file: str, *, load: bool = False) -> int:

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UserError, as_user_error
+from ..errors import UserError, as_user_error
+from ..sources import load_preferences, model_source, sae_source
 from .recipe import read_recipe
-from .sources import load_preferences, model_source, sae_source
 from .train import parse
 
 

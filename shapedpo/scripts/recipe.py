@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError, suggest
+from ..errors import UserError, suggest
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UserError, as_user_error
 from ..monitor.records import FILE_NAME, read_records
 from ..monitor.report import render, write_whole
-from .errors import UserError, as_user_error
 
 
 def main(run: str, *, output: str | None = None) -> int:

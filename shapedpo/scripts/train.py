@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, as_user_error, suggest
+from ..errors import UserError, as_user_error, suggest
+from ..sources import concepts_from, load_preferences, model_source
 from .recipe import Recipe, read_recipe
-from .sources import concepts_from, load_preferences, model_source
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import UserError, as_user_error
+from ..errors import UserError, as_user_error
 
 
 STEP = "train/global_step"

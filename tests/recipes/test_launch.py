@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from shapedpo import cli
-from shapedpo.scripts.sources import model_source
+from shapedpo.sources import model_source
 
 
 REPO = Path(__file__).parents[2]

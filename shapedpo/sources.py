@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
     from trl import DatasetMixtureConfig, ScriptArguments
 
-    from ..concept import Concept
+    from .concept import Concept
 
 
 # How `load_dataset` calls the reader of a file, by the file's suffix (compressed files: by the suffix before).
@@ -45,7 +45,7 @@ def sae_source(name: str) -> str:
     """What [`SAEFeatures`] takes for an SAE that a command names: `lab` is the one that ships."""
     if name != "lab":
         return name
-    from .. import lab
+    from . import lab
 
     return str(lab.sae_path())
 
@@ -59,7 +59,7 @@ def model_source(name: str | None) -> str:
     if name is None:
         raise UserError("`model_name_or_path` is missing: a local folder, a name on the hub, or `lab`.")
     if name == "lab":
-        from .. import lab
+        from . import lab
 
         return str(lab.model_path())
     path = Path(name).expanduser()
@@ -162,7 +162,7 @@ def lab_preferences(world: str) -> DatasetDict:
     """
     from datasets import DatasetDict
 
-    from ..lab import worlds
+    from .lab import worlds
 
     name, _, query = world.partition("?")
     known = [entry for entry in vars(worlds) if entry.endswith("_world")]
@@ -188,7 +188,7 @@ def concepts_from(source: Any) -> list[Concept]:
     """
     if not isinstance(source, str | list):
         raise UserError(f"`concepts` must be a list of concepts or the path of a YAML file, got {source!r}.")
-    from ..concept import resolve_concepts
+    from .concept import resolve_concepts
 
     with as_user_error(ValueError, TypeError, FileNotFoundError):
         return resolve_concepts(source)
