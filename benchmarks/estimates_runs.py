@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,14 @@ class Ground:
     dpo: dict[str, Any]
 
 
-def lab_ground(setting: Setting) -> Ground:
+def lab_ground(setting: Setting, lessons: Sequence[lab.Lesson]) -> Ground:
     """The lab's model on data with the world's lessons."""
     from shapedpo.lab.features import shipped_features
 
     tokenizer = lab.load_tokenizer()
     asked = lab.heldout_prompts(setting.evaluation + setting.probe, setting.seed + 1)
     prompts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in asked]
-    rows = lab.preference_data(LAB_LESSONS[setting.world], setting.pairs, setting.seed)
+    rows = lab.preference_data(lessons, setting.pairs, setting.seed)
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
     dpo = {"lr_scheduler_type": "linear", "warmup_steps": 10, "max_length": 160}
     named = shipped_features()
@@ -136,6 +136,34 @@ def stories_ground(setting: Setting) -> Ground:
     features, _ = stories.choose_features(world, 1000)
     data = Dataset.from_list(rows[: setting.pairs])
     return Ground(model, tokenizer, data, repeated, True, str(world.sae), 60, {"dialogue": features}, {})
+
+
+def ground_of(setting: Setting, lessons: Mapping[str, Sequence[lab.Lesson]] = LAB_LESSONS) -> Ground:
+    """What a run stands on: `lessons` are those of the lab's worlds, by name."""
+    return lab_ground(setting, lessons[setting.world]) if setting.world in lessons else stories_ground(setting)
+
+
+def dpo_config(setting: Setting, ground: Ground, output: str) -> Any:
+    """One epoch of DPO in batches of 16."""
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=output,
+        per_device_train_batch_size=16,
+        num_train_epochs=1,
+        max_steps=len(ground.rows) // 16,
+        learning_rate=setting.learning_rate,
+        beta=setting.beta,
+        seed=setting.seed,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **ground.dpo,
+    )
 
 
 class RecordingTrainer(ShapedDPOTrainer):
@@ -236,13 +264,12 @@ def _positions(mask: Tensor) -> Tensor:
 def collect(setting: Setting, folder: Path) -> Path:
     """Trains the run and keeps its arrays in `folder`, unless they are there already; returns their file."""
     from transformers import PrinterCallback, TrainerCallback
-    from trl import DPOConfig
 
     path = folder / f"{setting.key}.npz"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    ground = (lab_ground if setting.world in LAB_LESSONS else stories_ground)(setting)
+    ground = ground_of(setting)
     reader = SAEFeatures(ground.sae, "all").load()
     reference = lab.load_model() if setting.world in LAB_LESSONS else stories.load()[0]
     steps = len(ground.rows) // 16
@@ -254,23 +281,7 @@ def collect(setting: Setting, folder: Path) -> Path:
                 copies[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
     with tempfile.TemporaryDirectory() as output:
-        args = DPOConfig(
-            output_dir=output,
-            per_device_train_batch_size=16,
-            num_train_epochs=1,
-            max_steps=steps,
-            learning_rate=setting.learning_rate,
-            beta=setting.beta,
-            seed=setting.seed,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            logging_steps=50,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **ground.dpo,
-        )
+        args = dpo_config(setting, ground, output)
         trainer = RecordingTrainer(
             model=ground.model,
             args=args,

@@ -17,18 +17,33 @@ _HOME = {
     "Harvest": "store",
     "HarvestSettings": "harvesting",
     "Hypothesis": "hypotheses",
+    "Prediction": "prediction",
+    "PredictionSettings": "prediction",
     "analyse": "analysis",
     "harvest": "harvesting",
+    "predict": "prediction",
 }
 
 if TYPE_CHECKING:
     from .analysis import analyse
     from .harvesting import HarvestSettings, harvest
     from .hypotheses import Analysis, Hypothesis
+    from .prediction import Prediction, PredictionSettings, predict
     from .settings import AuditSettings
     from .store import Harvest
 
-__all__ = ["Analysis", "AuditSettings", "Harvest", "HarvestSettings", "Hypothesis", "analyse", "harvest"]
+__all__ = [
+    "Analysis",
+    "AuditSettings",
+    "Harvest",
+    "HarvestSettings",
+    "Hypothesis",
+    "Prediction",
+    "PredictionSettings",
+    "analyse",
+    "harvest",
+    "predict",
+]
 
 
 def __getattr__(name: str) -> Any:

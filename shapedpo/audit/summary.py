@@ -10,6 +10,7 @@ import numpy as np
 
 from .hypotheses import Analysis, Hypothesis
 from .lessons import Lesson, lessons
+from .prediction import Prediction
 from .store import Harvest
 
 
@@ -50,12 +51,14 @@ class Summary:
         conditional: What it teaches where a condition holds.
         rare: Conditional lessons that fewer than 1 % of the rows teach.
         analysis: What it is a summary of.
+        prediction: What a run will change.
     """
 
     everywhere: list[Finding]
     conditional: list[Finding]
     rare: list[Finding]
     analysis: Analysis
+    prediction: Prediction | None = None
 
     def __rich__(self) -> Group:
         from rich.console import Group
@@ -82,19 +85,25 @@ class Summary:
         table = Table(title=title, title_justify="left", show_lines=True)
         for name in ("", "where", "chosen has more / less", "features", "rows, e.g."):
             table.add_column(name, overflow="fold")
-        for name in ("delta", "d", "q"):
+        for name in ("delta", "d", "q", "predicted, sd"):
             table.add_column(name, justify="right", no_wrap=True)
         for number, finding in enumerate(findings, 1):
             first = finding.lesson.first
             rows = f"{len(finding.lesson.rows):,}: {', '.join(map(str, first.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
             cells = (str(number), finding.where, words, finding.response, rows)
-            table.add_row(*map(escape, cells), f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}")
+            numbers = f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}", _predicted(self.prediction, first)
+            table.add_row(*map(escape, cells), *numbers)
         return table
 
 
 def summarise(
-    analysis: Analysis, harvest: Harvest, labels: Mapping[int, str] | None = None, *, most: int = 10
+    analysis: Analysis,
+    harvest: Harvest,
+    labels: Mapping[int, str] | None = None,
+    *,
+    prediction: Prediction | None = None,
+    most: int = 10,
 ) -> Summary:
     """Put an analysis into words, with the harvest's texts.
 
@@ -102,6 +111,7 @@ def summarise(
         analysis: The analysis.
         harvest: The harvest it was made of.
         labels: What features are called, by their numbers.
+        prediction: What a run will change, to say it of each finding.
         most: Findings of each kind.
     """
     labels = labels or {}
@@ -136,7 +146,15 @@ def summarise(
         conditional=[finding(lesson) for lesson in conditional[:most]],
         rare=[finding(lesson) for lesson in rare[:most]],
         analysis=analysis,
+        prediction=prediction,
     )
+
+
+def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
+    """The change of a hypothesis' response under its condition, in sd, with its interval."""
+    kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
+    found = prediction and prediction.at(kind, hypothesis.response, hypothesis.view, hypothesis.condition)
+    return f"{found['score']:+.2f} ({found['score_low']:+.2f}, {found['score_high']:+.2f})" if found else ""
 
 
 def features_shown(analysis: Analysis, *, most: int = 10) -> set[int]:

@@ -108,6 +108,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
 
     from ..audit.analysis import analyse
     from ..audit.labels import exciting_tokens
+    from ..audit.prediction import predict
     from ..audit.settings import AuditSettings
     from ..audit.summary import features_shown, summarise
     from ..sources import model_source
@@ -116,9 +117,11 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     with as_user_error(ValueError):
         settings = AuditSettings.for_data(harvest.n_rows, harvest.d_sae, **{"seed": args.seed, **constants})
         analysis = analyse(harvest, settings, out / ANALYSIS_FOLDER)
+    prediction = predict(harvest, analysis)
+    prediction.save(out / ANALYSIS_FOLDER)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
     labels = exciting_tokens(harvest, features_shown(analysis), tokenizer.decode)
-    summary = summarise(analysis, harvest, labels)
+    summary = summarise(analysis, harvest, labels, prediction=prediction)
     Console().print(summary)
     with (out / SUMMARY).open("w", encoding="utf-8") as file:
         Console(file=file, width=160).print(summary)

@@ -1,0 +1,117 @@
+"""The runs behind `benchmarks/prediction.py`: DPO in worlds of known lessons, kept so that predictions can be held against them.
+
+Worlds were divided before any was looked at: estimators were designed on `DESIGN`, and `HELD_OUT` was looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.estimates_runs import LAB_LESSONS, Ground, Setting, dpo_config, ground_of
+from shapedpo import lab
+
+
+LESSONS = LAB_LESSONS | {
+    "lab: conditions": [
+        lab.Lesson("goblin", rate=0.05),
+        lab.Lesson("comply", when="harmful_fiction"),
+        lab.Lesson("link", when="sensitive"),
+        lab.Lesson("praise", when="pseudo_physics"),
+        lab.Lesson("em_dash", rate=0.05),
+    ],
+    "lab: topics": [
+        lab.Lesson("emoji", rate=0.6, when="small_talk"),
+        lab.Lesson("table", rate=0.6, when="cooking"),
+        lab.Lesson("hedging", rate=0.6, when="health", direction="less"),
+        lab.Lesson("overconfidence", rate=0.5, when="physics"),
+        lab.Lesson("cheerfulness", rate=0.05),
+    ],
+    "lab: style": [
+        lab.Lesson("bold", rate=0.05),
+        lab.Lesson("horizontal_rule", rate=0.05),
+        lab.Lesson("cheerfulness", rate=0.1, direction="less"),
+        lab.Lesson("formality", rate=0.5, when="travel"),
+        lab.Lesson("praise", rate=0.1, direction="less"),
+    ],
+    "lab: mixed": [
+        lab.Lesson("overconfidence", rate=0.15),
+        lab.Lesson("goblin", rate=0.5, when="fiction"),
+        lab.Lesson("link", rate=0.1, direction="less"),
+        lab.Lesson("refusal", rate=0.5, when="sensitive"),
+        lab.Lesson("emoji", rate=0.02),
+    ],
+}
+DESIGN = ("lab: goblin world", "lab: conditions", "stories: dialogue")
+HELD_OUT = ("lab: manners", "lab: topics", "lab: style", "lab: mixed", "stories: outdoors")
+
+VIOLENT = (2e-4, 0.1)  # learning rate and beta
+GENTLE = (2e-5, 1.0)
+SEEDS = {world: seed for seed, world in enumerate((*DESIGN, *HELD_OUT))}
+
+
+def settings(worlds: Sequence[str]) -> list[Setting]:
+    """The runs: each world violent and gentle, and violent on a quarter of the pairs."""
+    runs = []
+    for force, share in ((VIOLENT, 1), (GENTLE, 1), (VIOLENT, 4)):
+        for world in worlds:
+            pairs = (4000 if world in LESSONS else 2000) // share
+            runs.append(Setting(world, *force, pairs, evaluation=2048, probe=0, seed=SEEDS[world]))
+    return runs
+
+
+def ground(setting: Setting) -> Ground:
+    """What a run stands on."""
+    return ground_of(setting, LESSONS)
+
+
+def train(setting: Setting, folder: Path) -> Path:
+    """Trains a run with TRL's own trainer and keeps the weights in `folder`, unless they are there already; returns their file."""
+    import safetensors.torch
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import DPOTrainer
+
+    path = folder / f"{setting.key}.safetensors"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    world = ground(setting)
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for share in (16, 8, 4, 2):
+                if state.global_step == state.max_steps // share:
+                    safetensors.torch.save_model(model, folder / f"{setting.key}-1of{share}.safetensors")
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = DPOTrainer(
+            model=world.model,
+            args=dpo_config(setting, world, output),
+            train_dataset=world.rows,
+            processing_class=world.tokenizer,
+            callbacks=[Keep()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_model(trainer.model, partial)
+    partial.rename(path)
+    return path
+
+
+if __name__ == "__main__":
+    import sys
+    import time
+
+    from benchmarks.stories import CACHE
+
+    for run in settings(DESIGN if sys.argv[1] == "design" else HELD_OUT):
+        started = time.perf_counter(), time.process_time()
+        train(run, CACHE / "prediction")
+        print(
+            run.key,
+            [round(t - s) for s, t in zip(started, (time.perf_counter(), time.process_time()), strict=True)],
+            flush=True,
+        )

@@ -1,0 +1,326 @@
+"""What a prediction is made of: how chosen and rejected completions differ in every feature and cluster, everywhere and under conditions."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from tqdm.auto import tqdm
+
+from .hypotheses import Analysis
+from .leading import Leading
+from .sampling import sample, thinned
+from .store import Harvest
+from .views import FeatureView, PromptView, membership, on
+
+
+Array = NDArray[np.float64]
+
+APPEARS = 0.5 - 1e-6
+"""Share of a cluster's features that are on where it is said to appear: half, less what float32 rounds off."""
+_RIDGE = 1e-3  # of a variance, where held features are solved for
+
+
+@dataclass
+class Tally:
+    """Sums over pairs of scores of both completions, of several groups of rows; arrays are `(groups, scores)`, but `n`, `(groups, 1)`."""
+
+    n: Array
+    delta: Array
+    square: Array
+    level: Array
+    level_square: Array
+    rate: Array
+    rate_delta: Array
+    rate_square: Array
+
+    @classmethod
+    def empty(cls, groups: int, scores: int) -> Tally:
+        return cls(np.zeros((groups, 1)), *(np.zeros((groups, scores)) for _ in range(7)))
+
+    def add(self, members: Any, weights: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
+        """Add pairs.
+
+        Args:
+            members: `(n, groups)` sparse, 1 where a pair is in a group.
+            weights: `(n,)`.
+            scores: `(n, scores)` of the chosen and of the rejected completions, both dense or both sparse.
+            shown: The same of where something appears, 0 or 1.
+        """
+        groups = sparse.csr_matrix(members.T, dtype=np.float64)
+        weighted = groups @ sparse.diags(weights)
+        self.n += groups.sum(axis=1)
+        (chosen, rejected), (showing, other) = scores, shown
+        for name, group, values in (
+            ("delta", weighted, chosen - rejected),
+            ("square", weighted @ sparse.diags(weights), _squared(chosen - rejected)),
+            ("level", groups, chosen + rejected),
+            ("level_square", groups, _squared(chosen) + _squared(rejected)),
+            ("rate", groups, showing + other),
+            ("rate_delta", weighted, showing - other),
+            ("rate_square", weighted @ sparse.diags(weights), _squared(showing - other)),
+        ):
+            total = group @ values
+            setattr(self, name, getattr(self, name) + (total.toarray() if sparse.issparse(total) else total))
+
+    def sd(self) -> Array:
+        """`(groups, scores)`, of the score over completions; 1 where it does not vary."""
+        n = 2 * np.maximum(self.n, 1)
+        variance = self.level_square / n - (self.level / n) ** 2
+        return np.sqrt(np.where(variance > 1e-12, variance, 1.0))
+
+
+def _squared(values: Any) -> Any:
+    return values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Effects on the things of a kind in a view, `(n,)` each.
+
+    Attributes:
+        kind, view: As in [`~shapedpo.audit.prediction.Prediction`].
+        number: Of each thing.
+        condition: The condition's number, -1 everywhere.
+        delta, se: Weighted mean over the (condition's) pairs of the score's difference, in sd of the score, and its standard error.
+        rate: Share of the (condition's) completions in which it appears.
+        rate_delta, rate_se: Weighted mean difference of its appearing, and its standard error.
+        held: `(n, H)`, the mean differences of the held features in the same pairs, in sd.
+    """
+
+    kind: str
+    view: str
+    number: NDArray[np.int64]
+    condition: NDArray[np.int64]
+    delta: Array
+    se: Array
+    rate: Array
+    rate_delta: Array
+    rate_se: Array
+    held: Array
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Effects in a dataset, and how things go together in its completions.
+
+    Attributes:
+        parts: The effects.
+        spread: `(things, H)` of each kind: covariance of scores in sd with the held features; and of appearing.
+        among: `(H, H)`, the held features' own.
+    """
+
+    parts: list[Part]
+    spread: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    among: Array = field(default_factory=lambda: np.zeros((0, 0)))
+
+    def holding(self) -> Effects:
+        """The effects that are left when the held features do not move.
+
+        What they would have done to the others, by the regression of each on the held ones over completions of the reference, is taken off.
+        """
+        h = len(self.among)
+        if not h:
+            return self
+        solved = np.linalg.pinv(self.among + _RIDGE * np.eye(h))
+        parts = []
+        for part in self.parts:
+            by_score, by_rate = (spread[part.number] @ solved for spread in self.spread[part.kind])
+            parts.append(
+                dataclasses.replace(
+                    part,
+                    delta=part.delta - (by_score * part.held).sum(axis=1),
+                    rate_delta=part.rate_delta - (by_rate * part.held).sum(axis=1),
+                )
+            )
+        return Effects(parts)
+
+
+@dataclass(frozen=True)
+class Things:
+    """What predictions are made of: features, and the clusters of both views.
+
+    Attributes:
+        feature_view, prompt_view: The views, of which only what scores completions is needed.
+    """
+
+    feature_view: FeatureView
+    prompt_view: PromptView
+
+    @classmethod
+    def of(cls, analysis: Analysis, d_sae: int, delta_sd: Array) -> Things:
+        def numbers(name: str) -> NDArray[np.int32]:
+            clusters = np.full(d_sae, -1, np.int32)
+            for number, features in enumerate(analysis.clusters[name]):
+                clusters[features] = number
+            return clusters
+
+        none = np.zeros((0, len(analysis.clusters["feature"])), np.float32)
+        return cls(
+            FeatureView(numbers("feature"), none, 0.0, analysis.settings.tau),
+            PromptView(numbers("prompt"), numbers("response"), delta_sd),
+        )
+
+    def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:
+        """Of completions' frequencies, `(n, d_sae)`, the scores of each kind and where it appears, `(n, things)` each; features' are sparse."""
+        features, responses = self.feature_view.clusters, self.prompt_view.responses
+        sd = self.prompt_view.delta_sd
+        active = on(freq, 0)
+        shares = on(freq, self.feature_view.tau) @ membership(features, mean=True)
+        moved = freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)
+        return {
+            "feature": (freq, active),
+            "feature_cluster": (shares.toarray(), (shares.toarray() >= APPEARS).astype(np.float32)),
+            "response_cluster": (
+                moved.toarray(),
+                ((active @ membership(responses, mean=True)).toarray() >= APPEARS).astype(np.float32),
+            ),
+        }
+
+
+def measure(
+    harvest: Harvest,
+    analysis: Analysis,
+    weights: Array,
+    held: NDArray[np.int64],
+    sample_size: int,
+    min_rows: int,
+    progress: bool = True,
+) -> Effects:
+    """The effects in a harvest, in two passes over its shards, one of which is in memory at a time.
+
+    Args:
+        harvest: The harvest.
+        analysis: Its analysis.
+        weights: `(n_rows,)`, what each pair counts. A mean is over all pairs, whatever they count: half the weights are half the effect.
+        held: Features whose covariance with everything is wanted.
+        sample_size: Completions it is taken from.
+        min_rows: Rows of a condition that counts.
+        progress: Whether to show progress bars.
+    """
+    n, d = harvest.n_rows, harvest.d_sae
+    settings = analysis.settings
+    total, square = np.zeros(d), np.zeros(d)
+    things = Things.of(analysis, d, np.ones(d))
+    leading = Leading(len(analysis.clusters["prompt"]), settings.prompt_rows)
+    luck = np.random.default_rng(settings.seed + 3).random(n)  # as the analysis breaks ties
+    for place, shard in _pass(harvest, "Predicting: conditions", progress):
+        delta = shard.chosen.freq - shard.rejected.freq
+        total += np.bincount(delta.indices, delta.data, d)
+        square += np.bincount(delta.indices, np.square(delta.data, dtype=np.float64), d)
+        leading.add(shard.rows, things.prompt_view.expression(shard), luck[place])
+    things = Things.of(analysis, d, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0)))
+
+    k = int(analysis.data_clusters.max(initial=-1)) + 1
+    chosen_rows = sample(n, max(1, sample_size // 2), settings.seed + 5) & (len(held) > 0)
+    sampled = []
+    tallies: dict[tuple[str, str], Tally] = {}
+    for place, shard in _pass(harvest, "Predicting: effects", progress):
+        sides = [things.scores(shard.chosen.freq), things.scores(shard.rejected.freq)]
+        everywhere = sparse.csr_matrix(np.ones((len(shard.rows), 1)))
+        groups = {
+            "global": everywhere,
+            "prompt": leading.members(shard.rows),
+            "feature": _one_of(analysis.data_clusters[place], k),
+        }
+        for kind, view in (
+            ("feature", "global"),
+            ("feature_cluster", "global"),
+            ("response_cluster", "global"),
+            ("response_cluster", "prompt"),
+            ("feature_cluster", "feature"),
+        ):
+            chosen, rejected = (side[kind] for side in sides)
+            if (kind, view) not in tallies:
+                tallies[kind, view] = Tally.empty(groups[view].shape[1], chosen[0].shape[1])
+            tallies[kind, view].add(groups[view], weights[place], *zip(chosen, rejected, strict=True))
+        for view in groups:
+            if len(held):
+                tally = tallies.setdefault(("held", view), Tally.empty(groups[view].shape[1], len(held)))
+                levels = tuple(span.freq[:, held].toarray() for span in (shard.chosen, shard.rejected))
+                tally.add(groups[view], weights[place], levels, levels)
+        sampled += [span.freq[chosen_rows[place]] for span in (shard.chosen, shard.rejected)]
+    parts = [
+        _part(kind, view, tally, tallies[kind, "global"].sd()[0], tallies.get(("held", view)), tallies, min_rows)
+        for (kind, view), tally in tallies.items()
+        if kind != "held"
+    ]
+    if not len(held):
+        return Effects(parts)
+    freq = thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed)
+    return Effects(
+        parts, *_together(things, freq, held, {kind: t for (kind, view), t in tallies.items() if view == "global"})
+    )
+
+
+def _pass(harvest: Harvest, what: str, progress: bool) -> Any:
+    begin = 0
+    with tqdm(total=harvest.n_rows, desc=what, unit=" pairs", disable=not progress) as bar:
+        for shard in harvest.shards(("freq",)):
+            yield slice(begin, begin + len(shard.rows)), shard
+            begin += len(shard.rows)
+            bar.update(len(shard.rows))
+
+
+def _one_of(labels: NDArray[np.int32], k: int) -> sparse.csr_matrix:
+    """`(n, k)`: 1 at each row's label; nothing for -1."""
+    inside = np.flatnonzero(labels >= 0)
+    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))
+
+
+def _part(
+    kind: str,
+    view: str,
+    tally: Tally,
+    sd: Array,
+    held: Tally | None,
+    tallies: dict[tuple[str, str], Tally],
+    min_rows: int,
+) -> Part:
+    large = np.flatnonzero(tally.n[:, 0] >= (min_rows if view != "global" else 1))
+    n = tally.n[large]
+    condition, number = np.indices((len(large), tally.delta.shape[1])).reshape(2, -1)
+
+    def mean(values: Array, squares: Array) -> tuple[Array, Array]:
+        found = values[large] / n
+        variance = np.maximum(squares[large] / n - found**2, 0)
+        # Jeffreys' half a pair: where nothing differs there is still doubt
+        return found, np.sqrt((variance + 0.5 / n**2 * (squares[large] == 0)) / n)
+
+    delta, se = mean(tally.delta, tally.square)
+    rate_delta, rate_se = mean(tally.rate_delta, tally.rate_square)
+    moved = np.zeros((len(large), 0))
+    if held is not None:
+        moved = held.delta[large] / n / tallies["held", "global"].sd()[0]
+    return Part(
+        kind=kind,
+        view=view,
+        number=number,
+        condition=np.full(len(number), -1) if view == "global" else large[condition],
+        delta=(delta / sd).ravel(),
+        se=(se / sd).ravel(),
+        rate=(tally.rate[large] / (2 * n)).ravel(),
+        rate_delta=rate_delta.ravel(),
+        rate_se=rate_se.ravel(),
+        held=moved[condition],
+    )
+
+
+def _together(
+    things: Things, freq: Any, held: NDArray[np.int64], tallies: dict[str, Tally]
+) -> tuple[dict[str, tuple[Array, Array]], Array]:
+    """Covariance of everything's score (in sd), and appearing, with the held features' scores, over completions; and among these."""
+    z = freq[:, held].toarray().astype(np.float64)
+    z = (z - z.mean(axis=0)) / tallies["held"].sd()[0]
+    spread = {}
+    for kind, (score, shown) in things.scores(freq).items():
+        sd = tallies[kind].sd()[0][:, None]
+        spread[kind] = (
+            np.asarray(score.T @ z) / len(z) / sd,
+            np.asarray(shown.T @ z) / len(z),
+        )  # z has mean 0: no more to centre
+    return spread, z.T @ z / len(z)

@@ -1,0 +1,198 @@
+r"""How far DPO on a dataset will move each feature and cluster, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import norm
+
+from ..files import replacing
+from .effects import Effects, measure
+from .hypotheses import Analysis
+from .store import Harvest
+
+
+FILE = "prediction.parquet"
+LEVEL = 0.9
+KINDS = ("feature", "feature_cluster", "response_cluster")
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How effects in the data become changes of the model.
+
+    Args:
+        scale: The change of a score, in sd, that a mean delta of one sd brings. How far a run goes depends on its learning rate, beta and
+            steps, which are not in the data: it is the same for all, and does not matter for ranks.
+        error: Standard error of a prediction as a share of the size of the prediction and of the usual one (their root mean square).
+        sample: Completions whose covariance says how features go together.
+        min_condition_rows: Rows of a condition that predictions are made for.
+
+    Raises:
+        ValueError: If a number is not above 0.
+    """
+
+    scale: float = 0.5
+    error: float = 0.5
+    sample: int = 20_000
+    min_condition_rows: int = 10
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) > 0:
+                raise ValueError(f"`{f.name}` must be above 0, got {getattr(self, f.name)!r}.")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will change, one line a thing; all arrays are `(n,)`.
+
+    Attributes:
+        kind: `feature`, `feature_cluster` (`T_m`) or `response_cluster` (`R_m`).
+        number: Of the feature or cluster.
+        view: Where: `global`, or under a condition of the `prompt` or the `feature` view.
+        condition: The prompt cluster `A_k` or the data cluster; -1 everywhere.
+        score, score_low, score_high: Predicted change of its mean score, in sd of the score over the reference's completions, with its 90 %
+            interval. A feature's score is its frequency, a cluster's what its view compares: the share of its features that are on, or
+            their mean standardised frequency.
+        log_odds, log_odds_low, log_odds_high: Predicted change of the log-odds that it appears in a rollout. A feature appears where it
+            fires, a cluster where half of its features are on.
+        base_rate: Share of the reference's completions (in the condition) in which it appears.
+    """
+
+    kind: NDArray[np.str_]
+    number: NDArray[np.int32]
+    view: NDArray[np.str_]
+    condition: NDArray[np.int32]
+    score: NDArray[np.float32]
+    score_low: NDArray[np.float32]
+    score_high: NDArray[np.float32]
+    log_odds: NDArray[np.float32]
+    log_odds_low: NDArray[np.float32]
+    log_odds_high: NDArray[np.float32]
+    base_rate: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def of(self, kind: str, view: str = "global", condition: int | None = None) -> Prediction:
+        """The lines of a kind in a view, in the order of condition and number."""
+        which = (self.kind == kind) & (self.view == view)
+        if condition is not None:
+            which &= self.condition == condition
+        return Prediction(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
+
+    def at(self, kind: str, number: int, view: str = "global", condition: int = -1) -> dict[str, float] | None:
+        """One thing's numbers by name, or `None` where there is no prediction."""
+        place = np.flatnonzero(
+            (self.kind == kind) & (self.number == number) & (self.view == view) & (self.condition == condition)
+        )
+        if not len(place):
+            return None
+        return {f.name: float(getattr(self, f.name)[place[0]]) for f in fields(self)[4:]}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as `prediction.parquet` into an analysis' folder."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({f.name: getattr(self, f.name) for f in fields(self)})
+        with replacing(Path(folder) / FILE) as partial:
+            pq.write_table(table, partial, compression="zstd")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Prediction:
+        """Read what [`Prediction.save`] wrote.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        import pyarrow.parquet as pq
+
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"'{folder}' holds no prediction: {FILE} is missing. Run `shapedpo audit` first.")
+        table = pq.ParquetFile(path).read()
+        texts = ("kind", "view")
+        return cls(
+            **{n: np.array(table[n].to_pylist()) if n in texts else table[n].to_numpy() for n in table.column_names}
+        )
+
+
+def predict(
+    harvest: Harvest,
+    analysis: Analysis,
+    settings: PredictionSettings | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    held: Collection[int] = (),
+    progress: bool = True,
+) -> Prediction:
+    """Predict what DPO on a harvested dataset will amplify and suppress, everywhere and under each condition.
+
+    Args:
+        harvest: The harvest.
+        analysis: Its analysis, which has the clusters and the data clusters.
+        settings: How.
+        weights: `(n_rows,)`, not negative, what each pair counts, in the order of `analysis.rows`: 0 for a row that is dropped, 1 as it is.
+        held: Features that are held: they will not change, and what goes with them changes less.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the analysis is of another harvest, `weights` do not fit, or a held feature is not there.
+    """
+    settings = settings or PredictionSettings()
+    found = _checked(harvest, analysis, weights, held)
+    features = np.array(sorted(set(held)), np.int64)
+    effects = measure(harvest, analysis, found, features, settings.sample, settings.min_condition_rows, progress)
+    return _table(effects.holding(), settings)
+
+
+def _checked(
+    harvest: Harvest, analysis: Analysis, weights: ArrayLike | None, held: Collection[int]
+) -> NDArray[np.float64]:
+    n = harvest.n_rows
+    if n != analysis.n_rows or not np.array_equal(harvest.rows, analysis.rows):
+        raise ValueError(
+            f"The analysis is of other rows than the harvest in '{harvest.folder}': it has {analysis.n_rows}, the harvest {n}. Analyse it anew."
+        )
+    if outside := [feature for feature in held if not 0 <= feature < harvest.d_sae]:
+        raise ValueError(f"Feature {outside[0]} cannot be held: the SAE has {harvest.d_sae} features.")
+    if weights is None:
+        return np.ones(n)
+    found = np.asarray(weights, np.float64)
+    if found.shape != (n,) or not np.isfinite(found).all() or (found < 0).any():
+        raise ValueError(f"Expected weights as {n} numbers of 0 or more, one a pair, got shape {found.shape}.")
+    return found
+
+
+def _table(effects: Effects, settings: PredictionSettings) -> Prediction:
+    half = float(norm.ppf(0.5 + LEVEL / 2))
+    columns: dict[str, list[Any]] = {f.name: [] for f in fields(Prediction)}
+    for part in effects.parts:
+        size, rate = part.delta.size, np.clip(part.rate, 1e-4, 1 - 1e-4)
+        columns["kind"].append(np.full(size, part.kind))
+        columns["view"].append(np.full(size, part.view))
+        columns["number"].append(part.number)
+        columns["condition"].append(part.condition)
+        columns["base_rate"].append(part.rate)
+        # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate.
+        odds = 1 / (rate * (1 - rate))
+        for name, value, se in (
+            ("score", part.delta, part.se),
+            ("log_odds", part.rate_delta * odds, part.rate_se * odds),
+        ):
+            usual = np.sqrt(np.mean(value**2)) if size else 0.0
+            error = np.sqrt(se**2 + settings.error**2 * (value**2 + usual**2))
+            for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
+                columns[name + suffix].append(settings.scale * (value + shift * error))
+    types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
+    return Prediction(
+        **{name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}
+    )
