@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from . import lazy
 
 
 __version__ = "0.1.0"
 
-# Loaded on first use: torch, trl and sae-lens take seconds, and the command line's `--help` needs none of them.
+# Loaded on first use.
 _HOME = {
     "Concept": "concept",
     "Gate": "concept",
@@ -65,10 +66,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy.attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

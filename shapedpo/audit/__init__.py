@@ -6,8 +6,9 @@ it on disk; [`Harvest`] opens what it has written. [`analyse`] makes both views 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import lazy
 
 
 # Loaded on first use: `harvest` needs torch and trl, which take seconds.
@@ -46,7 +47,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy.attributes(__name__, _HOME)

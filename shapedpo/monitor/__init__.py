@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import lazy
 
 
 # Loaded on first use: `shapedpo report` makes a page from records, and needs none of torch.
@@ -27,7 +28,4 @@ if TYPE_CHECKING:
 __all__ = ["ExcitingReader", "RunMonitor", "Source", "TrainerAccess", "make_sinks", "monitor_settings", "numbered"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = lazy.attributes(__name__, _HOME)
