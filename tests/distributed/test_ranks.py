@@ -34,27 +34,27 @@ CASES = {
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
 
 
-def command(launcher: str, tmp_path: Path, on_gpus: bool) -> list[str]:
-    """How a launcher is told to start two processes: for ZeRO by the configuration that GPUs get, but for the processor."""
+def command(launcher: str, tmp_path: Path, processes: int, on_gpus: bool) -> list[str]:
+    """How a launcher is told to start processes: for ZeRO by the configuration that GPUs get, but for the processor."""
     if launcher == "ddp" and not on_gpus:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     config = yaml.safe_load((ROOT / "accelerate_configs" / f"{launcher}.yaml").read_text())
-    config |= {"use_cpu": not on_gpus, "num_processes": 2, "mixed_precision": "no"}
+    config |= {"use_cpu": not on_gpus, "num_processes": processes, "mixed_precision": "no"}
     path = tmp_path / f"{launcher}.yaml"
     path.write_text(yaml.safe_dump(config))
     launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={path}"]
     return [*launch, f"--main_process_port={jobs.free_port()}", "-m"]
 
 
-def launch(launcher: str, output: Path, names: list[str], on_gpus: bool = False) -> None:
+def launch(launcher: str, output: Path, names: list[str], processes: int = 2, on_gpus: bool = False) -> None:
     # On disk, as precomputed reference log-probabilities are cached beside the data, where all ranks must find them.
     data = output / "data"
     runs.data().save_to_disk(data)
     if launcher == "fsdp2" and not on_gpus:  # which accelerate does not launch without a GPU: see `runs.build`
         with jobs.server() as start:
-            return start(jobs.shard, 2, output, names).finish()
+            return start(jobs.shard, processes, output, names).finish()
     words = [
-        *command(launcher, output, on_gpus),
+        *command(launcher, output, processes, on_gpus),
         "tests.distributed.steps",
         str(model_path()),
         str(data),
@@ -86,14 +86,14 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The runs of a launcher, all in one launch: by name the result and the folder."""
+    """The runs of a launcher, all in one launch: by name the result and the folder. With one process only where it is asked for."""
     done = {}
 
-    def run_together(launcher, name):
-        if launcher not in done:
-            done[launcher] = tmp_path_factory.mktemp(launcher)
-            launch(launcher, done[launcher], cases(launcher))
-        output = done[launcher] / name
+    def run_together(launcher, name, processes=2):
+        if (launcher, processes) not in done:
+            output = done[launcher, processes] = tmp_path_factory.mktemp(f"{launcher}-{processes}")
+            launch(launcher, output, cases(launcher) if processes > 1 else [name], processes)
+        output = done[launcher, processes] / name
         return json.loads((output / "result.json").read_text()), output
 
     return run_together
@@ -110,12 +110,9 @@ def cases(launcher: str) -> list[str]:
 def test_two_processes_equal_one(alone, together, launcher, name):
     if launcher.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    if name == "bf16" and launcher != "ddp":
-        # Measured with ZeRO-2 and FSDP2: 2 of 416 scores differ by up to 0.4 sd.
-        pytest.skip(
-            "the launcher casts the whole model to bf16, and one process by itself does not: there is nothing to compare with"
-        )
-    (one, here), (two, there) = alone(name), together(launcher, name)
+    two, there = together(launcher, name)
+    # ZeRO and FSDP2 cast the whole model to bf16, which a process without them does not.
+    one, here = together(launcher, name, 1) if name == "bf16" and launcher != "ddp" else alone(name)
     assert two["launched"] == {"ddp": "MULTI_CPU 2", "fsdp2": "FSDP 2"}.get(launcher, "DEEPSPEED 2")
     loose = name == "bf16"
     near = 0.1 if loose else 1e-5
@@ -131,7 +128,7 @@ def test_two_processes_equal_one(alone, together, launcher, name):
         records, theirs = ([record for record in some if record["type"] != "pairs"] for some in (records, theirs))
     if not loose:
         assert_close(*(shown(some[1:]) for some in (records, theirs)), "records")
-    assert_same_parameters(here, there, 2e-4 if loose else 1e-4)
+    assert_same_parameters(here, there, 2e-4 if loose else 1e-4, relative=2**-7 if loose else 0)  # one unit of bf16
     assert two["held"] == one["held"] * 2
     assert {name: value for name, value in two["held"][0].items() if name != "elements"} == {
         "plain": True,
@@ -146,6 +143,10 @@ def assert_same_batches(one: list, two: list, tolerance: float) -> None:
     for mine, theirs in zip(one, two, strict=True):
         assert (mine["step"], mine["rows"]) == (theirs["step"], theirs["rows"])
         for name in ("scores", "gates", "offsets", "weights"):
+            if name == "scores" and tolerance > 1e-3:
+                # Where frequency is read, what bf16 rounds away decides whether a token that is barely active counts.
+                assert np.mean(~np.isclose(theirs[name], mine[name], tolerance, tolerance)) < 0.005
+                continue
             np.testing.assert_allclose(theirs[name], mine[name], rtol=tolerance, atol=tolerance, err_msg=name)
         assert max(map(abs, mine["a"])) > 1e-3
         # Up to the scale that averaging over processes takes back.
@@ -196,7 +197,7 @@ def assert_same_metrics(one: list, two: list, tolerance: float) -> None:
     assert compared > 3 * 4 * 26
 
 
-def assert_same_parameters(here: Path, there: Path, tolerance: float) -> None:
+def assert_same_parameters(here: Path, there: Path, tolerance: float, relative: float = 0) -> None:
     """Of the saved models, which plain transformers loads and which hold nothing of ours."""
     mine, theirs = (dict(AutoModelForCausalLM.from_pretrained(path).named_parameters()) for path in (here, there))
     assert mine.keys() == theirs.keys()
@@ -205,7 +206,7 @@ def assert_same_parameters(here: Path, there: Path, tolerance: float) -> None:
     moved = 0.0
     for name, value in mine.items():
         torch.testing.assert_close(
-            theirs[name].float(), value.float(), rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            theirs[name].float(), value.float(), rtol=relative, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
         )
         if name in start:
             moved = max(moved, float((value - start[name]).abs().max()))
