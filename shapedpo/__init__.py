@@ -16,7 +16,9 @@ _HOME = {
     "load_concepts": "concept",
     "ShapedDPOConfig": "config",
     "ShapedDPOTrainer": "trainer",
+    "AttentionProbe": "readouts",
     "Direction": "readouts",
+    "LinearProbe": "readouts",
     "Readout": "readouts",
     "Regex": "readouts",
     "SAEFeatures": "readouts",
@@ -37,17 +39,19 @@ _HOME = {
 if TYPE_CHECKING:
     from .concept import Concept, Gate, load_concepts
     from .config import ShapedDPOConfig
-    from .readouts import Direction, Readout, Regex, SAEFeatures, TextFunction
+    from .readouts import AttentionProbe, Direction, LinearProbe, Readout, Regex, SAEFeatures, TextFunction
     from .shapers import Ablate, Filter, Inoculate, Mask, Project, Residual, Reward, Reweight, Shaper, Steer, Tokens
     from .trainer import ShapedDPOTrainer
 
 __all__ = [
     "Ablate",
+    "AttentionProbe",
     "Concept",
     "Direction",
     "Filter",
     "Gate",
     "Inoculate",
+    "LinearProbe",
     "Mask",
     "Project",
     "Readout",

@@ -20,6 +20,7 @@ from .concept import Concept
 from .files import replacing
 from .reading import ConceptReader, RawScores, Statistics
 from .shapers import ConceptSignal
+from .structure import fit_given
 
 
 FILE_NAME = "concepts.safetensors"
@@ -78,7 +79,7 @@ def calibrate(
         keep: How many pairs' deltas to keep, spread evenly over the sample.
 
     Returns:
-        The calibration, and warnings: one for each concept that some score of which never varies.
+        The calibration, and warnings: one for each concept that some score of which never varies, or of which others leave nothing.
 
     Raises:
         FloatingPointError: If a score is not finite; the text names the concept.
@@ -103,8 +104,14 @@ def calibrate(
                 f"the calibration sample of {len(valid)} pairs, so they cannot be standardised and are taken as they are. Is the "
                 "readout right? A rare concept needs a larger `calibration_size`."
             )
-    statistics = Statistics(rows.mean(dim=0), _or_one(std), raw.prompt.mean(dim=0), _or_one(prompt_std))
+    none = rows.new_zeros(len(reader.concepts), len(reader.concepts))
+    statistics = Statistics(rows.mean(dim=0), _or_one(std), raw.prompt.mean(dim=0), _or_one(prompt_std), none)
     signals = reader.signals(raw, statistics, valid, gates)
+    if reader.given:
+        given, more = fit_given(reader.concepts, signals)
+        statistics = statistics._replace(given=given)
+        warnings += more
+        signals = reader.signals(raw, statistics, valid, gates)
     kept = torch.arange(len(valid), device=valid.device)[valid]
     kept = kept[torch.linspace(0, len(kept) - 1, min(keep, len(kept)), device=valid.device).round().long()]
     deltas = _columns([signal.delta[kept] for signal in signals], kept)
@@ -253,6 +260,9 @@ def load_calibration(
         return None
     hold = {name.removeprefix(HOLD): tensors.pop(name) for name in list(tensors) if name.startswith(HOLD)}
     tokens = tensors.pop("tokens", None)
+    tensors.setdefault(
+        "given", deltas.new_zeros(len(concepts), len(concepts))
+    )  # a checkpoint from before there was `given`
     return Calibration(Statistics(**tensors), deltas, gates, thresholds, int(empty_pairs), hold or None, tokens)
 
 

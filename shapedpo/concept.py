@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .readouts import Readout, TextFunction, readout_from_dict
-from .shapers import Shaper, shaper_from_config
+from .shapers import Residual, Shaper, shaper_from_config
 from .shapers.base import check_number
 
 
@@ -25,7 +25,8 @@ class Gate:
 
     Args:
         column: A column of the dataset, boolean or between 0 and 1; a row's value is how much of the shaping it gets.
-        concept: The name of another concept of the list, read on the **prompt**. Rows pass where its score is above the threshold.
+        concept: The name of another concept of the list, read on the **prompt**. Rows pass where its own score (whatever it is
+            `given`) is above the threshold.
         threshold: In standard deviations of the prompts' scores.
 
     Raises:
@@ -61,6 +62,10 @@ class Concept:
         strength: How strongly, positive either way. Needed by `reward` and `reweight` (in nats of reward margin per standard deviation
             of the score), `residual` (per nat) and `steer` (in the units of the hidden states), taken by no other method.
         gate: Where it is shaped. Everywhere by default.
+        given: Names of other concepts of the list, without which it is read: its score is taken less the best linear prediction from
+            theirs, and its direction orthogonal to theirs, so that to shape a table need not shape all formatting (see `structure.py`). Their
+            own scores count, whatever they are given themselves, so concepts can be given each other. Strengths and targets keep their
+            meaning, in standard deviations of the concept's own score.
         target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
             score; negative for less of the concept. 0, the default, is the level before training.
 
@@ -93,6 +98,7 @@ class Concept:
     strength: float | None = None
     gate: Gate | Mapping[str, Any] | None = None
     target: float = 0.0
+    given: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
@@ -115,6 +121,7 @@ class Concept:
                 )
             self._check_target()
             self._check_shaping()
+            object.__setattr__(self, "given", self._checked_given())
 
     def _check_target(self) -> None:
         check_number("action 'hold'", "target", self.target, unit=", in standard deviations of the score")
@@ -150,6 +157,18 @@ class Concept:
         elif self.strength is not None:
             raise ValueError(f"method {self.shaper.name!r} takes no `strength`, got {self.strength!r}. Leave it out.")
 
+    def _checked_given(self) -> tuple[str, ...]:
+        names = list(self.given) if isinstance(self.given, Sequence) and not isinstance(self.given, str) else [None]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`given` must be a list of the names of other concepts, got {self.given!r}.")
+        if self.name in names or len(set(names)) < len(names):
+            raise ValueError(f"`given` names other concepts, each once; got {', '.join(map(repr, names))}.")
+        if names and self.shapes and isinstance(self.shaper, Residual) and self.shaper.instruction:
+            raise ValueError(
+                "method 'residual' with an instruction acts by no score or direction: `given` has no meaning. Leave it out."
+            )
+        return tuple(name for name in names if name is not None)
+
     @property
     def shaper(self) -> Shaper:
         """The method as an object."""
@@ -177,6 +196,8 @@ class Concept:
             data["strength"] = float(self.strength)
         if self.target != 0:
             data["target"] = float(self.target)
+        if self.given:
+            data["given"] = list(self.given)
         if isinstance(self.gate, Gate):
             data["gate"] = (
                 {"column": self.gate.column}
@@ -279,4 +300,9 @@ def _check_together(concepts: Sequence[Concept]) -> None:
             raise ValueError(
                 f"Concept {concept.name!r}: its gate names the concept {concept.gate.concept!r}, which is not in the list. "
                 f"There are {', '.join(names)}; add it with action: watch."
+            )
+        if missing := [name for name in concept.given if name not in names]:
+            raise ValueError(
+                f"Concept {concept.name!r}: `given` names the concept {missing[0]!r}, which is not in the list. There are {', '.join(names)}; "
+                "add it with action: watch."
             )

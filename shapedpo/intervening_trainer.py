@@ -61,7 +61,7 @@ class InterveningTrainer(ReadingTrainer):
         """
         reader = self._reader
         self._reads_first = any(concept.shapes and concept.shaper.reads_first for concept in self.concepts)
-        self._tokens = TokenFilter(self.concepts, reader.readers, reader.columns, args.precompute_ref_log_probs)
+        self._tokens = TokenFilter(reader, args.precompute_ref_log_probs)
         check_steering(self.concepts, reader.readers)
         check_composition(self.concepts, args)
         shapers = {index: concept.shaper for index, concept in enumerate(self.concepts) if concept.shapes}
@@ -125,7 +125,7 @@ class InterveningTrainer(ReadingTrainer):
         for index, shaper in self._residual.items():
             if shaper.steer is not None:  # an error now rather than in the first step
                 model = self.accelerator.unwrap_model(self._reference())
-                residual_edit(model, self.concepts[index], self._reader.readers[index])
+                residual_edit(model, self.concepts, self._reader.readers, index)
         pad = self._tokenizer.pad_token_id
         sequences = [InoculatedSequences(index, pad, self.args.seed) for index in self._instructed]
         return [*super()._additions(), *(adds for adds in (marks, turns, *sequences) if adds is not None)]
@@ -170,9 +170,7 @@ class InterveningTrainer(ReadingTrainer):
             if TURN not in extras:  # data that is not trained on
                 changed = plain
             elif shaper.steer is not None:
-                edit = residual_edit(
-                    self.accelerator.unwrap_model(model), self.concepts[index], self._reader.readers[index]
-                )
+                edit = residual_edit(self.accelerator.unwrap_model(model), self.concepts, self._reader.readers, index)
                 with Steering({index: edit}) as steering:
                     amount = torch.full_like(plain, shaper.steer, dtype=torch.float32)
                     steering.aim({index: amount}, self._steered_places(inputs, extras))

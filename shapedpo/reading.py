@@ -13,6 +13,7 @@ from .concept import Concept, Gate
 from .readouts import ActivationReader, LoadedReadout, Readout, SAEFeatures, TextReader, family_mismatch
 from .readouts.base import fingerprint
 from .shapers import ConceptSignal
+from .structure import given_indices, without_given
 
 
 class RawScores(NamedTuple):
@@ -39,12 +40,14 @@ class Statistics(NamedTuple):
         std: `(F,)`, 1 where a score never varied.
         prompt_mean: `(P,)`.
         prompt_std: `(P,)`.
+        given: `(C, C)`, what of each concept's score the others predict, for those that are `given` others; else 0.
     """
 
     mean: Tensor
     std: Tensor
     prompt_mean: Tensor
     prompt_std: Tensor
+    given: Tensor
 
     def to(self, device: torch.device) -> Statistics:
         return Statistics(*(tensor.to(device) for tensor in self))
@@ -72,6 +75,7 @@ class ConceptReader:
         self.columns = _slices([reader.n_features for reader in self.readers])
         self.prompt_index = [index for index, concept in enumerate(concepts) if concept.name in gating]
         self.prompt_columns = _slices([self.readers[index].n_features for index in self.prompt_index])
+        self.given = given_indices(concepts)
         self.gate_columns = sorted(
             {concept.gate.column for concept in concepts if isinstance(concept.gate, Gate) and concept.gate.column}
         )
@@ -193,8 +197,9 @@ class ConceptReader:
         return signals
 
     def standardised(self, completion: Tensor, statistics: Statistics) -> Tensor:
-        """Raw scores of completions, `(N, F)`, to the concepts' standardised ones, `(N, C)`."""
-        return self._standardise(completion, statistics.mean, statistics.std, self.columns)
+        """Raw scores of completions, `(N, F)`, to the concepts' standardised ones, `(N, C)`, each without what it is given."""
+        own = self._standardise(completion, statistics.mean, statistics.std, self.columns)
+        return without_given(own, statistics.given, self.given)
 
     def non_finite(self, raw: RawScores) -> Tensor:
         """`(C,)` float32: for each concept, how many of its raw scores, of prompts too, are not finite."""

@@ -18,6 +18,7 @@ from .readouts import ActivationReader, LoadedReadout
 from .shapers import ConceptSignal, Project
 from .shapers.hold import HoldController
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
+from .structure import own_directions
 
 
 # Losses that sort a batch and compare ranks: its pairs have no losses of their own.
@@ -164,16 +165,16 @@ class Shaping:
         layers = decoder_layers(model)
         directions: dict[int, list[Tensor]] = {}
         for index, concept in chosen:
-            reader, shaper = readers[index], concept.shaper
-            assert isinstance(reader, ActivationReader)  # by check_methods
+            shaper = concept.shaper
             assert isinstance(shaper, Project)
+            own = own_directions(model, self.concepts, readers, index)
             for layer in range(len(layers)) if shaper.layers is None else shaper.layers:
                 if layer >= len(layers):
                     raise ValueError(
                         f"Concept {concept.name!r}: method 'project' names layer {layer}, but the model has {len(layers)} "
                         f"(0 to {len(layers) - 1})."
                     )
-                directions.setdefault(layer, []).append(reader.directions())
+                directions.setdefault(layer, []).append(own)
         return ResidualProjection(
             [(layers[layer], orthonormal_basis(torch.cat(rows))) for layer, rows in sorted(directions.items())]
         )

@@ -15,6 +15,7 @@ from .readouts import ActivationReader, LoadedReadout
 from .shapers import Residual
 from .shapers.projection import orthonormal_basis
 from .shapers.steering import Ablate, ForwardEdit
+from .structure import own_directions
 
 
 class Edit(NamedTuple):
@@ -127,43 +128,44 @@ def policy_steering(model: nn.Module, concepts: Sequence[Concept], readers: Sequ
     for index, (concept, reader) in enumerate(zip(concepts, readers, strict=True)):
         if concept.shapes and isinstance(concept.shaper, ForwardEdit):
             assert isinstance(reader, ActivationReader)  # by check_steering
-            ablate = isinstance(concept.shaper, Ablate)
+            directions, ablate = own_directions(model, concepts, readers, index), isinstance(concept.shaper, Ablate)
             try:
-                edits[index] = make_edit(model, reader, concept.shaper.layers, ablate)
+                edits[index] = make_edit(model, reader.hook_name, directions, concept.shaper.layers, ablate)
             except ValueError as error:
                 raise ValueError(f"Concept {concept.name!r}: method {concept.shaper.name!r}: {error}") from error
     return Steering(edits)
 
 
-def residual_edit(model: nn.Module, concept: Concept, reader: LoadedReadout) -> Edit:
-    """How the reference is steered for a concept with method `residual`.
+def residual_edit(model: nn.Module, concepts: Sequence[Concept], readers: Sequence[LoadedReadout], index: int) -> Edit:
+    """How the reference is steered for the concept of that index, with method `residual`.
 
     Raises:
         ValueError: If a layer is not there; the text names the concept.
     """
+    concept, reader = concepts[index], readers[index]
     assert isinstance(reader, ActivationReader)  # by check_steering
     assert isinstance(concept.shaper, Residual)
+    directions = own_directions(model, concepts, readers, index)
     try:
-        return make_edit(model, reader, concept.shaper.layers, ablate=False)
+        return make_edit(model, reader.hook_name, directions, concept.shaper.layers, ablate=False)
     except ValueError as error:
         raise ValueError(f"Concept {concept.name!r}: method 'residual': {error}") from error
 
 
-def make_edit(model: nn.Module, reader: ActivationReader, layers: Sequence[int] | None, ablate: bool) -> Edit:
-    """An edit by a readout's directions, after some decoder layers or, without `layers`, where it reads.
+def make_edit(model: nn.Module, hook_name: str, directions: Tensor, layers: Sequence[int] | None, ablate: bool) -> Edit:
+    """An edit by directions, `(F, d)`, after some decoder layers or, without `layers`, at a hook point.
 
     Raises:
         ValueError: If a layer is not there.
     """
     if layers is None:
-        module, side, _ = resolve_site(model, reader.hook_name)
+        module, side, _ = resolve_site(model, hook_name)
         places: list[tuple[nn.Module, Side]] = [(module, side)]
     else:
         found = decoder_layers(model)
         if outside := [layer for layer in layers if layer >= len(found)]:
             raise ValueError(f"there is no layer {outside[0]}: the model has {len(found)} (0 to {len(found) - 1}).")
         places = [(found[layer], "output") for layer in layers]
-    directions = reader.directions()
     if ablate:
         return Edit(places, orthonormal_basis(directions), True)
     mean = F.normalize(directions.double(), dim=1).mean(dim=0)

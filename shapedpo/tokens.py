@@ -17,11 +17,10 @@ from .calibration import read_sample
 from .capture import CapturePass
 from .concept import Concept
 from .marks import MATCHED, WORDS, TokenMarks
-from .reading import Statistics
+from .reading import ConceptReader, Statistics
 from .readouts import ActivationReader, LoadedReadout, Regex
 from .readouts.base import WrappedReader
 from .readouts.responses import tokenize_response
-from .readouts.sae_reader import max_elements, tiles
 from .shapers import ConceptSignal, Tokens
 
 
@@ -33,20 +32,20 @@ class EveryToken(WrappedReader):
     """Reads every token: its `pooled` pools nothing and gives `(N, T, F)`, 0 outside the mask."""
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
-        raw = torch.zeros(*mask.shape, self.n_features, device=x.device)
-        for rows, tokens in tiles(mask, max(1, max_elements(x.device) // self.width)):
-            raw[rows, tokens] = self.encode(x[rows, tokens])
-        return raw * mask[..., None]
+        return self.tokens(x, mask)
 
 
 class _Job(NamedTuple):
-    """A concept whose tokens leave: its number, its options, its columns of the raw scores, whether it is to suppress, its reader."""
+    """A concept whose tokens leave: its number, its options, whether it is to suppress, and what reads its tokens.
+
+    That is nothing for a pattern, else the concept's own reader and those of the concepts that it is given, each with the number of its
+    concept and its columns of the raw scores.
+    """
 
     concept: int
     shaper: Tokens
-    columns: slice
     suppress: bool
-    reader: EveryToken | None
+    parts: list[tuple[int, slice, EveryToken]]
 
     def side(self, pairs: int, device: torch.device) -> Tensor:
         """`(2B, 1)` bool, the completions of the sides that tokens leave."""
@@ -59,31 +58,27 @@ class TokenFilter:
     The reference is read inside `reading`. Thresholds are found once (`sample`, `thresholds`) and belong to the run's calibration.
 
     Args:
-        concepts: All concepts; those of other methods are passed over.
-        readers: Their readers.
-        columns: Their columns of the raw scores.
+        reader: Reads all concepts; those of other methods are passed over.
         precomputed: Whether the reference's log-probabilities are computed before training.
 
     Raises:
         ValueError: If a concept's readout has no tokens, its options do not fit its readout, or `precomputed` is set.
     """
 
-    def __init__(
-        self,
-        concepts: Sequence[Concept],
-        readers: Sequence[LoadedReadout],
-        columns: Sequence[slice],
-        precomputed: bool = False,
-    ) -> None:
-        self._concepts = list(concepts)
+    def __init__(self, reader: ConceptReader, precomputed: bool = False) -> None:
+        self._concepts = reader.concepts
         self._jobs: list[_Job] = []
-        for index, (concept, reader, part) in enumerate(zip(concepts, readers, columns, strict=True)):
+        for index, concept in enumerate(reader.concepts):
             if concept.shapes and isinstance(concept.shaper, Tokens):
-                _check(concept, concept.shaper, reader, precomputed)
-                every = EveryToken(reader) if isinstance(reader, ActivationReader) else None
-                self._jobs.append(_Job(index, concept.shaper, part, concept.action == "suppress", every))
-        self._read = [job for job in self._jobs if job.reader is not None]
-        self._matched = [job for job in self._jobs if job.reader is None]
+                parts = []
+                for other in [index, *reader.given.get(index, [])]:
+                    read = reader.readers[other]
+                    _check(concept, concept.shaper, read, reader.concepts[other], precomputed)
+                    if isinstance(read, ActivationReader):
+                        parts.append((other, reader.columns[other], EveryToken(read)))
+                self._jobs.append(_Job(index, concept.shaper, concept.action == "suppress", parts))
+        self._read = [job for job in self._jobs if job.parts]
+        self._matched = [job for job in self._jobs if not job.parts]
         self._raw: list[Tensor] = []
         self._mask = torch.empty(0)
         self._samples: dict[int, list[Tensor]] = {
@@ -115,14 +110,17 @@ class TokenFilter:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self.log_probs = output.log_probs.detach()
 
-        readers = [job.reader for job in self._read if job.reader is not None]
+        readers = [reader for job in self._read for _, _, reader in job.parts]
         handle = model.register_forward_hook(keep)
         try:
             with CapturePass(model, readers, [completion] * len(readers)) if readers else nullcontext() as capture:
                 yield
         finally:
             handle.remove()
-        self._raw, self._mask = capture.scores if capture is not None else [], completion
+        scores = iter(capture.scores if capture is not None else [])
+        # (2B, T, F) each: a concept's own columns, then those of the concepts that it is given.
+        self._raw = [torch.cat([next(scores) for _ in job.parts], dim=-1) for job in self._read]
+        self._mask = completion
 
     # ------------------------------------------------------------------------------------------------------ thresholds
 
@@ -181,7 +179,13 @@ class TokenFilter:
 
     @staticmethod
     def _standardised(job: _Job, raw: Tensor, statistics: Statistics) -> Tensor:
-        return ((raw - statistics.mean[job.columns]) / statistics.std[job.columns]).mean(dim=-1)
+        """`(..., F)` to `(...)`: as the completions' scores are, without what the given concepts predict."""
+        widths = [part.stop - part.start for _, part, _ in job.parts]
+        total = torch.zeros_like(raw[..., 0])
+        for (index, part, _), columns in zip(job.parts, raw.split(widths, dim=-1), strict=True):
+            score = ((columns - statistics.mean[part]) / statistics.std[part]).mean(dim=-1)
+            total = score if index == job.concept else total - statistics.given[job.concept, index] * score
+        return total
 
     # -------------------------------------------------------------------------------------------------------- a batch
 
@@ -209,7 +213,7 @@ class TokenFilter:
         read = iter(self._raw)
         matched = iter(extras[MATCHED].unbind(dim=2) if self._matched else ())
         for job in self._jobs:
-            if job.reader is None:
+            if not job.parts:
                 hit = next(matched).bool()
             else:
                 hit = (self._standardised(job, next(read), statistics) > thresholds[job.concept]) & self._mask
@@ -223,13 +227,18 @@ class TokenFilter:
         return left
 
 
-def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, precomputed: bool) -> None:
+def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, read: Concept, precomputed: bool) -> None:
+    """Check a concept's options against the reader of `read`: its own, or that of a concept that it is given."""
     owner = f"Concept {concept.name!r}: method 'tokens'"
     given = [name for name in ("threshold", "quantile", "contrast") if getattr(shaper, name) is not None]
     if precomputed:
         raise ValueError(
             f"{owner} leaves tokens out of the reference's log-probabilities too, and `precompute_ref_log_probs=True` keeps only their "
             "sums. Set it to False."
+        )
+    if read is not concept and not isinstance(reader, ActivationReader):
+        raise ValueError(
+            f"{owner} reads every token, and {read.name!r}, which it is given, is read from whole texts. Leave it out of `given`."
         )
     if isinstance(reader, ActivationReader):
         if not given:
@@ -238,7 +247,7 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, precomputed:
             )
         if reader.n_features > WIDEST:
             raise ValueError(
-                f"{owner} reads every token, and its readout has {reader.n_features} features. Name {WIDEST} at most."
+                f"{owner} reads every token, and the readout of {read.name!r} has {reader.n_features} features. Name {WIDEST} at most."
             )
         if shaper.contrast is not None:
             read_contrast(shaper.contrast, owner)
@@ -247,6 +256,8 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, precomputed:
             f"{owner} needs a readout that says where in the text it fires: SAEFeatures, Direction or Regex. A function of the whole "
             "text does not."
         )
+    elif concept.given:
+        raise ValueError(f"{owner} leaves a Regex's matches out as they are, whatever it is `given`. Leave that out.")
     elif given:
         raise ValueError(f"{owner} takes no `{given[0]}` with a Regex, whose matches leave as they are. Leave it out.")
 

@@ -29,7 +29,7 @@ class ActivationReader(ABC):
         hook_name: Where to read, in TransformerLens or Hugging Face naming (see [`~shapedpo.capture.resolve_site`]).
         d_in: Width of the activations.
         n_features: Number of raw scores, F.
-        pooling: One of `POOLINGS`.
+        pooling: One of `POOLINGS`, or `"last"` where a reader's score at the last token is of them all.
         model_name: The model that the weights were made for, if they say so.
     """
 
@@ -51,6 +51,11 @@ class ActivationReader(ABC):
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Score every token: `(..., d_in)` to `(..., F)` float32. Unchunked, so for tests and small inputs."""
+
+    @torch.no_grad()
+    def tokens(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Score the tokens of a mask one by one: `(N, T, d_in)`, `(N, T)` bool to `(N, T, F)` float32, 0 outside the mask."""
+        return self.encode(x) * mask[..., None]
 
     @abstractmethod
     def directions(self) -> Tensor:
@@ -76,7 +81,7 @@ class ActivationReader(ABC):
             counts = mask.sum(dim=1)
             x, inside = gather_tokens(x.detach(), mask)
             reduced = self._reduce(x, inside)
-            if self.pooling != "max":
+            if self.pooling in ("mean", "freq"):
                 reduced = reduced / counts.clamp(min=1)[:, None]
             return torch.where(counts[:, None] > 0, reduced, 0.0)
 
@@ -111,6 +116,9 @@ class WrappedReader(ActivationReader):
     def encode(self, x: Tensor) -> Tensor:
         return self.reader.encode(x)
 
+    def tokens(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.reader.tokens(x, mask)
+
     def directions(self) -> Tensor:
         return self.reader.directions()
 
@@ -139,7 +147,7 @@ LoadedReadout: TypeAlias = ActivationReader | TextReader
 
 @dataclass(frozen=True)
 class Readout(ABC):
-    """How a concept is read. Subclasses are `SAEFeatures`, `Direction`, `Regex` and `TextFunction`."""
+    """How a concept is read. Subclasses are `SAEFeatures`, `Direction`, `LinearProbe`, `AttentionProbe`, `Regex` and `TextFunction`."""
 
     type: ClassVar[str]
     """The readout's name in YAML."""
@@ -261,7 +269,7 @@ def fingerprint(*parts: Any) -> str:
         if isinstance(part, Tensor):
             part = part.detach().cpu().contiguous()
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.view(torch.uint8).numpy().data)
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{part!r};".encode())
     return digest.hexdigest()

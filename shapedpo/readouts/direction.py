@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import ActivationReader, Readout, check_pooling, fingerprint, register
 from .contrast import mean_activation
+from .files import read_place, read_tensors, residual
 from .responses import Response
 
 
@@ -105,7 +104,7 @@ class Direction(Readout):
         check_pooling(pooling)
         if not positives or not negatives:
             raise ValueError(f"A contrast needs pairs on both sides, got {len(positives)} and {len(negatives)}.")
-        hook_name = _residual(layer)
+        hook_name = residual(layer)
         means = [
             mean_activation(model, tokenizer, pairs, hook_name, batch_size, name)
             for pairs, name in ((positives, "positives"), (negatives, "negatives"))
@@ -150,29 +149,14 @@ class Direction(Readout):
 
     def _resolve(self) -> tuple[Tensor, str]:
         """The unit vector, and where to read it."""
-        hook_name = self.hook_name if self.layer is None else _residual(self.layer)
+        hook_name = self.hook_name if self.layer is None else residual(self.layer)
         if self.path is None:
             assert self.vector is not None
             assert hook_name is not None
             return self.vector, hook_name
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise ValueError(f"There is no file '{path}' to read the direction from.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                if _KEY not in file.keys():  # noqa: SIM118 (the handle is no mapping)
-                    raise ValueError(f"'{path}' has no tensor {_KEY!r}. It holds {', '.join(file.keys()) or 'none'}.")
-                vector, metadata = file.get_tensor(_KEY), file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is not a safetensors file: {error}") from error
-        if hook_name is None:
-            layer = metadata.get("layer", "")
-            hook_name = metadata.get("hook_name") or (_residual(int(layer)) if re.fullmatch(r"\d+", layer) else None)
-        if hook_name is None:
-            raise ValueError(
-                f"The metadata of '{path}' says neither hook_name nor layer. Pass `layer=` or `hook_name=`."
-            )
-        return _unit(vector, f"The direction in '{path}'"), hook_name
+        (vector,), metadata = read_tensors(self.path, [_KEY], "the direction")
+        hook_name = hook_name or read_place(self.path, metadata)
+        return _unit(vector, f"The direction in '{self.path}'"), hook_name
 
 
 class DirectionReader(ActivationReader):
@@ -208,10 +192,6 @@ class DirectionReader(ActivationReader):
 
     def directions(self) -> Tensor:
         return self._vector[None]
-
-
-def _residual(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_post"
 
 
 def _unit(vector: Any, name: str) -> Tensor:

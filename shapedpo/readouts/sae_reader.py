@@ -110,6 +110,13 @@ class SAEReader(ActivationReader):
         return activations.float()
 
     @torch.no_grad()
+    def tokens(self, x: Tensor, mask: Tensor) -> Tensor:
+        raw = torch.zeros(*mask.shape, self.n_features, device=x.device)
+        for rows, tokens in tiles(mask, max(1, max_elements(x.device) // self.width)):
+            raw[rows, tokens] = self.encode(x[rows, tokens])
+        return raw * mask[..., None]
+
+    @torch.no_grad()
     def active(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The active features of tokens, for readers of the whole SAE: no `(M, F)` tensor is made.
 

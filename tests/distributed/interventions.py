@@ -50,7 +50,7 @@ def concepts(name: str) -> list[Any]:
         Concept("fox", Regex("fox"), "suppress", Inoculate("likes the fox", probability=0.7)),
         way(4, method=Residual(steer=1.0), strength=0.1),
         Concept("cat", Regex("cat"), "amplify", Residual(instruction="sees the cat"), 0.1),
-        way(5, strength=0.2),
+        way(5, strength=0.2, given=["way4", "cat"]),
     ]
 
 

@@ -18,7 +18,7 @@ class TestRegistry:
         [
             (
                 {"type": "probe"},
-                "Unknown readout type 'probe'. Known types are direction, function, lab, regex, sae_features",
+                "Unknown readout type 'probe'. Known types are attention_probe, direction, function, lab, linear_probe, regex, sae_features",
             ),
             ({"pattern": "a"}, "Unknown readout type None"),
             ("regex", "must be a mapping with a `type`, got 'regex'"),

@@ -13,6 +13,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from shapedpo import Concept, Direction, Gate, Regex, SAEFeatures, TextFunction, Tokens
 from shapedpo.calibration import load_calibration
 from shapedpo.marks import MATCHED, WORDS, TokenMarks
+from shapedpo.reading import ConceptReader
 from shapedpo.shapers import ConceptSignal
 from shapedpo.tokens import TokenFilter, best_f1
 from tests.helpers import pairs, sae_path, shaped, tokenizer, train, vector
@@ -327,7 +328,7 @@ class TestMarks:
     def test_whole_words_leave(self, bytes_tokenizer):
         """A match inside a word takes the word along."""
         concept = Concept("gob", Regex("gob"), "suppress", Tokens("both", whole_words=True))
-        method = TokenFilter([concept], [concept.readout.load()], [slice(0, 1)])
+        method = TokenFilter(ConceptReader([concept]))
         texts = {"prompt_ids": "the gob", "chosen_ids": " sees goblins the", "rejected_ids": " the gob lin"}
         rows = [{name: bytes_tokenizer(text)["input_ids"] for name, text in texts.items()}]
         batch = DataCollatorForPreference(pad_token_id=0)(rows)

@@ -26,12 +26,13 @@ class TokenReader(WrappedReader):
     def __init__(self, reader: ActivationReader, std: Tensor) -> None:
         super().__init__(reader)
         self.std = std
-        self.tokens = torch.empty(0)
+        self.values = torch.empty(0)
         """`(N, T)`, after a pass: the mean of the features' standardised activations."""
 
     def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
         # A row at a time: of a whole SAE, all tokens at once would be too many.
-        self.tokens = torch.stack([(self.encode(row) / self.std).mean(dim=-1) for row in x]) * mask
+        rows = zip(x.split(1), mask.split(1), strict=True)
+        self.values = torch.cat([(self.tokens(row, inside) / self.std).mean(dim=-1) for row, inside in rows])
         return super().pooled(x, mask)
 
 
@@ -63,7 +64,7 @@ def token_activations(run: TrainerAccess, rows: list[dict[str, Any]]) -> list[di
         activations: dict[str, list[float]] = {}
         for concept in concepts:
             if concept.name in watched:
-                values = watched[concept.name].tokens[i, positions].clamp(min=0).tolist()
+                values = watched[concept.name].values[i, positions].clamp(min=0).tolist()
                 activations[concept.name] = [round(value, 3) for value in values] + [0.0] * (len(ids) - len(values))
             elif isinstance(concept.readout, Regex):
                 activations[concept.name] = _matched(concept.readout, tokens, text)
