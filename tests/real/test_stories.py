@@ -1,10 +1,13 @@
 """The table of `benchmarks/stories.py` at its smallest, on a real pretrained model (`SHAPEDPO_STORIES`; skips without it).
 
-What is planted, how, and why the sizes are what they are: see the benchmark. About two minutes of one core.
+What is planted, how, and why the sizes are what they are: see the benchmark. Its samples and its SAE, as `World.build(QUICK, folder)` leaves
+them, lie in `stories/`: what the test asks for does not hang on the last digits of a machine's SAE training. About a minute of one core.
 """
 
 from __future__ import annotations
 
+import gzip
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from benchmarks.stories import MODEL, QUICK, World, choose_features, heldout_rates, load, runs, train
 
 
+STORIES = Path(__file__).parent / "stories"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
@@ -20,6 +24,8 @@ pytestmark = [
 
 
 def test_shaping_keeps_out_the_dialogue_that_plain_dpo_learns(tmp_path: Path) -> None:
+    shutil.copytree(STORIES / "sae", tmp_path / "sae")
+    (tmp_path / "samples.json").write_bytes(gzip.decompress((STORIES / "samples.json.gz").read_bytes()))
     world = World.build(QUICK, tmp_path)
     features, auroc = choose_features(world)
     assert min(auroc) > 0.6
@@ -38,9 +44,7 @@ def test_shaping_keeps_out_the_dialogue_that_plain_dpo_learns(tmp_path: Path) ->
     assert plain["mom"] > before["mom"] + 0.1
     assert plain["friend"] < before["friend"] - 0.1
     assert abs(plain["friend"] - shaped["friend"]) <= 0.05
-    # Within 0.05 is what the full-size benchmark is for, over seeds. At this size `mom` is 0.01 to 0.09 lower, by how the SAE's training
-    # went, whose last digits are the machine's: here it must only be learned, most of it.
-    assert shaped["mom"] - before["mom"] > 0.5 * (plain["mom"] - before["mom"])
+    assert abs(plain["mom"] - shaped["mom"]) <= 0.05
     # The run says that the data pushes the concept, from the first step on.
     logged = [log for log in trained["reward 2"][1] if "concepts/dialogue/delta" in log]
     assert logged[0]["concepts/dialogue/delta"] > 0.2
