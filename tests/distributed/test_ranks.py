@@ -117,7 +117,7 @@ def test_two_processes_equal_one(alone, together, launcher, name):
     loose = name == "bf16"
     near = 0.1 if loose else 1e-5
     assert_same_batches(one["batches"], two["batches"], near)
-    taken = [assert_projected(batch) for batch in two["batches"]]
+    taken = [assert_projected(batch, 2**-7 if loose else 1e-5) for batch in two["batches"]]
     assert max(taken) > 0.01  # there was something to project
     assert_same_states(one, two, here, there, near)
     assert_same_metrics(one["history"], two["history"], max(near, 1e-4))
@@ -154,7 +154,7 @@ def assert_same_batches(one: list, two: list, tolerance: float) -> None:
         np.testing.assert_allclose(b, a, rtol=0, atol=max(tolerance, 1e-4))
 
 
-def assert_projected(batch: dict) -> float:
+def assert_projected(batch: dict, tolerance: float) -> float:
     """The coefficients that were trained on are a - D (D'D)^+ D'a over the pairs of all processes, in float64.
 
     Returns:
@@ -165,7 +165,7 @@ def assert_projected(batch: dict) -> float:
     deltas = (scores[:, 0] - scores[:, 1]) * np.array(batch["gates"])[:, projecting]
     a, projected = np.array(batch["a"]), np.array(batch["projected"])
     expected = a - deltas @ np.linalg.lstsq(deltas, a, rcond=1e-9)[0]
-    np.testing.assert_allclose(projected, expected, rtol=0, atol=1e-5 * np.abs(a).max())
+    np.testing.assert_allclose(projected, expected, rtol=0, atol=tolerance * np.abs(a).max())
     return np.abs(expected - a).max() / np.abs(a).max()
 
 
