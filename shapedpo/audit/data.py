@@ -87,8 +87,12 @@ class Pairs:
             raise ValueError(
                 f"None of the {len(taken)} pairs is left: each prompt alone fills max_length={max_length}. Raise it."
             )
+        self._measure(max_length, truncation_mode)
+
+    def _measure(self, max_length: int | None, truncation_mode: str) -> None:
+        """Take stock of the tokens in `_data`."""
         self._collate = DataCollatorForPreference(
-            pad_token_id=tokenizer.pad_token_id, max_length=max_length, truncation_mode=truncation_mode
+            pad_token_id=self.tokenizer.pad_token_id, max_length=max_length, truncation_mode=truncation_mode
         )
         digest = hashlib.sha256(repr(self.tokens).encode())
         rows, lengths, longest = [], [], []

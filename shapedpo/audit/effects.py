@@ -9,19 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from tqdm.auto import tqdm
 
-from .hypotheses import Analysis
-from .leading import Leading
+from .conditions import VIEWS, Conditions, Things, passes
 from .sampling import sample, thinned
+from .settings import AuditSettings
 from .store import Harvest
-from .views import FeatureView, PromptView, membership, on
 
 
 Array = NDArray[np.float64]
 
-APPEARS = 0.5 - 1e-6
-"""Share of a cluster's features that are on where it is said to appear: half, less what float32 rounds off."""
 _RIDGE = 1e-3  # of a variance, where held features are solved for
 
 
@@ -89,6 +85,7 @@ class Part:
         delta, se: Weighted mean over the (condition's) pairs of the score's difference, in sd of the score, and its standard error.
         rate: Share of the (condition's) completions in which it appears.
         rate_delta, rate_se: Weighted mean difference of its appearing, and its standard error.
+        sd: The score's standard deviation over all completions.
         held: `(n, H)`, the mean differences of the held features in the same pairs, in sd.
     """
 
@@ -101,6 +98,7 @@ class Part:
     rate: Array
     rate_delta: Array
     rate_se: Array
+    sd: Array
     held: Array
 
 
@@ -140,136 +138,56 @@ class Effects:
         return Effects(parts)
 
 
-@dataclass(frozen=True)
-class Things:
-    """What predictions are made of: features, and the clusters of both views.
-
-    Attributes:
-        feature_view, prompt_view: The views, of which only what scores completions is needed.
-    """
-
-    feature_view: FeatureView
-    prompt_view: PromptView
-
-    @classmethod
-    def of(cls, analysis: Analysis, d_sae: int, delta_sd: Array) -> Things:
-        def numbers(name: str) -> NDArray[np.int32]:
-            clusters = np.full(d_sae, -1, np.int32)
-            for number, features in enumerate(analysis.clusters[name]):
-                clusters[features] = number
-            return clusters
-
-        none = np.zeros((0, len(analysis.clusters["feature"])), np.float32)
-        return cls(
-            FeatureView(numbers("feature"), none, 0.0, analysis.settings.tau),
-            PromptView(numbers("prompt"), numbers("response"), delta_sd),
-        )
-
-    def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:
-        """Of completions' frequencies, `(n, d_sae)`, the scores of each kind and where it appears, `(n, things)` each; features' are sparse."""
-        features, responses = self.feature_view.clusters, self.prompt_view.responses
-        sd = self.prompt_view.delta_sd
-        active = on(freq, 0)
-        shares = on(freq, self.feature_view.tau) @ membership(features, mean=True)
-        moved = freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)
-        return {
-            "feature": (freq, active),
-            "feature_cluster": (shares.toarray(), (shares.toarray() >= APPEARS).astype(np.float32)),
-            "response_cluster": (
-                moved.toarray(),
-                ((active @ membership(responses, mean=True)).toarray() >= APPEARS).astype(np.float32),
-            ),
-        }
-
-
 def measure(
     harvest: Harvest,
-    analysis: Analysis,
+    conditions: Conditions,
     weights: Array,
     held: NDArray[np.int64],
+    settings: AuditSettings,
     sample_size: int,
     min_rows: int,
     progress: bool = True,
 ) -> Effects:
-    """The effects in a harvest, in two passes over its shards, one of which is in memory at a time.
+    """The effects in a harvest, in a pass over its shards, one of which is in memory at a time.
 
     Args:
         harvest: The harvest.
-        analysis: Its analysis.
+        conditions: Its analysis' conditions.
         weights: `(n_rows,)`, what each pair counts. A mean is over all pairs, whatever they count: half the weights are half the effect.
         held: Features whose covariance with everything is wanted.
+        settings: Of the analysis.
         sample_size: Completions it is taken from.
         min_rows: Rows of a condition that counts.
         progress: Whether to show progress bars.
     """
-    n, d = harvest.n_rows, harvest.d_sae
-    settings = analysis.settings
-    total, square = np.zeros(d), np.zeros(d)
-    things = Things.of(analysis, d, np.ones(d))
-    leading = Leading(len(analysis.clusters["prompt"]), settings.prompt_rows)
-    luck = np.random.default_rng(settings.seed + 3).random(n)  # as the analysis breaks ties
-    for place, shard in _pass(harvest, "Predicting: conditions", progress):
-        delta = shard.chosen.freq - shard.rejected.freq
-        total += np.bincount(delta.indices, delta.data, d)
-        square += np.bincount(delta.indices, np.square(delta.data, dtype=np.float64), d)
-        leading.add(shard.rows, things.prompt_view.expression(shard), luck[place])
-    things = Things.of(analysis, d, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0)))
-
-    k = int(analysis.data_clusters.max(initial=-1)) + 1
-    chosen_rows = sample(n, max(1, sample_size // 2), settings.seed + 5) & (len(held) > 0)
+    things = conditions.things
+    chosen_rows = sample(harvest.n_rows, max(1, sample_size // 2), settings.seed + 5) & (len(held) > 0)
     sampled = []
     tallies: dict[tuple[str, str], Tally] = {}
-    for place, shard in _pass(harvest, "Predicting: effects", progress):
+    for place, shard in passes(harvest, "Effects", progress):
         sides = [things.scores(shard.chosen.freq), things.scores(shard.rejected.freq)]
-        everywhere = sparse.csr_matrix(np.ones((len(shard.rows), 1)))
-        groups = {
-            "global": everywhere,
-            "prompt": leading.members(shard.rows),
-            "feature": _one_of(analysis.data_clusters[place], k),
-        }
-        for kind, view in (
-            ("feature", "global"),
-            ("feature_cluster", "global"),
-            ("response_cluster", "global"),
-            ("response_cluster", "prompt"),
-            ("feature_cluster", "feature"),
-        ):
+        groups = conditions.of_pairs(place, shard)
+        for kind, view in VIEWS:
             chosen, rejected = (side[kind] for side in sides)
-            if (kind, view) not in tallies:
-                tallies[kind, view] = Tally.empty(groups[view].shape[1], chosen[0].shape[1])
-            tallies[kind, view].add(groups[view], weights[place], *zip(chosen, rejected, strict=True))
-        for view in groups:
-            if len(held):
-                tally = tallies.setdefault(("held", view), Tally.empty(groups[view].shape[1], len(held)))
-                levels = tuple(span.freq[:, held].toarray() for span in (shard.chosen, shard.rejected))
-                tally.add(groups[view], weights[place], levels, levels)
+            tally = tallies.setdefault((kind, view), Tally.empty(groups[view].shape[1], chosen[0].shape[1]))
+            tally.add(groups[view], weights[place], *zip(chosen, rejected, strict=True))
+        for view in groups if len(held) else ():
+            tally = tallies.setdefault(("held", view), Tally.empty(groups[view].shape[1], len(held)))
+            levels = shard.chosen.freq[:, held].toarray(), shard.rejected.freq[:, held].toarray()
+            tally.add(groups[view], weights[place], levels, levels)
         sampled += [span.freq[chosen_rows[place]] for span in (shard.chosen, shard.rejected)]
+    everywhere = {kind: tally for (kind, view), tally in tallies.items() if view == "global"}
     parts = [
-        _part(kind, view, tally, tallies[kind, "global"].sd()[0], tallies.get(("held", view)), tallies, min_rows)
+        _part(
+            kind, view, tally, everywhere[kind].sd()[0], tallies.get(("held", view)), everywhere.get("held"), min_rows
+        )
         for (kind, view), tally in tallies.items()
         if kind != "held"
     ]
     if not len(held):
         return Effects(parts)
     freq = thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed)
-    return Effects(
-        parts, *_together(things, freq, held, {kind: t for (kind, view), t in tallies.items() if view == "global"})
-    )
-
-
-def _pass(harvest: Harvest, what: str, progress: bool) -> Any:
-    begin = 0
-    with tqdm(total=harvest.n_rows, desc=what, unit=" pairs", disable=not progress) as bar:
-        for shard in harvest.shards(("freq",)):
-            yield slice(begin, begin + len(shard.rows)), shard
-            begin += len(shard.rows)
-            bar.update(len(shard.rows))
-
-
-def _one_of(labels: NDArray[np.int32], k: int) -> sparse.csr_matrix:
-    """`(n, k)`: 1 at each row's label; nothing for -1."""
-    inside = np.flatnonzero(labels >= 0)
-    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))
+    return Effects(parts, *_together(things, freq, held, everywhere))
 
 
 def _part(
@@ -278,7 +196,7 @@ def _part(
     tally: Tally,
     sd: Array,
     held: Tally | None,
-    tallies: dict[tuple[str, str], Tally],
+    held_everywhere: Tally | None,
     min_rows: int,
 ) -> Part:
     large = np.flatnonzero(tally.n[:, 0] >= (min_rows if view != "global" else 1))
@@ -294,8 +212,8 @@ def _part(
     delta, se = mean(tally.delta, tally.square)
     rate_delta, rate_se = mean(tally.rate_delta, tally.rate_square)
     moved = np.zeros((len(large), 0))
-    if held is not None:
-        moved = held.delta[large] / n / tallies["held", "global"].sd()[0]
+    if held is not None and held_everywhere is not None:
+        moved = held.delta[large] / n / held_everywhere.sd()[0]
     return Part(
         kind=kind,
         view=view,
@@ -306,6 +224,7 @@ def _part(
         rate=(tally.rate[large] / (2 * n)).ravel(),
         rate_delta=rate_delta.ravel(),
         rate_se=rate_se.ravel(),
+        sd=np.broadcast_to(sd, delta.shape).ravel(),
         held=moved[condition],
     )
 

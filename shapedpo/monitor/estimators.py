@@ -105,14 +105,14 @@ def probe_change(
         log_ratios = np.concatenate([finite("base_ratios", base_ratios, 1), finite("ratios", ratios, 1)])
         if len(log_ratios) != n0 + n1:
             raise ValueError(f"Expected a log-ratio for each of {n0} + {n1} rollouts, got {len(log_ratios)}.")
-        weights = _bridge_weights(log_ratios, share)
+        weights = bridge_weights(log_ratios, share)
     scores = np.concatenate([base, now])
     # The weights' expectation is 0: what is taken from all scores changes nothing but the noise.
     rows = weights[:, None] * (scores - scores.mean(axis=0))
     return Probe(rows.mean(axis=0), _standard_error(rows), rows)
 
 
-def _bridge_weights(log_ratios: Array, share: float) -> Array:
+def bridge_weights(log_ratios: Array, share: float) -> Array:
     """`(pi - ref) / ((1 - share) ref + share pi)`, from `log(pi / ref)`; written so that nothing overflows."""
     small = np.exp(-np.abs(log_ratios))
     grown = (1 - small) / ((1 - share) * small + share)

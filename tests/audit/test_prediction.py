@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, analyse, predict
+from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.effects import measure
 
 from .worlds import TOKENS, Planted, World
@@ -30,7 +31,8 @@ def frequencies() -> tuple[np.ndarray, np.ndarray]:
 def test_effects_of_features_and_clusters_are_weighted_means_of_deltas(audited) -> None:
     harvest, analysis = audited
     weights = np.random.default_rng(0).random(WORLD.n)
-    effects = measure(harvest, analysis, weights, np.zeros(0, np.int64), 1000, 10, progress=False)
+    conditions = Conditions.of(harvest, analysis, progress=False)
+    effects = measure(harvest, conditions, weights, np.zeros(0, np.int64), analysis.settings, 1000, 10, progress=False)
     parts = {(part.kind, part.view): part for part in effects.parts}
     chosen, rejected = frequencies()
 

@@ -62,17 +62,25 @@ class Probe:
         max_new_tokens: Where a rollout is cut.
         pad_token_id: What fills batches up.
         seed: Of the sampling: the same at every probe, so that the same model says the same.
+        batch: Prompts sampled at once.
     """
 
     def __init__(
-        self, prompts: Sequence[list[int]], accelerator: Accelerator, max_new_tokens: int, pad_token_id: int, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        accelerator: Accelerator,
+        max_new_tokens: int,
+        pad_token_id: int,
+        seed: int,
+        batch: int = BATCH,
     ) -> None:
         self.prompts = list(prompts)
         self.accelerator = accelerator
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         self.seed = seed
-        self._per_draw = -(-len(self.prompts) // BATCH)
+        self.batch = batch
+        self._per_draw = -(-len(self.prompts) // batch)
 
     def _mine(self, draws: int) -> Iterator[tuple[int, list[int]]]:
         """This process's batches of a number of draws: number and prompts.
@@ -82,8 +90,8 @@ class Probe:
         world, batches = self.accelerator.num_processes, draws * self._per_draw
         for round_ in range(-(-batches // world)):
             number = (round_ * world + self.accelerator.process_index) % batches
-            start = number % self._per_draw * BATCH
-            yield number, list(range(start, min(start + BATCH, len(self.prompts))))
+            start = number % self._per_draw * self.batch
+            yield number, list(range(start, min(start + self.batch, len(self.prompts))))
 
     @torch.no_grad()
     def sample(self, model: Any, number: int, prompts: Sequence[int]) -> Rows:
@@ -177,8 +185,8 @@ class Probe:
         return torch.tensor(padded, device=self.accelerator.device)
 
     def _gather(self, batches: Sequence[Tensor], draws: int) -> Tensor:
-        """`(D, N, 2, X)` of each process's batches, `(b, 2, X)` each with b up to [`BATCH`]."""
-        full = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, BATCH - len(part))) for part in batches]
+        """`(D, N, 2, X)` of each process's batches, `(b, 2, X)` each with b up to `batch`."""
+        full = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, self.batch - len(part))) for part in batches]
         table = torch.stack(full)
         if self.accelerator.num_processes > 1:
             table = self.accelerator.gather(table[None]).transpose(0, 1).flatten(0, 1)  # rounds of all processes

@@ -1,0 +1,154 @@
+"""What an audit scores, and the conditions under which it looks: the same in its pairs and in a model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from tqdm.auto import tqdm
+
+from .clusters import unit
+from .hypotheses import Analysis
+from .leading import Leading
+from .store import Harvest, Shard
+from .views import FeatureView, PromptView, membership, on
+
+
+Array = NDArray[np.float64]
+
+VIEWS = (
+    ("feature", "global"),
+    ("feature_cluster", "global"),
+    ("response_cluster", "global"),
+    ("response_cluster", "prompt"),
+    ("feature_cluster", "feature"),
+)
+"""What is predicted where: kinds and views."""
+APPEARS = 0.5 - 1e-6
+"""Share of a cluster's features that are on where it is said to appear: half, less what float32 rounds off."""
+
+
+@dataclass(frozen=True)
+class Things:
+    """What predictions are made of: features, and the clusters of both views.
+
+    Attributes:
+        feature_view, prompt_view: The views, of which only what scores completions is needed.
+    """
+
+    feature_view: FeatureView
+    prompt_view: PromptView
+
+    @classmethod
+    def of(cls, analysis: Analysis, d_sae: int, delta_sd: Array) -> Things:
+        def numbers(name: str) -> NDArray[np.int32]:
+            clusters = np.full(d_sae, -1, np.int32)
+            for number, features in enumerate(analysis.clusters[name]):
+                clusters[features] = number
+            return clusters
+
+        none = np.zeros((0, len(analysis.clusters["feature"])), np.float32)
+        return cls(
+            FeatureView(numbers("feature"), none, 0.0, analysis.settings.tau),
+            PromptView(numbers("prompt"), numbers("response"), delta_sd),
+        )
+
+    def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:
+        """Of completions' frequencies, `(n, d_sae)`, the scores of each kind and where it appears, `(n, things)` each; features' are sparse."""
+        features, responses = self.feature_view.clusters, self.prompt_view.responses
+        sd = self.prompt_view.delta_sd
+        active = on(freq, 0)
+        shares = on(freq, self.feature_view.tau) @ membership(features, mean=True)
+        moved = freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)
+        return {
+            "feature": (freq, active),
+            "feature_cluster": (shares.toarray(), (shares.toarray() >= APPEARS).astype(np.float32)),
+            "response_cluster": (
+                moved.toarray(),
+                ((active @ membership(responses, mean=True)).toarray() >= APPEARS).astype(np.float32),
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Where an audit looks, and at what.
+
+    Attributes:
+        things: What is scored.
+        leading: The rows that express each prompt cluster most.
+        data_clusters: `(n_rows,)`, the data cluster of each row.
+        least: `(A,)`, how much a prompt must express of each prompt cluster to be as one of these rows.
+        centroids: `(K, M)`, mean direction of the data clusters' activity.
+    """
+
+    things: Things
+    leading: Leading
+    data_clusters: NDArray[np.int32]
+    least: NDArray[np.floating]
+    centroids: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, harvest: Harvest, analysis: Analysis, progress: bool = True) -> Conditions:
+        """The conditions of an analysis, in one pass over its harvest."""
+        n, d = harvest.n_rows, harvest.d_sae
+        settings = analysis.settings
+        total, square = np.zeros(d), np.zeros(d)
+        things = Things.of(analysis, d, np.ones(d))
+        leading = Leading(len(analysis.clusters["prompt"]), settings.prompt_rows)
+        luck = np.random.default_rng(settings.seed + 3).random(n)  # as the analysis breaks ties
+        k = int(analysis.data_clusters.max(initial=-1)) + 1
+        centroids = np.zeros((k, len(analysis.clusters["feature"])))
+        for place, shard in passes(harvest, "Conditions", progress):
+            delta = shard.chosen.freq - shard.rejected.freq
+            total += np.bincount(delta.indices, delta.data, d)
+            square += np.bincount(delta.indices, np.square(delta.data, dtype=np.float64), d)
+            leading.add(shard.rows, things.prompt_view.expression(shard), luck[place])
+            centroids += _one_of(analysis.data_clusters[place], k).T @ unit(things.feature_view.activity(shard))
+        things = Things.of(analysis, d, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0)))
+        kept = np.where(leading.scores > 0, leading.scores, np.inf)
+        least = kept.min(axis=0, initial=np.inf)
+        return cls(things, leading, analysis.data_clusters, least, unit(centroids))
+
+    def of_pairs(self, place: slice, shard: Shard) -> dict[str, Any]:
+        """Of pairs of the harvest, `(n, groups)` of each view: 1 where a pair is in a group."""
+        return {
+            "global": sparse.csr_matrix(np.ones((len(shard.rows), 1))),
+            "prompt": self.leading.members(shard.rows),
+            "feature": _one_of(self.data_clusters[place], len(self.centroids)),
+        }
+
+    def of_answers(self, shard: Shard) -> dict[str, Any]:
+        """The same of answers to other prompts: by what the prompt expresses, and by what is active in the base model's answer (`rejected`)."""
+        expressed = self.things.prompt_view.expression(shard)
+        # ties were broken by less than a millionth
+        prompt = sparse.csr_matrix((expressed > 0) & (expressed >= self.least - 1e-6))
+        labels = np.full(len(shard.rows), -1, np.int32)
+        if len(self.centroids):
+            activity = self.things.feature_view.activity(shard._replace(chosen=shard.rejected))
+            labels = np.where(activity.any(axis=1), (unit(activity) @ self.centroids.T).argmax(axis=1), -1)
+        return {
+            "global": sparse.csr_matrix(np.ones((len(shard.rows), 1))),
+            "prompt": prompt.astype(np.float64),
+            "feature": _one_of(labels, len(self.centroids)),
+        }
+
+
+def passes(harvest: Harvest, what: str, progress: bool) -> Iterator[tuple[slice, Shard]]:
+    """The shards with their frequencies, and where each begins and ends."""
+    begin = 0
+    with tqdm(total=harvest.n_rows, desc=what, unit=" pairs", disable=not progress) as bar:
+        for shard in harvest.shards(("freq",)):
+            yield slice(begin, begin + len(shard.rows)), shard
+            begin += len(shard.rows)
+            bar.update(len(shard.rows))
+
+
+def _one_of(labels: NDArray[np.integer], k: int) -> sparse.csr_matrix:
+    """`(n, k)`: 1 at each row's label; nothing for -1."""
+    inside = np.flatnonzero(labels >= 0)
+    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))

@@ -1,0 +1,189 @@
+"""What a trained model says beside the model it was trained from, on the same prompts, read by the latter as a harvest of pairs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..collator import ROW
+from ..files import replacing
+from ..monitor.probe.rollouts import Probe, Reading, Readings, Rows
+from ..readouts.sae_reader import SAEReader
+from . import store
+from .data import Pairs
+from .harvester import Harvester
+from .harvesting import HarvestSettings
+from .layout import Tokens
+from .store import Harvest
+
+
+FILE = "log_ratios.parquet"
+_LOGITS = 2**26  # at once: 256 MB
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How prompts are answered.
+
+    Args:
+        draws: Times that each prompt is answered by each model, two answers a time.
+        max_new_tokens: Where an answer is cut.
+        batch: Prompts answered at once.
+        seed: Of the sampling. Both models draw with the same random numbers, so that they say the same until they disagree.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    draws: int = 1
+    max_new_tokens: int = 128
+    batch: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if f.name != "seed" and getattr(self, f.name) < 1:
+                raise ValueError(f"`{f.name}` must be 1 or more, got {getattr(self, f.name)!r}.")
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Answers of two models to the same prompts.
+
+    Attributes:
+        harvest: A row for each pair of answers: `chosen` is the trained model's and `rejected` the base model's.
+        log_ratios: `(n, 2)` float64, log-probability of the trained model's and of the base model's answer under the trained model minus that
+            under the base model, nats.
+    """
+
+    harvest: Harvest
+    log_ratios: NDArray[np.float64]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Rollouts:
+        """Open what [`roll_out`] wrote.
+
+        Raises:
+            FileNotFoundError: If the folder holds none, or not all of it.
+        """
+        import pyarrow.parquet as pq
+
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"There are no rollouts in '{folder}': it has no {FILE}.")
+        table = pq.ParquetFile(path).read()
+        ratios = np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
+        return cls(Harvest.open(folder), ratios)
+
+
+class _Answers(Pairs):
+    """Pairs of answers that are tokens already."""
+
+    def __init__(self, rows: Sequence[dict[str, list[int]]], tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        self._data = Dataset.from_list([{ROW: number, **row} for number, row in enumerate(rows)])
+        self.dropped = 0
+        self._measure(None, "keep_start")
+
+
+def roll_out(
+    base: nn.Module,
+    trained: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    reader: SAEReader,
+    folder: str | os.PathLike[str],
+    settings: RolloutSettings | None = None,
+) -> Rollouts:
+    """Answer prompts with both models, at temperature 1, and read the answers with the base model.
+
+    Args:
+        base: The model before training, which is the reference.
+        trained: The model after it.
+        tokenizer: Of both.
+        prompts: Tokens of each prompt, as the models see them.
+        reader: Reads all features of the SAE.
+        folder: Where the answers go; an empty one.
+        settings: How.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    settings = settings or RolloutSettings()
+    folder = Path(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    pad = tokenizer.pad_token_id
+    probe = Probe(prompts, Accelerator(), settings.max_new_tokens, pad, settings.seed, settings.batch)
+
+    def read(model: Any, rows: Rows) -> Reading:
+        """Of the rollouts of either model, log-probabilities under both."""
+        before, after = (_log_probs(each, rows, pad) for each in (base, trained))
+        return Reading(before.new_zeros(len(before), 0), None, before, after)
+
+    modes = base.training, trained.training
+    base.eval()
+    trained.eval()
+    found = {"chosen": probe.run(trained, read, settings.draws), "rejected": probe.run(base, read, settings.draws)}
+    rows = [
+        {"prompt_ids": prompts[prompt], "chosen_ids": chosen, "rejected_ids": rejected}
+        for (_, prompt, _), chosen, rejected in zip(
+            np.ndindex(*found["chosen"].ids.shape[:3]), *(map(_ids, _flat(found[side])) for side in found), strict=True
+        )
+    ]
+    pairs = _Answers(rows, tokenizer)
+    harvesting = HarvestSettings(max_length=None)
+    harvester = Harvester(base, reader, pairs, harvesting)
+    store.write_manifest(
+        folder,
+        d_sae=reader.n_features,
+        n_rows=len(pairs),
+        shard_rows=harvesting.shard_rows,
+        settings={"rollouts": vars(settings)},
+    )
+    harvester.write(folder, list(range(store.n_shards(len(pairs), harvesting.shard_rows))))
+    base.train(modes[0])
+    trained.train(modes[1])
+    ratios = {side: (r.policy - r.reference).flatten().double().cpu().numpy() for side, r in found.items()}
+    with replacing(folder / FILE) as partial:
+        pq.write_table(pa.table(ratios), partial)
+    return Rollouts.open(folder)
+
+
+def _flat(readings: Readings) -> list[Tensor]:
+    return list(readings.ids.flatten(0, 2))
+
+
+def _ids(padded: Tensor) -> list[int]:
+    return padded[padded >= 0].tolist()
+
+
+@torch.no_grad()
+def _log_probs(model: Any, rows: Rows, pad: int) -> Tensor:
+    """`(2B,)` float32, of the completions given their prompts, chosen ones first."""
+    sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    width = max(len(prompt) + len(written) for prompt, written in sides)
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*p, *w, *[pad] * (width - len(p) - len(w))] for p, w in sides], device=device)
+    place = torch.arange(width, device=device)
+    ends = torch.tensor([len(p) + len(w) for p, w in sides], device=device)[:, None]
+    starts = torch.tensor([len(p) for p, _ in sides], device=device)[:, None]
+    written, attended = (place >= starts) & (place < ends), place < ends
+    chunk = max(1, _LOGITS // (width * model.config.get_text_config().vocab_size))
+    found = []
+    for some in torch.arange(len(ids), device=device).split(chunk):
+        logits = model(input_ids=ids[some], attention_mask=attended[some].long()).logits[:, :-1].float()
+        tokens = logits.gather(-1, ids[some, 1:, None])[..., 0] - logits.logsumexp(-1)
+        found.append((tokens * written[some, 1:]).sum(dim=1))
+    return torch.cat(found)
