@@ -5,13 +5,19 @@ Worlds were divided before any was looked at: estimators were designed on `DESIG
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stories
 from benchmarks.estimates_runs import LAB_LESSONS, Ground, Setting, dpo_config, ground_of
-from shapedpo import lab
+from shapedpo import SAEFeatures, lab
+from shapedpo.audit import Analysis, Harvest, HarvestSettings, analyse, harvest
+from shapedpo.audit.rollouts import Rollouts, RolloutSettings, roll_out
 
 
 LESSONS = LAB_LESSONS | {
@@ -58,7 +64,7 @@ def settings(worlds: Sequence[str]) -> list[Setting]:
     for force, share in ((VIOLENT, 1), (GENTLE, 1), (VIOLENT, 4)):
         for world in worlds:
             pairs = (4000 if world in LESSONS else 2000) // share
-            runs.append(Setting(world, *force, pairs, evaluation=2048, probe=0, seed=SEEDS[world]))
+            runs.append(Setting(world, *force, pairs, evaluation=512, probe=0, seed=SEEDS[world]))
     return runs
 
 
@@ -101,17 +107,54 @@ def train(setting: Setting, folder: Path) -> Path:
     return path
 
 
+def audit(setting: Setting, folder: Path) -> tuple[Harvest, Analysis]:
+    """The harvest and the analysis of a run's data: the same for all learning rates and betas."""
+    kept = folder / f"audit-{setting.key.split('-lr')[0]}-n{setting.pairs}-seed{setting.seed}"
+    world = ground(setting)
+    read = harvest(model_of(setting), world.sae, world.rows, kept / "harvest", HarvestSettings(max_length=160))
+    if not (kept / "data.parquet").exists():
+        analyse(read, out=kept, progress=False)
+    return read, Analysis.load(kept)
+
+
+def rollouts(setting: Setting, folder: Path) -> Rollouts:
+    """Answers of the model before and after a run, to held-out prompts."""
+    import safetensors.torch
+
+    kept = folder / f"{setting.key}-rollouts"
+    try:
+        return Rollouts.open(kept)
+    except FileNotFoundError:
+        shutil.rmtree(kept, ignore_errors=True)
+    world, trained = ground(setting), load(setting)
+    safetensors.torch.load_model(trained, train(setting, folder))
+    prompts = world.tokenizer(world.prompts, add_special_tokens=world.special_tokens)["input_ids"]
+    reader = SAEFeatures(world.sae, "all").load()
+    how = RolloutSettings(max_new_tokens=world.tokens, batch=128)
+    return roll_out(load(setting), trained, world.tokenizer, prompts, reader, kept, how)
+
+
+def model_of(setting: Setting) -> str:
+    """Where the model that a run starts from is."""
+    return str(lab.model_path() if setting.world in LESSONS else stories.MODEL)
+
+
+def load(setting: Setting) -> Any:
+    """The model that a run starts from."""
+    return lab.load_model() if setting.world in LESSONS else stories.load()[0]
+
+
+def make(worlds: Sequence[str], folder: Path = stories.CACHE / "prediction") -> None:
+    """Makes all runs of some worlds that are not there yet."""
+    for setting in settings(worlds):
+        started = time.process_time()
+        train(setting, folder)
+        trained = time.process_time()
+        audit(setting, folder)
+        rollouts(setting, folder)
+        spent = trained - started, time.process_time() - trained
+        print(f"{setting.key}: trained in {spent[0]:.0f} s, read in {spent[1]:.0f} s", flush=True)
+
+
 if __name__ == "__main__":
-    import sys
-    import time
-
-    from benchmarks.stories import CACHE
-
-    for run in settings(DESIGN if sys.argv[1] == "design" else HELD_OUT):
-        started = time.perf_counter(), time.process_time()
-        train(run, CACHE / "prediction")
-        print(
-            run.key,
-            [round(t - s) for s, t in zip(started, (time.perf_counter(), time.process_time()), strict=True)],
-            flush=True,
-        )
+    make(DESIGN if sys.argv[1:] == ["design"] else HELD_OUT)
