@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | audit | demo | concepts | sae | report | wandb-report`.
+"""The command line: `shapedpo train | audit | verify | demo | concepts | sae | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import UserError
-from .scripts import audit, sae
+from .scripts import audit, sae, verify
 
 
 TRAIN_HELP = """\
@@ -68,6 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     audit.add_arguments(auditing)
+
+    verifying = commands.add_parser(
+        "verify",
+        help="hold what an audit predicted against what a trained model says",
+        description=verify.HELP,
+        usage="shapedpo verify --base M --trained M2 --audit DIR [...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verify.add_arguments(verifying)
 
     demo = commands.add_parser(
         "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
@@ -140,6 +150,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         return train.main(args.config, rest, help_all=args.help_all)
     if args.command == "audit":
         return audit.main(args)
+    if args.command == "verify":
+        return verify.main(args)
     if args.command == "demo":
         from . import demo
 

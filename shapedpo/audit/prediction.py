@@ -89,6 +89,10 @@ class Prediction:
         which = (self.kind == kind) & (self.view == view)
         if condition is not None:
             which &= self.condition == condition
+        return self.where(which)
+
+    def where(self, which: NDArray[Any]) -> Prediction:
+        """Some lines."""
         return Prediction(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
     def at(self, kind: str, number: int, view: str = "global", condition: int = -1) -> dict[str, float] | None:
@@ -99,6 +103,10 @@ class Prediction:
         if not len(place):
             return None
         return {f.name: float(getattr(self, f.name)[place[0]]) for f in fields(self)[4:]}
+
+    def line(self, place: int) -> dict[str, Any]:
+        """A line as plain data."""
+        return {f.name: getattr(self, f.name)[place].item() for f in fields(self)}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write it as `prediction.parquet` into an analysis' folder."""

@@ -151,10 +151,10 @@ def summarise(
 
 
 def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
-    """The change of a hypothesis' response under its condition, in sd, with its interval."""
+    """The change of a hypothesis' response under its condition, in sd."""
     kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
     found = prediction and prediction.at(kind, hypothesis.response, hypothesis.view, hypothesis.condition)
-    return f"{found['score']:+.2f} ({found['score_low']:+.2f}, {found['score_high']:+.2f})" if found else ""
+    return f"{found['score']:+.2f}" if found else ""
 
 
 def features_shown(analysis: Analysis, *, most: int = 10) -> set[int]:

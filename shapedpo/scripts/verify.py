@@ -1,0 +1,207 @@
+"""`shapedpo verify`: did what an audit predicted come true?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, as_user_error
+from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
+
+
+HELP = """\
+Hold what an audit predicted against what a trained model says. The model before and after training answer the same held-out prompts with
+the same random numbers; the model before training reads both answers with the audit's SAE, and each feature's and cluster's change is laid
+beside the prediction, everywhere and under each condition.
+
+Prints R^2 with its interval and the largest misses with their answers. Writes to OUT (DIR/verify) the answers, every line as
+verify.parquet, the figures as verify.json, the picture verify.png and what was printed. Any model with the same tokens will do, one that was
+trained elsewhere too, also a PEFT adapter.
+
+  shapedpo verify --base meta-llama/Llama-3.1-8B-Instruct --trained runs/dpo --audit audits/pairs
+"""
+
+HELD_OUT_SPLITS = ("test", "validation")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "--base", required=True, help="the model before training, the audit's: a folder, a name on the hub, or `lab`"
+    )
+    parser.add_argument(
+        "--trained", required=True, help="the model after it: a folder, a name on the hub, or a PEFT adapter"
+    )
+    parser.add_argument("--audit", required=True, metavar="DIR", help="what `shapedpo audit` wrote")
+    parser.add_argument("--out", metavar="DIR", help="where everything goes (DIR/verify)")
+    prompts = parser.add_argument_group("held-out prompts")
+    prompts.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a data file with a column `prompt` (default: rows of the audit's dataset that were not read, else its test split)",
+    )
+    prompts.add_argument("--n-prompts", type=int, default=512, metavar="N", help="how many (%(default)s)")
+    prompts.add_argument(
+        "--draws", type=int, default=1, help="times each is answered, two answers a time (%(default)s)"
+    )
+    prompts.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (%(default)s)"
+    )
+    prompts.add_argument("--seed", type=int, default=0, help="of prompts and answers (%(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--concepts",
+        metavar="FILE",
+        help="a YAML file of concepts, or a recipe: those of SAE features are looked at by name",
+    )
+    how.add_argument("--batch", type=int, default=32, help="prompts answered at once (%(default)s)")
+    how.add_argument("--dtype", default="float32", help="of the models: or bfloat16, float16 (%(default)s)")
+    how.add_argument(
+        "--misses", type=int, default=10, metavar="N", help="how many of the largest misses are shown (%(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: If something that an argument names is not there, or does not fit.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..audit.conditions import Conditions
+    from ..audit.hypotheses import Analysis
+    from ..audit.observed import observe
+    from ..audit.prediction import Prediction
+    from ..audit.rollouts import RolloutSettings, roll_out
+    from ..audit.store import Harvest
+    from ..audit.verify import compare
+    from ..audit.verify_report import report
+    from ..readouts import SAEFeatures
+    from ..sources import model_source
+
+    folder = Path(args.audit)
+    with as_user_error(ValueError, FileNotFoundError, TypeError):
+        settings = RolloutSettings(args.draws, args.max_new_tokens, args.batch, args.seed)
+        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
+        prediction = Prediction.load(folder / ANALYSIS_FOLDER)
+        reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
+        concepts = _concepts(args.concepts) if args.concepts else {}
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    base, trained = (_load(model_source(name), args.base, args.dtype, device) for name in (args.base, args.trained))
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", 10**9) - settings.max_new_tokens
+    prompts = held_out_prompts(harvest, tokenizer, args.prompts, args.n_prompts, longest, args.seed)
+    out = Path(args.out) if args.out else folder / "verify"
+    with as_user_error(ValueError):
+        rollouts = roll_out(base, trained, tokenizer, prompts, reader, out / "rollouts", settings)
+    conditions = Conditions.of(harvest, analysis)
+    outcome = compare(prediction, observe(rollouts, conditions))
+    report(
+        outcome, rollouts, conditions, harvest, analysis, tokenizer.decode, out, concepts=concepts, misses=args.misses
+    )
+    return 0
+
+
+def _load(name: str, base: str, dtype: str, device: Any) -> Any:
+    """A causal language model; an adapter on the base model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    from ..sources import model_source
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"Unknown dtype {dtype!r}. Choose float32, bfloat16 or float16.")
+    with as_user_error(OSError, ValueError):
+        if find_adapter_config_file(name) is None:
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        else:
+            from peft import PeftModel
+
+            whole: Any = AutoModelForCausalLM.from_pretrained(model_source(base), dtype=getattr(torch, dtype))
+            model = PeftModel.from_pretrained(whole, name).merge_and_unload()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _concepts(file: str) -> dict[str, list[int]]:
+    """The features of the named concepts that read some."""
+    from ..readouts import SAEFeatures
+    from ..sources import concepts_from
+
+    return {
+        concept.name: list(concept.readout.features)
+        for concept in concepts_from(file)
+        if isinstance(concept.readout, SAEFeatures) and concept.readout.features != "all"
+    }
+
+
+def held_out_prompts(
+    harvest: Any, tokenizer: Any, file: str | None, n: int, longest: int, seed: int
+) -> list[list[int]]:
+    """Tokens of prompts that the audit has not seen, as training would tokenise them.
+
+    Args:
+        harvest: The audit's harvest.
+        tokenizer: The model's.
+        file: Where prompts are taken from; by default from the harvest's dataset.
+        n: How many at most; each is taken once.
+        longest: Prompts of more tokens are passed over.
+        seed: Which are taken.
+
+    Raises:
+        UserError: If there are none.
+    """
+    from types import SimpleNamespace
+
+    from datasets import load_dataset
+
+    from ..audit.data import load_pairs
+    from ..monitor.probe.rollouts import choose_prompts
+    from ..openings import tokenised
+    from ..sources import local_source
+
+    if file is not None:
+        with as_user_error(ValueError, FileNotFoundError, prefix=f"--prompts {file}: "):
+            data: Any = load_dataset(**(local_source(file) or {"path": file}), split="train")
+            if "prompt" not in data.column_names:
+                raise UserError(f"--prompts {file}: expected a column `prompt`, found {', '.join(data.column_names)}.")
+    else:
+        data = _unread(harvest, load_pairs)
+    if "prompt" in data.column_names:
+        # only the prompt matters: what follows it is made up
+        talk = not isinstance(data[0]["prompt"], str)
+        answer: Any = [{"role": "assistant", "content": "."}] if talk else "."
+        prompts = data["prompt"][: 50 * n]
+        data = type(data).from_dict(
+            {"prompt": prompts, "chosen": [answer] * len(prompts), "rejected": [answer] * len(prompts)}
+        )
+    args = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
+    with as_user_error(ValueError):
+        rows = tokenised(data, tokenizer, args, "prompts")
+        return choose_prompts(rows, n, longest, seed)
+
+
+def _unread(harvest: Any, load_pairs: Any) -> Any:
+    """The rows of the harvest's dataset that it has not read."""
+    import numpy as np
+
+    name = harvest.settings.get("dataset")
+    if name is None:
+        raise UserError("The audit does not say which dataset it read: give held-out prompts with --prompts FILE.")
+    data = load_pairs(name)
+    rest = np.setdiff1d(np.arange(len(data)), harvest.rows)
+    # rows that the harvest dropped since their prompts are too long are of no use here either
+    if len(rest) >= max(1, len(data) // 100):
+        return data.select(rest)
+    for split in HELD_OUT_SPLITS:
+        try:
+            return load_pairs(name, split)
+        except UserError:
+            continue
+    raise UserError(
+        f"The audit read every row of {name!r}, and it has no split {' or '.join(HELD_OUT_SPLITS)}: give held-out prompts with "
+        "--prompts FILE, or audit a part of the rows (--sample N)."
+    )
