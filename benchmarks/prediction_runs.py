@@ -61,10 +61,8 @@ SEEDS = {world: seed for seed, world in enumerate((*DESIGN, *HELD_OUT))}
 def settings(worlds: Sequence[str]) -> list[Setting]:
     """The runs: each world violent and gentle, and violent on a quarter of the pairs."""
     runs = []
-    for force, share in ((VIOLENT, 1), (GENTLE, 1), (VIOLENT, 4)):
-        for world in worlds:
-            pairs = (4000 if world in LESSONS else 2000) // share
-            runs.append(Setting(world, *force, pairs, evaluation=512, probe=0, seed=SEEDS[world]))
+    for force, pairs in ((VIOLENT, 2000), (GENTLE, 2000), (VIOLENT, 500)):
+        runs += [Setting(world, *force, pairs, evaluation=384, probe=0, seed=SEEDS[world]) for world in worlds]
     return runs
 
 
@@ -130,7 +128,7 @@ def rollouts(setting: Setting, folder: Path) -> Rollouts:
     safetensors.torch.load_model(trained, train(setting, folder))
     prompts = world.tokenizer(world.prompts, add_special_tokens=world.special_tokens)["input_ids"]
     reader = SAEFeatures(world.sae, "all").load()
-    how = RolloutSettings(max_new_tokens=world.tokens, batch=128)
+    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch=128)
     return roll_out(load(setting), trained, world.tokenizer, prompts, reader, kept, how)
 
 

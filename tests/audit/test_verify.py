@@ -1,0 +1,206 @@
+"""Observed changes and figures against slow references; and the whole of it on the lab: audit, train a little, verify."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from shapedpo import lab
+from shapedpo.audit import analyse, predict
+from shapedpo.audit.conditions import Conditions
+from shapedpo.audit.observed import observe
+from shapedpo.audit.prediction import Prediction
+from shapedpo.audit.rollouts import Rollouts, RolloutSettings, roll_out
+from shapedpo.audit.verify import Figures, Outcome, compare
+from shapedpo.cli import main
+from shapedpo.readouts import SAEFeatures
+
+from .worlds import TOKENS, Planted, World
+
+
+LESSONS = (Planted(1, rate=0.3), Planted(2, topic=3))
+DATA = World(500, topics=4, groups=6, loners=12, lessons=LESSONS)
+ANSWERS = World(300, topics=4, groups=6, loners=12, lessons=LESSONS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    harvest = DATA.harvest(tmp_path_factory.mktemp("harvest"), shard_rows=128)
+    analysis = analyse(harvest, progress=False)
+    return harvest, analysis, Conditions.of(harvest, analysis, progress=False)
+
+
+@pytest.mark.parametrize("bridge", [True, False])
+def test_observed_change_is_what_each_pair_of_answers_adds(audited, tmp_path, bridge) -> None:
+    _, analysis, conditions = audited
+    ratios = np.random.default_rng(5).normal(0, 1.5, (ANSWERS.n, 2))
+    rollouts = Rollouts(ANSWERS.harvest(tmp_path, shard_rows=64), ratios)
+    found = observe(rollouts, conditions, bridge=bridge, progress=False)
+    counts = ANSWERS.counts()
+    after, before, prompt = (counts[span] / TOKENS for span in ("chosen", "rejected", "prompt"))
+    # pi and ref of each answer up to what they share: (pi - ref) / ((ref + pi) / 2)
+    weights = 2 * (np.exp(ratios) - 1) / (np.exp(ratios) + 1) if bridge else np.tile([2.0, -2.0], (ANSWERS.n, 1))
+
+    def check(result, group, after, before, rows) -> None:
+        a, b = after[rows], before[rows]
+        level = (a.mean(axis=0) + b.mean(axis=0)) / 2
+        adds = weights[rows, :1] * (a - level) / 2 + weights[rows, 1:] * (b - level) / 2
+        np.testing.assert_allclose(result.change[group], adds.mean(axis=0), atol=1e-7)
+        np.testing.assert_allclose(result.se[group], adds.std(axis=0, ddof=1) / len(rows) ** 0.5, rtol=1e-4, atol=1e-8)
+        for half in range(2):
+            part = rows[rows % 2 == half]
+            level = (after[part].mean(axis=0) + before[part].mean(axis=0)) / 2
+            adds = weights[part, :1] * (after[part] - level) / 2 + weights[part, 1:] * (before[part] - level) / 2
+            np.testing.assert_allclose(result.halves[half][group], adds.mean(axis=0), atol=1e-7)
+        assert result.n[group, 0] == len(rows)
+
+    check(found["feature", "global"], 0, after, before, np.arange(ANSWERS.n))
+    shares = [
+        np.stack([(x[:, c] > 0.01).mean(axis=1) for c in analysis.clusters["feature"]], axis=1) for x in (after, before)
+    ]
+    check(found["feature_cluster", "global"], 0, *shares, np.arange(ANSWERS.n))
+    shown = [(share >= 0.5 - 1e-9).sum(axis=0) + 0.5 for share in shares]
+    odds = [np.log(x / (ANSWERS.n + 1 - x)) for x in shown]
+    np.testing.assert_allclose(found["feature_cluster", "global"].log_odds[0], odds[0] - odds[1], atol=1e-9)
+
+    sd = np.where(conditions.things.prompt_view.delta_sd > 0, conditions.things.prompt_view.delta_sd, 1)
+    moved = [
+        np.stack([(x / sd)[:, c].mean(axis=1) for c in analysis.clusters["response"]], axis=1) for x in (after, before)
+    ]
+    data = DATA.counts()["prompt"] > 0
+    for group in range(3):
+        features = analysis.clusters["prompt"][group]
+        # as expressive as the least of the rows that the audit took
+        expressed = np.sort(data[:, features].mean(axis=1))[::-1]
+        least = expressed[: analysis.settings.prompt_rows]
+        least = least[least > 0].min()
+        rows = np.flatnonzero((prompt[:, features] > 0).mean(axis=1) >= least - 1e-6)
+        check(found["response_cluster", "prompt"], group, *moved, rows)
+
+
+def test_figures_of_known_predictions() -> None:
+    draw = np.random.default_rng(0)
+    n, noise, error = 4000, 0.02, 0.05
+    truth = draw.normal(0, 0.1, n)
+    score = truth + draw.normal(0, error, n)
+    halves = truth + draw.normal(0, noise * 2**0.5, (2, n))
+    half = 1.6448536 * error
+    numbers = {name: np.zeros(n, np.float32) for name in Prediction.__dataclass_fields__}
+    numbers |= {"score": score, "score_low": score - half, "score_high": score + half, "number": np.arange(n)}
+    numbers |= {"kind": np.full(n, "feature"), "view": np.full(n, "global")}
+    zeros = np.zeros(n)
+    outcome = Outcome(Prediction(**numbers), halves.mean(axis=0), np.full(n, noise), halves, zeros, zeros, zeros, zeros)
+    found = Figures.of(outcome)
+    assert found.r2 == pytest.approx(np.corrcoef(score, halves.mean(axis=0))[0, 1] ** 2)
+    assert found.low < found.r2 < found.high < found.low + 0.1
+    assert found.ceiling == pytest.approx(0.1**2 / (0.1**2 + noise**2), abs=0.01)
+    assert found.covered == pytest.approx(0.9, abs=0.02)
+    assert found.slope == pytest.approx(0.1**2 / (0.1**2 + error**2), abs=0.03)
+    # a scale that is off by 4 costs neither rank nor, once scaled, coverage
+    off = {**numbers, **{name: numbers[name] / 4 for name in ("score", "score_low", "score_high")}}
+    scaled = Figures.of(Outcome(Prediction(**off), *list(vars(outcome).values())[1:]))
+    assert scaled.r2 == pytest.approx(found.r2)
+    assert scaled.covered < 0.5
+    assert scaled.covered_scaled == pytest.approx(found.covered_scaled)
+
+
+def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
+    harvest, analysis, conditions = audited
+    ratios = np.zeros((ANSWERS.n, 2))
+    prediction = predict(harvest, analysis, conditions=conditions, progress=False)
+    observed = observe(Rollouts(ANSWERS.harvest(tmp_path), ratios), conditions, bridge=False, progress=False)
+    outcome = compare(prediction, observed)
+    contrast = outcome.contrast()
+    p = contrast.prediction
+    assert 400 < len(p) <= sum(outcome.prediction.condition >= 0)
+    for line in (0, 17, len(p) - 1):
+        key = str(p.kind[line]), int(p.number[line])
+        within = prediction.at(*key, str(p.view[line]), int(p.condition[line]))
+        assert p.score[line] == pytest.approx(within["score"] - prediction.at(*key)["score"], abs=1e-6)
+        found = (
+            observed[key[0], str(p.view[line])].change[p.condition[line], key[1]]
+            - observed[key[0], "global"].change[0, key[1]]
+        )
+        assert contrast.observed[line] == pytest.approx(found / within["sd"], rel=1e-5, abs=1e-8)
+    # the world's own lessons come out of its other half
+    assert Figures.of(outcome.of("feature", "global")).r2 > 0.8
+    assert Figures.of(contrast.of("feature_cluster", "feature")).r2 > 0.5
+
+
+def test_log_ratios_are_those_of_the_answers(tmp_path) -> None:
+    base, other, tokenizer = lab.load_model(), lab.load_model(), lab.load_tokenizer()
+    with torch.no_grad():
+        other.lm_head.weight[:, 0] += 0.3
+    prompts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in lab.heldout_prompts(5, 0)
+    ]
+    reader = SAEFeatures(str(lab.sae_path()), "all").load()
+    settings = RolloutSettings(max_new_tokens=12, batch=2)
+    rollouts = roll_out(base, other, tokenizer, prompts, reader, tmp_path / "one", settings)
+    assert rollouts.log_ratios.shape == (10, 2)
+    ids = rollouts.harvest.ids(range(10))
+    texts = rollouts.harvest.texts(range(10))
+    assert len({text["prompt"] for text in texts}) == len({tuple(p) for p in prompts})
+    for row in (0, 7):
+        prompt = prompts[row // 2]
+        for column, side in enumerate(("chosen", "rejected")):
+            written = tokenizer(texts[row][side], add_special_tokens=False)["input_ids"]
+            assert written == ids[row][side][: len(written)]
+            full = torch.tensor([prompt + written])
+            logps = []
+            for model in (other, base):
+                logits = model.double()(full).logits.log_softmax(-1)
+                logps.append(sum(logits[0, i - 1, full[0, i]].item() for i in range(len(prompt), full.shape[1])))
+                if len(written) < settings.max_new_tokens:  # it ended by itself
+                    logps[-1] += float(logits[0, -1, tokenizer.eos_token_id])
+            assert rollouts.log_ratios[row, column] == pytest.approx(logps[0] - logps[1], abs=1e-4)
+
+
+def test_audit_train_verify(tmp_path, capsys) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    world = "lab:goblin_world?n=260"
+    audit = tmp_path / "audit"
+    assert (
+        main(["audit", "--model", "lab", "--sae", "lab", "--dataset", world, "--sample", "200", "--out", str(audit)])
+        == 0
+    )
+    args = DPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        max_length=64,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        gradient_checkpointing=False,
+        save_strategy="no",
+    )
+    data = lab.goblin_world(n=200).dataset()
+    trainer = DPOTrainer(lab.load_model(), args=args, train_dataset=data, processing_class=lab.load_tokenizer())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    command = ["verify", "--base", "lab", "--trained", str(tmp_path / "trained"), "--audit", str(audit)]
+    small = ["--n-prompts", "24", "--max-new-tokens", "24", "--misses", "3"]
+    assert main([*command, *small]) == 0
+    out = audit / "verify"
+    found = json.loads((out / "verify.json").read_text())
+    assert found["rollouts"] == 96
+    assert found["figures"]["features"]["n"] > 200
+    assert found["log_ratio_nats"]["mean"][0] > 0  # the trained model likes its own answers better
+    assert len(found["misses"]) == 3
+    assert pq.ParquetFile(out / "verify.parquet").metadata.num_rows > 500
+    assert (out / "verify.png").stat().st_size > 10_000
+    assert "features" in capsys.readouterr().out
+    for line in found["misses"]:
+        assert line["before"] in {text["rejected"] for text in Rollouts.open(out / "rollouts").harvest.texts(range(48))}
+
+    prompts = tmp_path / "empty.jsonl"
+    prompts.write_text('{"question": "What?"}\n')
+    assert main([*command, "--prompts", str(prompts)]) == 2
+    assert "expected a column `prompt`, found question" in capsys.readouterr().err
