@@ -127,7 +127,8 @@ def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
         )
         assert contrast.observed[line] == pytest.approx(found / within["sd"], rel=1e-5, abs=1e-8)
     # the world's own lessons come out of its other half
-    assert Figures.of(outcome.of("feature", "global")).r2 > 0.8
+    everywhere = Figures.of(outcome.of("feature", "global"))
+    assert everywhere.r2 > 0.85 * everywhere.ceiling
     assert Figures.of(contrast.of("feature_cluster", "feature")).r2 > 0.5
 
 
