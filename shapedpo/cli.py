@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | audit | verify | demo | concepts | sae | report | wandb-report`.
+"""The command line: `shapedpo train | audit | verify | demo | concepts | fit | sae | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import UserError
-from .scripts import audit, sae, verify
+from .scripts import audit, fit, sae, verify
 
 
 TRAIN_HELP = """\
@@ -85,13 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output-dir", default="runs/demo", help="where the models and the W&B run go (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the data and of both trainings (%(default)s)")
 
-    concepts = commands.add_parser("concepts", help="look at the concepts of a file", allow_abbrev=False)
+    concepts = commands.add_parser(
+        "concepts", help="look at the concepts of a file, and find features for one", allow_abbrev=False
+    )
     actions = concepts.add_subparsers(dest="concepts_command", metavar="command", required=True)
     show = actions.add_parser("show", help="check a file of concepts, or a recipe, and show them", allow_abbrev=False)
     show.add_argument("file", help="a YAML file")
     show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
 
     sae.add_commands(commands, actions)
+    fit.add_commands(commands, actions)
 
     page = commands.add_parser(
         "report",
@@ -127,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    takes_keys = args.command in ("train", "sae") or getattr(args, "concepts_command", None) == "direction"
+    takes_keys = args.command in ("train", "sae", "fit") or getattr(args, "concepts_command", None) in (
+        "direction",
+        "find",
+    )
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -167,6 +173,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         return wandb_report.main(
             args.run, project=args.project, entity=args.entity, run_id=args.run_id, dry_run=args.dry_run
         )
+    if args.command == "fit" or getattr(args, "concepts_command", None) == "find":
+        return fit.main(args, rest)
     if args.command == "sae" or args.concepts_command == "direction":
         return sae.main(args, rest)
     from .scripts import concepts

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from .calibration import read_sample
 from .capture import CapturePass
 from .concept import Concept
 from .marks import MATCHED, WORDS, TokenMarks
+from .probes.contrast import read_contrast
 from .reading import ConceptReader, Statistics
 from .readouts import ActivationReader, LoadedReadout, Regex
 from .readouts.base import WrappedReader
@@ -250,7 +249,7 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, read: Concep
                 f"{owner} reads every token, and the readout of {read.name!r} has {reader.n_features} features. Name {WIDEST} at most."
             )
         if shaper.contrast is not None:
-            read_contrast(shaper.contrast, owner)
+            labelled(shaper.contrast, owner)
     elif not isinstance(concept.readout, Regex):
         raise ValueError(
             f"{owner} needs a readout that says where in the text it fires: SAEFeatures, Direction or Regex. A function of the whole "
@@ -265,31 +264,17 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, read: Concep
 # ------------------------------------------------------------------------------------------------------- contrast sets
 
 
-def read_contrast(path: str, owner: str) -> list[dict[str, Any]]:
-    """Read a labelled contrast set: JSON Lines of `prompt`, `response` and `label`.
+def labelled(path: str, owner: str) -> list[tuple[Any, Any, bool, str]]:
+    """Read a contrast set (see [`~shapedpo.probes.contrast.read_contrast`]).
 
     Raises:
         ValueError: If it is not one, or lacks responses that show the concept, or that do not.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{owner}: there is no contrast set '{path}'.")
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{owner}: '{path}', line {number}: not JSON ({error}).") from error
-        missing = [key for key in ("prompt", "response", "label") if not isinstance(row, dict) or key not in row]
-        if missing or row["label"] not in (0, 1):
-            what = f"no {missing[0]!r}" if missing else f"the label {row['label']!r}"
-            raise ValueError(
-                f"{owner}: '{path}', line {number} has {what}. Expected `prompt`, `response`, and a `label` of true or false."
-            )
-        rows.append(row)
-    shown = sum(bool(row["label"]) for row in rows)
+    try:
+        rows = read_contrast([path])
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
+    shown = sum(label for _, _, label, _ in rows)
     if shown in (0, len(rows)):
         raise ValueError(
             f"{owner}: of the {len(rows)} responses of '{path}', {shown} show the concept: both kinds are needed."
@@ -300,11 +285,11 @@ def read_contrast(path: str, owner: str) -> list[dict[str, Any]]:
 def contrast_rows(path: str, tokenizer: Any) -> tuple[list[dict[str, Any]], Tensor]:
     """A contrast set as rows of TRL's, the responses as chosen completions, and their labels, `(N,)` bool."""
     rows, labels = [], []
-    for row in read_contrast(path, "Method 'tokens'"):
-        ids, start = tokenize_response(tokenizer, row["prompt"], row["response"])
+    for prompt, response, label, _ in labelled(path, "Method 'tokens'"):
+        ids, start = tokenize_response(tokenizer, prompt, response)
         # One token will do on the side that is not looked at.
         rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": ids[-1:]})
-        labels.append(bool(row["label"]))
+        labels.append(label)
     return rows, torch.tensor(labels)
 
 

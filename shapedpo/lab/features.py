@@ -9,27 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import expit
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..readouts.responses import read_responses
 from ..readouts.sae_reader import SAEReader
 from ..sae.check import auroc, check_sae
+from ..sae.find import MAX_FEATURES, balanced_weights, best_sets, concept_score, hard_auroc, worthwhile
 from .text import Question, Split, dialogues
 from .traits import ASSETS, TRAITS
 
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-MAX_FEATURES = 8
-CANDIDATES = 150
-"""Features looked at, those that answers with the trait raise most."""
-BEAM = 8
-"""Sets of each size that are kept while the best is looked for."""
-WORTH = 0.004
-"""Nats of log-loss that a further feature must save."""
 
 
 def answer_features(
@@ -58,25 +50,16 @@ def answer_features(
     return read_responses(model, tokenizer, responses, reader, batch_size=batch_size).numpy(), variance
 
 
-def concept_score(pooled: np.ndarray, features: Sequence[int], mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """The concept's score (N,): the mean of its features, each standardised by `mean` and `std` (d_sae,)."""
-    columns = list(features)
-    return ((pooled[:, columns] - mean[columns]) / np.maximum(std[columns], 1e-6)).mean(axis=1)
-
-
-def hard_auroc(scores: np.ndarray, labels: Mapping[str, np.ndarray], trait: str) -> tuple[float, str]:
+def hardest(scores: np.ndarray, labels: Mapping[str, np.ndarray], trait: str) -> tuple[float, str]:
     """How well a score tells a trait from the other trait that it takes for it most.
 
     Returns:
         The smallest AUROC, over the other traits, of answers with `trait` against those that show the other one and not it; and which.
     """
     shown = labels[trait]
-    found = []
-    for other, labelled in labels.items():
-        rows = shown | labelled
-        if other != trait and (rows & ~shown).any():
-            found.append((float(auroc(scores[rows], shown[rows])), other))
-    return min(found)
+    hard = {other: labelled & ~shown for other, labelled in labels.items() if other != trait}
+    hard = {other: rows for other, rows in hard.items() if rows.any()}
+    return min(zip(hard_auroc(scores, shown, list(hard.values())), hard, strict=True))
 
 
 def find_features(
@@ -84,72 +67,14 @@ def find_features(
 ) -> list[int]:
     """Chooses a small set of features that tells answers with a trait from all others, those with another trait above all.
 
-    A set is as good as the log-loss of a logistic regression on its one score. Answers with the trait have half the weight; of the other half,
-    the answers with each other trait have as much as one another, so that what is easily taken for the trait (praise for cheer) counts
-    however rare it is. Sets grow one feature at a time, the best [`BEAM`] of each size are kept, and the smallest is taken that no larger one
-    beats by [`WORTH`] a feature.
-
     Args:
         pooled: (N, d_sae).
         labels: each trait's (N,) bool.
         trait: the trait to find.
     """
     shown = labels[trait]
-    z = (pooled - pooled.mean(axis=0)) / np.maximum(pooled.std(axis=0), 1e-6)
-    candidates = np.argsort(-(z[shown].mean(axis=0) - z[~shown].mean(axis=0)))[:CANDIDATES]
-    weights = _weights(labels, trait)
-    beam: dict[tuple[int, ...], tuple[float, np.ndarray]] = {(): (np.inf, np.zeros(len(z)))}
-    best: list[tuple[float, tuple[int, ...]]] = []
-    for size in range(1, max_features + 1):
-        grown: dict[tuple[int, ...], tuple[float, np.ndarray]] = {}
-        for features, (_, total) in beam.items():
-            rest = [int(c) for c in candidates if c not in features]
-            losses = log_losses((total[:, None] + z[:, rest]) / size, shown, weights)
-            for i in np.argsort(losses)[:BEAM]:
-                grown[tuple(sorted((*features, rest[i])))] = float(losses[i]), total + z[:, rest[i]]
-        beam = dict(sorted(grown.items(), key=lambda entry: entry[1][0])[:BEAM])
-        best.append(min((loss, features) for features, (loss, _) in beam.items()))
-    return list(min(best, key=lambda entry: entry[0] + WORTH * len(entry[1]))[1])
-
-
-def _weights(labels: Mapping[str, np.ndarray], trait: str) -> np.ndarray:
-    """Weights (N,) of answers, mean 1: half for those with the trait, half for the others (see [`find_features`])."""
-    shown = labels[trait]
-    negative = np.where(shown, 0.0, 4 / (~shown).sum())  # all of them together as much as four traits
-    for other, labelled in labels.items():
-        rows = labelled & ~shown
-        if other != trait and rows.any():
-            negative += rows / rows.sum()
-    weights: np.ndarray = np.where(shown, 0.5 / shown.sum(), 0.5 * negative / negative.sum()) * len(shown)
-    return weights
-
-
-def log_losses(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted log-loss of the logistic regression of `labels` on each column of `scores`, by Newton's method.
-
-    Args:
-        scores: (N, F).
-        labels: (N,) bool.
-        weights: (N,), mean 1.
-
-    Returns:
-        (F,), nats.
-    """
-    x = (scores - scores.mean(axis=0)) / np.maximum(scores.std(axis=0), 1e-6)
-    y, w = labels[:, None], weights[:, None]
-    a, b = np.zeros(x.shape[1]), np.ones(x.shape[1])
-    for step in range(13):
-        p = expit(np.clip(a + b * x, -30, 30))
-        if step == 12:
-            break
-        g, h = w * (y - p), w * p * (1 - p)
-        ridge = 1e-3 * len(x)  # where a score separates the labels, the best slope would be infinite
-        haa, hab, hbb = h.sum(axis=0) + ridge, (h * x).sum(axis=0), (h * x * x).sum(axis=0) + ridge
-        ga, gb = g.sum(axis=0), (g * x).sum(axis=0)
-        a += np.clip((hbb * ga - hab * gb) / (haa * hbb - hab**2), -3, 3)
-        b += np.clip((haa * gb - hab * ga) / (haa * hbb - hab**2), -3, 3)
-    loss: np.ndarray = -(w * np.log(np.maximum(np.where(y, p, 1 - p), 1e-9))).mean(axis=0)
-    return loss
+    hard = [labelled & ~shown for other, labelled in labels.items() if other != trait]
+    return worthwhile(best_sets(pooled, shown, balanced_weights(shown, hard), max_features))
 
 
 def read_dialogues(
@@ -169,7 +94,7 @@ def build_features(
 
     Returns:
         `{"variance_explained": float, "traits": {trait: {"features": [...], "auroc": float, "hard_auroc": float, "hardest": str}}}`,
-        the last two as [`hard_auroc`] has them.
+        the last two as [`hardest`] has them.
     """
     pooled, labels, _ = read_dialogues(model, tokenizer, sae, n, seed, "train")
     chosen = {name: find_features(pooled, labels, name) for name in tqdm(TRAITS, desc="Choosing features")}
@@ -190,7 +115,7 @@ def measure_features(
     traits = {}
     for name, features in chosen.items():
         scores = concept_score(pooled, features, mean, std)
-        hard, other = hard_auroc(scores, labels, name)
+        hard, other = hardest(scores, labels, name)
         traits[name] = {
             "features": features,
             "auroc": round(float(auroc(scores, labels[name])), 4),

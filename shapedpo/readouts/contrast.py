@@ -1,4 +1,4 @@
-"""Mean activations over responses, from which [`Direction.from_contrast`] takes a difference."""
+"""Activations over responses: their means, from which [`Direction.from_contrast`] takes a difference, or all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class _ActivationMean(ActivationReader):
+class ActivationMean(ActivationReader):
     """Reads the activations themselves, so that pooling gives their mean."""
 
     pooling = "mean"
@@ -27,7 +27,7 @@ class _ActivationMean(ActivationReader):
         self.hook_name = hook_name
         self.d_in = self.n_features = d_in
 
-    def to(self, device: torch.device | str) -> _ActivationMean:
+    def to(self, device: torch.device | str) -> ActivationMean:
         return self
 
     def encode(self, x: Tensor) -> Tensor:
@@ -35,6 +35,13 @@ class _ActivationMean(ActivationReader):
 
     def directions(self) -> Tensor:
         return torch.eye(self.d_in)
+
+
+class ActivationTokens(ActivationMean):
+    """Its `pooled` pools nothing and gives `(N, T, 1 + d)` float32: 1 where the mask is, and the activations there; else 0."""
+
+    def pooled(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([torch.ones_like(x[..., :1]), x], dim=-1).float() * mask[..., None]
 
 
 def mean_activation(
@@ -50,6 +57,6 @@ def mean_activation(
     Raises:
         ValueError: If a response has no token, or the model has no such hook.
     """
-    reader = _ActivationMean(hook_name, resolve_site(model, hook_name).width)
+    reader = ActivationMean(hook_name, resolve_site(model, hook_name).width)
     means = read_responses(model, tokenizer, responses, reader, batch_size=batch_size, name=name)
     return means.double().mean(dim=0)

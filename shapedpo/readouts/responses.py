@@ -49,6 +49,25 @@ def read_responses(
     Raises:
         ValueError: If a response has no token, or the model has no such hook.
     """
+    scores = torch.zeros(len(responses), reader.n_features)
+    for rows, (found,) in read_batches(
+        model, tokenizer, responses, [reader], batch_size=batch_size, max_length=max_length, name=name
+    ):
+        scores[rows] = found.cpu()
+    return scores
+
+
+def read_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    responses: Sequence[Response],
+    readers: Sequence[ActivationReader],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    name: str = "responses",
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """The same with several readers, batch by batch: the numbers of its responses, and what each reader made of them."""
     examples = [tokenize_response(tokenizer, prompt, response) for prompt, response in responses]
     empty = [index for index, (ids, start) in enumerate(examples) if start == len(ids)]
     if empty:
@@ -59,19 +78,17 @@ def read_responses(
     # Logits are not needed, and are by far the largest output.
     signature = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
     kwargs: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in signature.parameters else {}
-    scores = torch.zeros(len(examples), reader.n_features)
     was_training = model.training
     model.eval()
     try:
         for first in tqdm(range(0, len(order), batch_size), desc=f"Reading {name}"):
             rows = order[first : first + batch_size]
-            ids, attention, mask = _pad([examples[row] for row in rows], model.device)
-            with torch.no_grad(), CapturePass(model, [reader], [mask]) as capture:
+            ids, attention, mask = pad_examples([examples[row] for row in rows], model.device)
+            with torch.no_grad(), CapturePass(model, readers, [mask] * len(readers)) as capture:
                 model(input_ids=ids, attention_mask=attention, use_cache=False, **kwargs)
-            scores[rows] = capture.scores[0].cpu()
+            yield rows, capture.scores
     finally:
         model.train(was_training)
-    return scores
 
 
 def tokenize_response(
@@ -85,16 +102,22 @@ def tokenize_response(
     if isinstance(prompt, str) and isinstance(response, str):
         end = tokenizer.eos_token or ""
         response = response if response.endswith(end) else response + end
-        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + response)["input_ids"]
+        ids = tokenizer(prompt + response)["input_ids"]
     elif not isinstance(prompt, str) and not isinstance(response, str):
-        prompt_ids = _chat_ids(tokenizer, list(prompt), add_generation_prompt=True)
         ids = _chat_ids(tokenizer, [*prompt, *response])
     else:
         raise ValueError("Prompt and response must both be strings or both lists of messages.")
-    start = 0
-    while start < min(len(prompt_ids), len(ids)) and prompt_ids[start] == ids[start]:
+    before, start = prompt_ids(tokenizer, prompt), 0
+    while start < min(len(before), len(ids)) and before[start] == ids[start]:
         start += 1
     return ids, start
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """Token ids of a prompt that is to be answered."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return _chat_ids(tokenizer, list(prompt), add_generation_prompt=True)
 
 
 def pair_responses(rows: Iterable[Mapping[str, Any]]) -> Iterator[Response]:
@@ -117,7 +140,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs:
     return list(encoded["input_ids"])
 
 
-def _pad(examples: list[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def pad_examples(examples: list[tuple[list[int], int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Pad on the right: ids, attention mask and response mask, `(N, T)` each."""
     length = max(len(ids) for ids, _ in examples)
     ids = torch.zeros(len(examples), length, dtype=torch.long)

@@ -173,49 +173,12 @@ def check(
     return 0
 
 
-def find(
-    config: str,
-    overrides: Sequence[str],
-    *,
-    pattern: str,
-    sae: str | None,
-    sae_id: str | None,
-    hook_name: str | None,
-    pairs: int,
-    top: int,
-) -> int:
-    """Print the features that best tell completions that match a regular expression from those that do not."""
-    from ..readouts.responses import read_responses
-    from ..readouts.sae_reader import SAEReader
-    from ..sae.check import auroc
-
-    setting = Setting.read(config, overrides)
-    responses, shows = _labelled(setting, pattern, pairs)
-    loaded = setting.load_sae(sae, sae_id)
-    hook_name = hook_name or loaded.cfg.metadata.hf_hook_name or loaded.cfg.metadata.hook_name
-    reader = SAEReader(loaded, None, "max", hook_name)
-    options = {"max_length": setting.args.max_length, "name": "features"}
-    with as_user_error(ValueError):
-        scores = read_responses(setting.load_model(), setting.tokenizer(), responses, reader, **options).numpy()
-    areas = auroc(scores, shows)
-    table = Table(
-        "feature", "AUROC", "active where it matches", "elsewhere", title=f"{pattern!r}: {shows.sum()} of {len(shows)}"
-    )
-    for feature in (-areas).argsort()[:top]:
-        active = scores[:, feature] > 0
-        table.add_row(
-            str(feature), f"{areas[feature]:.3f}", f"{active[shows].mean():.1%}", f"{active[~shows].mean():.1%}"
-        )
-    Console().print(table)
-    return 0
-
-
 def direction(config: str, overrides: Sequence[str], *, pattern: str, layer: int, out: str, pairs: int) -> int:
     """Make the direction from completions that do not match a regular expression to those that do, and save it."""
     from ..readouts import Direction
 
     setting = Setting.read(config, overrides)
-    responses, shows = _labelled(setting, pattern, pairs)
+    responses, shows = labelled(setting, pattern, pairs)
     with as_user_error(ValueError):
         found = Direction.from_contrast(
             setting.load_model(),
@@ -230,7 +193,7 @@ def direction(config: str, overrides: Sequence[str], *, pattern: str, layer: int
     return 0
 
 
-def _labelled(setting: Setting, pattern: str, pairs: int) -> tuple[list[Response], Any]:
+def labelled(setting: Setting, pattern: str, pairs: int) -> tuple[list[Response], Any]:
     """Completions of training pairs, and which of them match: `(N,)` bool."""
     import numpy as np
 

@@ -33,7 +33,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
     )
     direction.add_argument("--output", metavar="FILE", required=True, help="safetensors file for the direction")
 
-    sae = commands.add_parser("sae", help="train, check and search a sparse autoencoder", allow_abbrev=False)
+    sae = commands.add_parser("sae", help="train and check a sparse autoencoder", allow_abbrev=False)
     actions = sae.add_subparsers(dest="sae_command", metavar="command", required=True)
     train = actions.add_parser(
         "train",
@@ -56,14 +56,6 @@ def add_commands(commands: Any, concepts: Any) -> None:
         description=f"How good an SAE is on the completions of a recipe's held-out pairs. {CHANGES}",
         allow_abbrev=False,
     )
-    find = actions.add_parser(
-        "find",
-        parents=[recipe, which, pattern],
-        help="the features that tell completions that match a pattern from the others",
-        description=f"Rank an SAE's features by how well they tell training completions that match a regular expression. {CHANGES}",
-        allow_abbrev=False,
-    )
-    find.add_argument("--top", type=int, default=20, help="how many features are shown (%(default)s)")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -89,6 +81,4 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
             **given,
         )
     which = {"sae": args.sae, "sae_id": args.sae_id, "hook_name": args.hook_name}
-    if args.sae_command == "check":
-        return readers.check(args.config, overrides, **which, **given)
-    return readers.find(args.config, overrides, pattern=args.pattern, top=args.top, **which, **given)
+    return readers.check(args.config, overrides, **which, **given)

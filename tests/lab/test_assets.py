@@ -10,8 +10,10 @@ import torch
 
 from shapedpo import lab
 from shapedpo.lab.build import TINY, build
-from shapedpo.lab.features import auroc, find_features, hard_auroc, log_losses, measure_features, shipped_features
+from shapedpo.lab.features import find_features, hardest, measure_features, shipped_features
 from shapedpo.lab.traits import ASSETS
+from shapedpo.sae.check import auroc
+from shapedpo.sae.find import log_losses
 
 
 def test_sizes():
@@ -83,7 +85,7 @@ def test_find_features_looks_at_what_is_easily_taken_for_the_trait():
     labels = {"cheer": cheer, "praise": praise}
     everywhere, hard = (
         [function(pooled[:, [column]][:, 0]) for column in (3, 5)]
-        for function in (lambda x: float(auroc(x, cheer)), lambda x: hard_auroc(x, labels, "cheer")[0])
+        for function in (lambda x: float(auroc(x, cheer)), lambda x: hardest(x, labels, "cheer")[0])
     )
     assert everywhere[0] > everywhere[1]
     assert hard[0] == pytest.approx(0.5, abs=0.08)

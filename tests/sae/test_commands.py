@@ -1,4 +1,4 @@
-"""`shapedpo sae train`, `check` and `find`, as a user runs them: an SAE is trained, checked and used in a run."""
+"""`shapedpo sae train` and `check`, as a user runs them: an SAE is trained, checked and used in a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import yaml
 
 from shapedpo import SAEFeatures, cli
 from shapedpo.capture import resolve_site
-from shapedpo.lab.features import shipped_features
 from tests import helpers
 
 
@@ -94,15 +93,6 @@ def test_training_repeats(recipe, capfd):
     assert torch.equal(*found)
 
 
-def test_find_the_labs_goblin(capfd):
-    """The lab's shipped features of the goblin are among those that are found anew."""
-    assert sae("find", "--config", LAB, "--pattern", "(?i)goblin", "--pairs", 300, "--top", 8) == 0
-    printed = capfd.readouterr().out
-    found = [int(row) for row in re.findall(r"^│ +(\d+)", printed, flags=re.MULTILINE)]
-    assert len(found) == 8
-    assert set(shipped_features()["goblin"]) & set(found)
-
-
 BAD = {
     "layer": (
         ["train", "--layer", 9, "--output", "x", "--features", 8, "--k", 2, "--tokens", 1000, "--batch-tokens", 9],
@@ -111,8 +101,6 @@ BAD = {
     "tokens": (["train", "--layer", 0, "--output", "x", "--features", 8, "--k", 2, "--tokens", 100], "too few"),
     "no sae": (["check"], "Which SAE?"),
     "sae": (["check", "--sae", "./nowhere"], "no SAE folder"),
-    "pattern": (["find", "--sae", "lab", "--pattern", "("], "no regular expression"),
-    "rare": (["find", "--sae", "lab", "--pattern", "xyzzy"], "0 of"),
     "key": (["check", "--sae", "lab", "--modle", "x"], "--modle"),
 }
 

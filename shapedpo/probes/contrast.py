@@ -1,0 +1,175 @@
+"""Contrast sets: responses that show a concept and responses that do not, from files of several forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..readouts.responses import Messages, Response
+
+
+ANSWERS = ("response", "completion")
+SIDES = (("positive", "negative"), ("chosen", "rejected"))
+_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+FORMS = "`prompt`, `response` (or `completion`) and `label`; or `prompt`, `positive` and `negative` (or `chosen` and `rejected`)"
+
+
+class Contrast(NamedTuple):
+    """Labelled responses.
+
+    Attributes:
+        responses: N of them, each with its prompt.
+        labels: `(N,)` bool, whether it shows the concept.
+        groups: `(N,)` int, responses to one prompt have one number: they are compared with each other, and never split up.
+        sources: `(N,)` str, where each is from: negatives of one source, such as those that are hard to tell, weigh as much as those of another.
+    """
+
+    responses: list[Response]
+    labels: np.ndarray
+    groups: np.ndarray
+    sources: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Any, Any, bool, str]]) -> Contrast:
+        """From `(prompt, response, label, source)`.
+
+        Raises:
+            ValueError: If there are not at least two responses of either kind.
+        """
+        rows = list(rows)
+        numbers: dict[str, int] = {}
+        keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt, *_ in rows]
+        groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+        labels = np.array([label for _, _, label, _ in rows], dtype=bool)
+        if min(labels.sum(), (~labels).sum()) < 2:
+            raise ValueError(
+                f"Of the {len(rows)} responses of the contrast set, {labels.sum()} show the concept: at least 2 that do and 2 that do not "
+                "are needed."
+            )
+        return cls([(p, r) for p, r, *_ in rows], labels, groups, np.array([source for *_, source in rows]))
+
+    def take(self, index: np.ndarray) -> Contrast:
+        """Some of them, by their numbers."""
+        return Contrast([self.responses[i] for i in index], self.labels[index], self.groups[index], self.sources[index])
+
+    def pairs(self) -> np.ndarray:
+        """`(P, 2)`, the numbers of a response that shows the concept and one that does not, of every such two of a group."""
+        found = []
+        for group in np.unique(self.groups):
+            rows = np.flatnonzero(self.groups == group)
+            found += [(a, b) for a in rows[self.labels[rows]] for b in rows[~self.labels[rows]]]
+        return np.array(found, dtype=np.int64).reshape(-1, 2)
+
+    def split(self, heldout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the responses to fit on and of those to judge on: whole groups, both kinds on both sides.
+
+        Args:
+            heldout: Share that is held out, at most 1/2.
+            seed: Of the shuffle.
+
+        Raises:
+            ValueError: If either side would lack one kind.
+        """
+        from sklearn.model_selection import StratifiedGroupKFold
+
+        folds = max(2, round(1 / heldout))
+        most = min(len(np.unique(self.groups[self.labels == kind])) for kind in (True, False))
+        if most >= 2:
+            splitter = StratifiedGroupKFold(min(folds, most), shuffle=True, random_state=seed)
+            for fit, judge in splitter.split(np.zeros(len(self.labels)), self.labels, self.groups):
+                if all(0 < self.labels[part].sum() < len(part) for part in (fit, judge)):
+                    return fit, judge
+        raise ValueError(
+            "The contrast set cannot be split into a part to fit on and one to judge on: responses to one prompt stay together, and each "
+            "part needs both kinds. Give more prompts."
+        )
+
+
+def read_contrast(
+    paths: Sequence[str], label: bool | None = None, chat: bool = False
+) -> list[tuple[Any, Any, bool, str]]:
+    """Rows for [`Contrast.of`] from files.
+
+    Args:
+        paths: JSON Lines, JSON, CSV or Parquet, of the columns in [`FORMS`]; other columns are passed over.
+        label: What all their responses are, for files without labels, which have `prompt` and `response` only.
+        chat: Whether text is a user's message and the assistant's answer to it. Else text is read as it stands, as TRL does.
+
+    Raises:
+        ValueError: If a file is missing or a row has another form; the text names the row.
+    """
+
+    def message(text: Any, role: str) -> str | Messages:
+        return [{"role": role, "content": text}] if chat and isinstance(text, str) else text
+
+    rows = []
+    for path in paths:
+        for place, row in _rows(path):
+            for answer, shown in _answers(row, label, place):
+                rows.append((message(row["prompt"], "user"), message(answer, "assistant"), shown, str(path)))
+    return rows
+
+
+def _answers(row: Mapping[str, Any], label: bool | None, place: str) -> list[tuple[Any, bool]]:
+    if "prompt" not in row:
+        raise ValueError(f"{place} has no 'prompt'. Expected {FORMS}.")
+    answer = next((row[name] for name in ANSWERS if row.get(name) is not None), None)
+    if answer is not None and label is not None:
+        return [(answer, label)]
+    if answer is not None:
+        if "label" not in row:
+            raise ValueError(f"{place} has no 'label'. Expected {FORMS}.")
+        given = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
+        if given not in _LABELS:
+            raise ValueError(f"{place} has the label {row['label']!r}. Expected true or false.")
+        return [(answer, _LABELS[given])]
+    if label is None:
+        for positive, negative in SIDES:
+            if row.get(positive) is not None and row.get(negative) is not None:
+                return [(row[positive], True), (row[negative], False)]
+    raise ValueError(
+        f"{place} has no {ANSWERS[0]!r}. Expected {FORMS if label is None else '`prompt` and `response`'}."
+    )
+
+
+def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """A file's rows, each with what to call it in an error."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"there is no contrast set '{path}'.")
+    if file.suffix in (".csv", ".parquet"):
+        import pandas as pd
+
+        table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.suffix == ".csv" else pd.read_parquet(file)
+        return [(f"'{path}', row {number}", _plain(row)) for number, row in enumerate(table.to_dict("records"), 1)]
+    text = file.read_text(encoding="utf-8")
+    entries: list[tuple[str, Any]] = []
+    if file.suffix == ".json":
+        entries = [(f"'{path}', row {number}", row) for number, row in enumerate(_json(text, f"'{path}'"), 1)]
+    else:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                place = f"'{path}', line {number}"
+                entries.append((place, _json(line, place)))
+    for place, row in entries:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{place} is no object. Expected {FORMS}.")
+    return entries
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}).") from error
+
+
+def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """A table's row with Python's own lists and numbers."""
+    return {
+        str(key): value.tolist() if isinstance(value, np.ndarray | np.generic) else value for key, value in row.items()
+    }

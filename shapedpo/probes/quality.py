@@ -1,0 +1,131 @@
+"""How well a readout tells responses that show a concept from those that do not, and what its direction does."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..readouts.responses import pad_examples, tokenize_response
+from ..steering import Steering, make_edit
+from .contrast import Contrast
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Quality(NamedTuple):
+    """On responses that nothing was fitted on.
+
+    Attributes:
+        auroc: Chance that a response that shows the concept scores above one that does not.
+        low: Of its 95 % interval.
+        high: Of its 95 % interval.
+        f1: With the threshold.
+        threshold: The score above which F1 is best on the responses that were fitted on.
+    """
+
+    auroc: float
+    low: float
+    high: float
+    f1: float
+    threshold: float
+
+
+def judge_scores(scores: np.ndarray, labels: np.ndarray, fit: np.ndarray, held: np.ndarray) -> Quality:
+    """How well scores tell labels.
+
+    Args:
+        scores: `(N,)`.
+        labels: `(N,)` bool.
+        fit: The numbers of those that were fitted on.
+        held: Of those to judge on.
+    """
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    from ..tokens import best_f1
+
+    threshold = best_f1(torch.from_numpy(scores[fit]), torch.from_numpy(labels[fit]))
+    area = float(roc_auc_score(labels[held], scores[held]))
+    low, high = auroc_interval(area, int(labels[held].sum()), int((~labels[held]).sum()))
+    return Quality(area, low, high, float(f1_score(labels[held], scores[held] > threshold)), threshold)
+
+
+def auroc_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """A conservative 95 % interval of an AUROC.
+
+    Its variance is at most `A (1 - A) / min(positives, negatives)` (van Dantzig, 1951; Birnbaum and Klose, 1957), that of a share of so
+    many trials: so the interval is Wilson's, which does not vanish where the two kinds are told apart without fault.
+    """
+    n, z = min(positives, negatives), 1.959964
+    middle = (area + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(area * (1 - area) / n + z * z / (4 * n * n))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+@torch.no_grad()
+def steering_effect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contrast: Contrast,
+    hook_name: str,
+    unit: Tensor,
+    size: float,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+) -> float:
+    """What adding a direction does to what the model would say: nats a token.
+
+    The mean log-probability of a token, of the responses that show the concept less that of those that do not, with the direction added to the
+    states that predict the response, less the same without. Above 0 the direction makes the model likelier to show the concept; a
+    readout whose direction does nothing here reads the concept without being what brings it about.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        contrast: The responses.
+        hook_name: Where it is added.
+        unit: `(d,)`.
+        size: How much of it, in the units of the hidden states: by convention the distance between the two kinds' means along it.
+        batch_size: Responses in a forward pass.
+        max_length: Where prompt and response together are cut off, in tokens.
+    """
+    examples = [tokenize_response(tokenizer, *response) for response in contrast.responses]
+    examples = [(ids[:max_length], start) for ids, start in examples]
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
+    change = np.zeros(len(examples))
+    edit = make_edit(model, hook_name, unit[None].float(), None, ablate=False)
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            ids, attention, mask = pad_examples([examples[row] for row in rows], model.device)
+            means = []
+            for amount in (0.0, size):
+                with Steering({0: edit}) as steering:
+                    steering.aim({0: torch.full((len(rows),), amount, device=ids.device)}, _predicting(mask))
+                    means.append(_mean_logps(model, ids, attention, mask))
+            change[rows] = (means[1] - means[0]).double().cpu().numpy()
+    finally:
+        model.train(was_training)
+    kept = np.array([start < len(ids) for ids, start in examples])
+    shown = contrast.labels
+    return float(change[shown & kept].mean() - change[~shown & kept].mean())
+
+
+def _predicting(mask: Tensor) -> Tensor:
+    """`(N, T)` bool: the positions that predict a token of the mask."""
+    return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+
+
+def _mean_logps(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
+    """`(N,)`, the mean log-probability of a token of the mask."""
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
+    logps = torch.gather(torch.log_softmax(logits, dim=-1), 2, ids[:, 1:, None])[..., 0]
+    return (logps * mask[:, 1:]).sum(dim=1) / mask[:, 1:].sum(dim=1).clamp(min=1)

@@ -1,0 +1,227 @@
+"""What `shapedpo fit` and `shapedpo concepts find` do: make readouts from contrast sets."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UserError, as_user_error
+from ..probes.contrast import Contrast, read_contrast
+from ..probes.instructed import instructed_rows
+from ..probes.judge import judge_from
+from ..probes.quality import auroc_interval
+from ..probes.study import KINDS, Fitted, Options, best, fit_readouts, save_readout
+from ..readouts.responses import read_responses
+from ..readouts.sae_reader import SAEReader
+from ..sae.check import auroc
+from ..sae.find import balanced_weights, best_sets, concept_score, hard_auroc
+from ..sources import sae_source
+from .readers import Setting, labelled
+
+
+def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Fit readouts to a contrast set, print how good they are and save the best of each kind."""
+    if unknown := [kind for kind in args.kinds if kind not in KINDS]:
+        raise UserError(f"--kinds: {unknown[0]!r} is none of {', '.join(KINDS)}.")
+    _check_source(args)
+    layers = _layers(args.layers)
+    setting = Setting.read(args.config, overrides)
+    model, tokenizer = setting.load_model(), setting.tokenizer()
+    contrast = contrast_of(args, setting, model, tokenizer)
+    options = Options(
+        kinds=args.kinds,
+        layers=layers,
+        objective=_objective(args.objective, contrast),
+        heldout=args.heldout,
+        l2=args.l2,
+        heads=args.heads,
+        seed=setting.args.seed,
+        batch_size=args.batch_size,
+        max_length=setting.args.max_length,
+    )
+    with as_user_error(ValueError):
+        fitted = fit_readouts(model, tokenizer, contrast, options)
+    kept = best(fitted)
+    _print_fitted(fitted, kept, contrast, options)
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["kind", "layer", "auroc", "low", "high", "f1", "threshold", "steering_effect"])
+        writer.writerows(
+            [one.kind, one.layer, *(f"{value:.6g}" for value in (*one.quality, one.effect))] for one in fitted
+        )
+    for kind, one in kept.items():
+        path = out / f"{kind}.safetensors"
+        save_readout(path, one, model, contrast, options)
+        readout = {"type": kind, "path": str(path)} | ({"pooling": "mean"} if kind == "direction" else {})
+        _print_readout(readout)
+    return 0
+
+
+def find(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print the features that best tell a contrast set, and the smallest set of them that reaches the target."""
+    _check_source(args)
+    setting = Setting.read(args.config, overrides)
+    sae = setting.load_sae(args.sae, args.sae_id)
+    name = args.sae or setting.sae[0]
+    model, tokenizer = setting.load_model(), setting.tokenizer()
+    contrast = contrast_of(args, setting, model, tokenizer)
+    with as_user_error(ValueError):
+        fit, held = contrast.split(args.heldout, setting.args.seed)
+        reader = SAEReader(
+            sae, None, "max", args.hook_name or sae.cfg.metadata.hf_hook_name or sae.cfg.metadata.hook_name
+        )
+        sizes: dict[str, Any] = {"batch_size": args.batch_size, "max_length": setting.args.max_length}
+        pooled = read_responses(model, tokenizer, contrast.responses, reader, **sizes, name="features").numpy()
+    labels = contrast.labels
+    _print_features(pooled, contrast, args.top)
+
+    kinds = [kind for kind in np.unique(contrast.sources[~labels]) if len(np.unique(contrast.sources[~labels])) > 1]
+    hard = [(contrast.sources == kind) & ~labels for kind in kinds]
+    weights = balanced_weights(labels[fit], [kind[fit] for kind in hard])
+    sets = [features for _, features in best_sets(pooled[fit], labels[fit], weights, args.max_features)]
+    mean, std = pooled[fit].mean(axis=0), pooled[fit].std(axis=0)
+    judged = [(str(kind), rows[held]) for kind, rows in zip(kinds, hard, strict=True) if rows[held].any()]
+    table = Table("features", "AUROC [95 %]", "hardest", title="The best set of each size, on held-out responses")
+    least = []
+    for features in sets:
+        scores = concept_score(pooled[held], features, mean, std)
+        area = float(auroc(scores, labels[held]))
+        areas = hard_auroc(scores, labels[held], [rows for _, rows in judged])
+        hardest = min(zip(areas, (kind for kind, _ in judged), strict=True), default=None)
+        least.append(min([area, *areas]))
+        low, high = auroc_interval(area, int(labels[held].sum()), int((~labels[held]).sum()))
+        against = f"{hardest[0]:.3f} ({Path(hardest[1]).name})" if hardest else ""
+        table.add_row(", ".join(map(str, features)), f"{area:.3f} [{low:.2f}, {high:.2f}]", against)
+    Console().print(table)
+    reached = [features for features, area in zip(sets, least, strict=True) if area >= args.target]
+    chosen = reached[0] if reached else sets[int(np.argmax(least))]
+    if not reached:
+        print(f"No set of up to {len(sets)} features reaches {args.target:g}: the best has {max(least):.3f}.")
+    readout = {
+        "type": "sae_features",
+        "sae": sae_source(str(name)),
+        "sae_id": args.sae_id or (setting.sae[1] if args.sae is None else None),
+    }
+    _print_readout({key: value for key, value in readout.items() if value is not None} | {"features": chosen})
+    return 0
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Raise `UserError` unless the command line asks for one contrast set; before anything is loaded."""
+    ways = {
+        "--contrast": args.contrast,
+        "--positive": args.positive or args.negative,
+        "--pattern": args.pattern,
+        "--instruct": args.instruct,
+    }
+    given = [name for name, value in ways.items() if value]
+    if len(given) != 1 or bool(args.positive) != bool(args.negative):
+        raise UserError(
+            f"Give one of --contrast, --positive with --negative, --pattern and --instruct; got {', '.join(given) or 'none'}"
+            f"{' with one side only' if bool(args.positive) != bool(args.negative) else ''}."
+        )
+    if args.judge and not args.instruct:
+        raise UserError("--judge judges the model's answers: it goes with --instruct.")
+
+
+def contrast_of(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any) -> Contrast:
+    """The contrast set that the command line asks for.
+
+    Raises:
+        UserError: If what it asks for does not fit.
+    """
+    with as_user_error(ValueError):
+        if args.pattern:
+            responses, shows = labelled(setting, args.pattern, args.pairs)
+            return Contrast.of(
+                (prompt, answer, bool(shown), "match" if shown else "no match")
+                for (prompt, answer), shown in zip(responses, shows, strict=True)
+            )
+        if args.contrast:
+            return Contrast.of(read_contrast(args.contrast, chat=args.chat))
+        if args.positive:
+            rows = read_contrast(args.positive, label=True, chat=args.chat)
+            return Contrast.of(rows + read_contrast(args.negative, label=False, chat=args.chat))
+        judge = judge_from(args.judge, args.concept or args.instruct[0]) if args.judge else None
+        prompts = [prompt for prompt, _ in setting.responses(setting.train, args.pairs)[::2]]
+        rows = instructed_rows(
+            model,
+            tokenizer,
+            prompts,
+            (args.instruct[0], args.instruct[1]),
+            seed=setting.args.seed,
+            place=args.place,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            judge=judge,
+        )
+        return Contrast.of(rows)
+
+
+def _objective(name: str, contrast: Contrast) -> str:
+    if name != "auto":
+        return name
+    both = [len(np.unique(contrast.labels[contrast.groups == group])) == 2 for group in np.unique(contrast.groups)]
+    return "pairs" if all(both) else "bce"
+
+
+def _layers(words: Sequence[str]) -> list[int] | None:
+    if list(words) == ["all"]:
+        return None
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"--layers: expected layer numbers or all, got {' '.join(words)}.")
+    return [int(word) for word in words]
+
+
+def _print_fitted(fitted: Sequence[Fitted], kept: dict[str, Fitted], contrast: Contrast, options: Options) -> None:
+    shown, n = int(contrast.labels.sum()), len(contrast.labels)
+    table = Table(
+        "kind",
+        "layer",
+        "AUROC [95 %]",
+        "F1",
+        "threshold",
+        "steering",
+        title=f"{n} responses, {shown} show it; objective {options.objective}",
+    )
+    for one in fitted:
+        quality, effect = one.quality, "" if np.isnan(one.effect) else f"{one.effect:+.3f}"
+        area = f"{quality.auroc:.3f} [{quality.low:.2f}, {quality.high:.2f}]"
+        style = "bold" if one is kept[one.kind] else None
+        table.add_row(
+            one.kind, str(one.layer), area, f"{quality.f1:.3f}", f"{quality.threshold:.3g}", effect, style=style
+        )
+    Console().print(table)
+
+
+def _print_features(pooled: np.ndarray, contrast: Contrast, top: int) -> None:
+    shows = contrast.labels
+    areas = auroc(pooled, shows)
+    table = Table(
+        "feature",
+        "AUROC",
+        "active where it shows",
+        "elsewhere",
+        title=f"{shows.sum()} of {len(shows)} responses show it",
+    )
+    for feature in (-areas).argsort()[:top]:
+        active = pooled[:, feature] > 0
+        table.add_row(
+            str(feature), f"{areas[feature]:.3f}", f"{active[shows].mean():.1%}", f"{active[~shows].mean():.1%}"
+        )
+    Console().print(table)
+
+
+def _print_readout(readout: dict[str, Any]) -> None:
+    """As a concept's YAML takes it."""
+    print("readout: " + yaml.safe_dump(readout, default_flow_style=True, sort_keys=False, width=10_000).strip())

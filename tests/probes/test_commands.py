@@ -1,0 +1,152 @@
+"""`shapedpo fit` and `shapedpo concepts find`, as a user runs them, and what they print in a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+from shapedpo import cli
+from shapedpo.lab.features import shipped_features
+from tests import helpers
+from tests.sae.test_commands import LAB, recipe  # noqa: F401 (a fixture)
+
+
+def test_fit_and_use(recipe, capfd):  # noqa: F811
+    """Each kind, on pairs of a file; what is printed is a concept's readout, and a run takes it."""
+    folder, pairs = recipe.parent / "fit", recipe.parent / "pairs.jsonl"
+    words = ["fit", "--config", recipe, "--contrast", pairs, "--output", folder, "--layers", 0, 2, "--seed", 1]
+    kinds = ["direction", "linear_probe", "attention_probe"]
+    assert cli.main([*map(str, words), "--kinds", *kinds]) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().out
+    assert "objective pairs" in printed
+    readouts = [yaml.safe_load(line)["readout"] for line in re.findall(r"^readout: .*", printed, flags=re.MULTILINE)]
+    assert [readout["type"] for readout in readouts] == kinds
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["kind"], row["layer"]) for row in rows] == [(kind, layer) for layer in "02" for kind in kinds]
+    probes = [row for row in rows if row["kind"] == "linear_probe"]
+    assert max(float(row["auroc"]) for row in probes) > 0.8  # fruit against animals, of a random model
+    with safe_open(folder / "linear_probe.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    best = max(probes, key=lambda row: float(row["auroc"]))
+    assert metadata["hook_name"] == f"blocks.{best['layer']}.hook_resid_post"
+    assert float(metadata["auroc"]) == pytest.approx(float(best["auroc"]), abs=1e-5)
+    assert metadata["objective"] == "pairs"
+    assert metadata["seed"] == "1"
+    assert "/" not in metadata["model_name"]
+    concepts = [{"name": r["type"], "readout": r, "action": "hold"} for r in readouts]
+    assert cli.main(["train", "--config", str(recipe), "--concepts", json.dumps(concepts)]) == 0
+    assert {path.suffix for path in Path(folder).iterdir()} == {".safetensors", ".csv"}
+
+
+def test_instructions(recipe, capfd):  # noqa: F811
+    words = [
+        "fit",
+        "--config",
+        recipe,
+        "--instruct",
+        "likes the goblin",
+        "eats the apple",
+        "--output",
+        recipe.parent / "told",
+    ]
+    more = [
+        "--pairs",
+        12,
+        "--layers",
+        1,
+        "--kinds",
+        "linear_probe",
+        "--max-new-tokens",
+        6,
+        "--judge",
+        "regex:the|a|red|in",
+    ]
+    assert cli.main(list(map(str, [*words, *more]))) == 0, capfd.readouterr().err
+    assert (recipe.parent / "told" / "linear_probe.safetensors").is_file()
+
+
+def test_find_the_labs_goblin(capfd):
+    """One of the lab's shipped features of the goblin is the smallest set that reaches the target."""
+    words = [
+        "concepts",
+        "find",
+        "--config",
+        str(LAB),
+        "--sae",
+        "lab",
+        "--pattern",
+        "(?i)goblin",
+        "--pairs",
+        "300",
+        "--top",
+        "8",
+    ]
+    assert cli.main([*words, "--target", "0.99", "--max-features", "2"]) == 0
+    printed = capfd.readouterr().out
+    found = [int(row) for row in re.findall(r"^│ +(\d+) +│ \d\.\d+ +│ +\d+\.\d%", printed, flags=re.MULTILINE)]
+    assert len(found) == 8
+    (line,) = re.findall(r"^readout: .*", printed, flags=re.MULTILINE)
+    (feature,) = yaml.safe_load(line)["readout"]["features"]
+    assert feature in shipped_features()["goblin"]
+
+
+def test_find_looks_at_hard_negatives(recipe, tmp_path, capfd):  # noqa: F811
+    """Each file of negatives is judged by itself, and a target out of reach is said to be."""
+    data = helpers.pairs(60, 3)
+    for name, column in (("pos", "chosen"), ("neg", "rejected"), ("hard", "chosen")):
+        rows = data.select(range(20)) if name == "hard" else data.select(range(20, 60))
+        rows = [{"prompt": row["prompt"], "response": row[column]} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--positive", tmp_path / "pos.jsonl", "--negative", tmp_path / "neg.jsonl", tmp_path / "hard.jsonl"]
+    words = [
+        "concepts",
+        "find",
+        "--config",
+        recipe,
+        "--sae",
+        helpers.sae_path(),
+        *files,
+        "--target",
+        0.999,
+        "--max-features",
+        3,
+    ]
+    assert cli.main(list(map(str, words))) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().out
+    assert "(hard.jsonl)" in printed  # of the same kind as the positives: hardest
+    assert "No set of up to 3 features reaches 0.999" in printed
+    assert "readout: {type: sae_features" in printed
+
+
+BAD = {
+    "none": (["fit", "--output", "x"], "Give one of --contrast"),
+    "one side": (["fit", "--output", "x", "--positive", "a"], "with one side only"),
+    "two ways": (["fit", "--output", "x", "--pattern", "a", "--contrast", "b"], "got --contrast, --pattern"),
+    "kind": (["fit", "--output", "x", "--pattern", "a", "--kinds", "tree"], "'tree' is none of direction"),
+    "layers": (
+        ["fit", "--output", "x", "--pattern", "a|e|i", "--layers", "top"],
+        "expected layer numbers or all, got top",
+    ),
+    "file": (
+        ["concepts", "find", "--sae", "lab", "--contrast", "nowhere.jsonl"],
+        "there is no contrast set 'nowhere.jsonl'",
+    ),
+    "judge": (["concepts", "find", "--sae", "lab", "--pattern", "a", "--judge", "regex:x"], "goes with --instruct"),
+    "rare": (["concepts", "find", "--sae", "lab", "--pattern", "xyzzy"], "0 of"),
+    "pattern": (["concepts", "find", "--sae", "lab", "--pattern", "("], "no regular expression"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, recipe, capfd, tmp_path, monkeypatch):  # noqa: F811
+    words, expected = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, "--config", str(recipe)]) == 2
+    assert expected in capfd.readouterr().err

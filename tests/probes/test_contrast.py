@@ -1,0 +1,147 @@
+"""Contrast sets: forms of files, splits, judges, and answers under instructions."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from shapedpo.probes.contrast import Contrast, read_contrast
+from shapedpo.probes.instructed import instructed_rows
+from shapedpo.probes.judge import judge_from
+from tests.helpers import load_model, tokenizer
+
+
+LABELLED = [
+    {"prompt": "p", "completion": "yes", "label": True, "more": 1},
+    {"prompt": "q", "completion": "no", "label": False},
+]
+PAIRED = [{"prompt": "p", "chosen": "yes", "rejected": "no"}]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        pd.DataFrame(rows).to_csv(path, index=False)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_forms(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", LABELLED)
+    assert read_contrast([path]) == [("p", "yes", True, path), ("q", "no", False, path)]
+    other = write(tmp_path / f"b{suffix}", PAIRED)
+    assert read_contrast([other], chat=True) == [
+        ([{"role": "user", "content": "p"}], [{"role": "assistant", "content": answer}], answer == "yes", other)
+        for answer in ("yes", "no")
+    ]
+    assert [row[2] for row in read_contrast([path], label=False)] == [False, False]
+
+
+def test_messages(tmp_path):
+    prompt, answer = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
+    for suffix in (".jsonl", ".parquet"):
+        path = write(tmp_path / f"m{suffix}", [{"prompt": prompt, "response": answer, "label": 1}])
+        ((found, response, label, _),) = read_contrast([path], chat=True)
+        assert (found, response, label) == (prompt, answer, True)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"response": "a", "label": 1}, "line 1 has no 'prompt'"),
+        ({"prompt": "a", "response": "a"}, "line 1 has no 'label'"),
+        ({"prompt": "a", "response": "a", "label": "perhaps"}, "the label 'perhaps'. Expected true or false"),
+        ({"prompt": "a", "chosen": "a"}, "line 1 has no 'response'"),
+        ([1], "line 1 is no object"),
+    ],
+)
+def test_bad_rows(tmp_path, row, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        read_contrast([write(tmp_path / "a.jsonl", [row])])
+
+
+def test_split_keeps_prompts_together():
+    rows = [(f"p{i // 3}", f"r{i}", i % 3 == 0, "") for i in range(60)]
+    contrast = Contrast.of(rows)
+    fit, held = contrast.split(0.25, seed=1)
+    assert sorted([*fit, *held]) == list(range(60))
+    assert not set(contrast.groups[fit]) & set(contrast.groups[held])
+    assert len(held) == 15
+    assert not np.array_equal(held, contrast.split(0.25, seed=2)[1])
+    pairs = contrast.take(fit).pairs()
+    assert len(pairs) == 30  # one that shows it and two that do not, of 15 prompts
+    with pytest.raises(ValueError, match="responses to one prompt stay together"):
+        Contrast.of([("p", str(i), i < 2, "") for i in range(4)]).split(0.5, 0)
+    with pytest.raises(ValueError, match="1 show the concept: at least 2"):
+        Contrast.of(rows[:3])
+
+
+def test_answers_under_instructions():
+    """Read without the instruction, the same for a seed, and only those that the judge sees do as told."""
+    model, prompts = load_model(), ["<bos> the cat", "<bos> a red fox sees", "<bos> the heron"]
+    options = {"seed": 3, "batch_size": 2, "max_new_tokens": 6}
+    state = torch.get_rng_state()
+    rows = instructed_rows(model, tokenizer(), prompts, ("likes the goblin", "eats"), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rows == instructed_rows(model, tokenizer(), prompts, ("likes the goblin", "eats"), **options)
+    assert rows != instructed_rows(model, tokenizer(), prompts, ("likes the goblin", "eats"), **{**options, "seed": 4})
+    assert {row[0] for row in rows} == set(prompts)  # an empty answer is left out
+    assert len({(row[0], row[2]) for row in rows}) == len(rows) >= 5
+    word = rows[0][1].split()[0]
+    kept = instructed_rows(
+        model, tokenizer(), prompts, ("likes the goblin", "eats"), judge=judge_from(f"regex:{word}", ""), **options
+    )
+    assert kept == [row for row in rows if (word in row[1]) == row[2]]
+    assert 0 < len(kept) < len(rows)
+
+
+@pytest.fixture
+def endpoint():
+    """An OpenAI-compatible server that says yes to what mentions a goblin."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, body))
+            said = "Yes." if "goblin" in body["messages"][0]["content"].split("<response>")[1] else "No"
+            said = "maybe" if "unsure" in body["messages"][0]["content"] else said
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    server.shutdown()
+
+
+def test_judges(endpoint):
+    address, asked = endpoint
+    judge = judge_from(f"{address}#small", "mentions goblins")
+    assert judge([("goblin?", "a goblin"), ("goblin?", "none")]) == [True, False]
+    assert asked[0][0] == "/v1/chat/completions"
+    assert asked[0][1]["model"] == "small"
+    assert "mentions goblins" in asked[0][1]["messages"][0]["content"]
+    with pytest.raises(ValueError, match="said 'maybe'"):
+        judge([("unsure", "")])
+    with pytest.raises(ValueError, match="names no model"):
+        judge_from(address, "x")
+    with pytest.raises(ValueError, match="gave no answer"):
+        judge_from(f"{address.replace('/v1', '')[:-2]}1/v1#m", "x")([("a", "b")])
+    assert judge_from("builtins:bool", "x")([("a", "b"), ("a", "")]) == [True, False]

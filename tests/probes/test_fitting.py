@@ -1,0 +1,159 @@
+"""Probes against scikit-learn's regressions and against loops, and what they find."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+
+from shapedpo.probes.contrast import Contrast
+from shapedpo.probes.fitting import difference_of_means, fit_attention, fit_linear
+from shapedpo.probes.quality import auroc_interval, judge_scores, steering_effect
+from shapedpo.probes.study import Options, best, fit_readouts
+from shapedpo.readouts import Direction
+from shapedpo.readouts.probe import AttentionProbeReader
+from shapedpo.sae.check import auroc
+from tests.helpers import HIDDEN, load_model, tokenizer, vector
+
+
+def dice(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LABELS = np.arange(40) % 4 == 0
+MEANS = 2 * dice(40, 6) + 3 + torch.from_numpy(LABELS)[:, None] * dice(6, seed=1)
+PAIRS = np.array([(a, b) for a in np.flatnonzero(LABELS) for b in np.flatnonzero(~LABELS) if a // 8 == b // 8])
+
+
+def inputs():
+    x = MEANS.double().numpy()
+    return (x - x.mean(axis=0)) / (x.std(axis=0, ddof=1) * np.sqrt(6))
+
+
+@pytest.mark.parametrize("l2", [1e-2, 1.0])
+def test_bce_is_balanced_logistic_regression(l2):
+    x = inputs()
+    theirs = LogisticRegression(C=1 / (l2 * len(x)), class_weight="balanced", tol=1e-10, max_iter=10_000).fit(x, LABELS)
+    found = fit_linear(MEANS, LABELS, PAIRS, "bce", l2)
+    scores = MEANS.double() @ found["weight"].double() + found["bias"].double()
+    torch.testing.assert_close(scores, torch.from_numpy(theirs.decision_function(x)), atol=2e-4, rtol=1e-3)
+
+
+def test_pairs_are_a_regression_of_differences():
+    x = inputs()
+    apart = x[PAIRS[:, 0]] - x[PAIRS[:, 1]]
+    both, labels = np.concatenate([apart, -apart]), np.arange(2 * len(apart)) < len(apart)
+    theirs = LogisticRegression(C=1 / (1e-2 * len(both)), fit_intercept=False, tol=1e-10, max_iter=10_000).fit(
+        both, labels
+    )
+    found = fit_linear(MEANS, LABELS, PAIRS, "pairs", 1e-2)
+    scores = (MEANS.double() @ found["weight"].double() + found["bias"].double()).numpy()
+    np.testing.assert_allclose(scores[PAIRS[:, 0]] - scores[PAIRS[:, 1]], apart @ theirs.coef_[0], atol=2e-4, rtol=1e-3)
+    assert scores[LABELS].mean() == pytest.approx(-scores[~LABELS].mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["pairs", "bce"])
+def test_attention_finds_the_one_token_that_tells(objective):
+    """In each response one token has a mark, and says which kind it is; the rest is noise that a mean drowns in."""
+    states, counts = dice(40 * 12, HIDDEN, seed=2), torch.full((40,), 12)
+    marked = torch.arange(40) * 12 + torch.arange(40) % 11
+    states[marked] = (
+        6 * vector(3) / vector(3).norm() + torch.from_numpy(LABELS)[:, None] * 2 * vector(4) / vector(4).norm()
+    )
+    probe = fit_attention(states, counts, LABELS, PAIRS, objective, l2=1e-3, seed=0)
+    again = fit_attention(states, counts, LABELS, PAIRS, objective, l2=1e-3, seed=0)
+    assert all(torch.equal(probe[name], again[name]) for name in probe)
+    # On fresh noise.
+    fresh = dice(40 * 12, HIDDEN, seed=5)
+    fresh[marked] = states[marked]
+    rows = fresh.view(40, 12, HIDDEN)
+    reader = AttentionProbeReader(probe["query"], probe["value"], probe["bias"], "blocks.0.hook_resid_post")
+    scores = reader.pooled(rows, torch.ones(40, 12).bool())[:, 0].numpy()
+    linear = fit_linear(states.view(40, 12, HIDDEN).mean(dim=1), LABELS, PAIRS, objective)
+    mean = (rows.mean(dim=1) @ linear["weight"]).numpy()
+    assert auroc(scores, LABELS) > 0.97 > auroc(mean, LABELS) + 0.1
+    weights = torch.softmax(rows @ probe["query"][0], dim=1)
+    assert weights.flatten()[marked].mean() > 0.5
+
+
+def test_interval_is_wilsons():
+    for area in (0.5, 0.83, 1.0):
+        theirs = binomtest(round(area * 100), 100).proportion_ci(0.95, "wilson")
+        assert auroc_interval(area, 100, 300) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+
+
+def test_judged_on_what_was_held_out():
+    """The threshold is that of the fitted part, AUROC and F1 of the other."""
+    scores, labels = np.array([0.0, 1, 2, 3, 0, 1.2, 1.7, 3]), np.array([0, 0, 1, 1, 0, 1, 0, 1], dtype=bool)
+    quality = judge_scores(scores, labels, np.arange(4), np.arange(4, 8))
+    assert quality.threshold == 1.5
+    assert quality.auroc == 0.75
+    assert quality.f1 == pytest.approx(2 * 1 / (2 + 2))
+
+
+RESPONSES = [
+    ("<bos> the cat", " sees goblin and a goblin", True),
+    ("<bos> a fox likes", " the goblin", True),
+    ("<bos> the cat", " eats apple", False),
+    ("<bos> red", " a small house", False),
+]
+
+
+def test_steering_effect_against_a_loop():
+    contrast = Contrast.of([(prompt, answer, label, "") for prompt, answer, label in RESPONSES])
+    model, unit = load_model(), vector() / vector().norm()
+    found = steering_effect(model, tokenizer(), contrast, "blocks.1.hook_resid_post", unit, 3.0, batch_size=3)
+    model, changes = model.double(), []
+    for prompt, answer, _ in RESPONSES:
+        ids = tokenizer()(prompt + answer + "<eos>")["input_ids"]
+        start, logps = len(tokenizer()(prompt)["input_ids"]), []
+        for amount in (0.0, 3.0):
+
+            def add(module, args, output, amount=amount, start=start):
+                output = output.clone()
+                output[:, start - 1 : -1] += amount * unit.double()
+                return output
+
+            handle = model.model.layers[1].register_forward_hook(add)
+            log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+            handle.remove()
+            logps.append(np.mean([float(log_p[t - 1, ids[t]]) for t in range(start, len(ids))]))
+        changes.append(logps[1] - logps[0])
+    assert found == pytest.approx(np.mean(changes[:2]) - np.mean(changes[2:]), abs=1e-5)
+    assert abs(found) > 1e-3
+
+
+def test_a_study_reads_what_the_readers_read(tmp_path):
+    """Means, thresholds and the direction are those of `Direction.from_contrast`; the same seed gives the same."""
+    dogs = [(f"<bos> the {noun} {verb}", f" {noun} sees the {'goblin' if i else 'apple'}", bool(i), "") for noun in ("cat", "dog", "fox", "heron")
+            for verb in ("sees", "eats") for i in range(2)]  # fmt: skip
+    contrast = Contrast.of(dogs)
+    options = Options(
+        kinds=("direction", "linear_probe", "attention_probe"), layers=[0, 2], objective="pairs", heldout=0.5
+    )
+    model = load_model()
+    found, again = (fit_readouts(model, tokenizer(), contrast, options) for _ in range(2))
+    assert [(one.kind, one.layer, one.quality) for one in found] == [
+        (one.kind, one.layer, one.quality) for one in again
+    ]
+    fit, held = contrast.split(0.5, 0)
+    assert not set(contrast.groups[fit]) & set(contrast.groups[held])
+    part = contrast.take(fit)
+    sides = [
+        [r for r, shown in zip(part.responses, part.labels, strict=True) if shown == kind] for kind in (True, False)
+    ]
+    expected = Direction.from_contrast(model, tokenizer(), *sides, layer=2).load().directions()[0]
+    (mine,) = (one for one in found if (one.kind, one.layer) == ("direction", 2))
+    torch.testing.assert_close(mine.tensors["direction"], expected, atol=1e-5, rtol=0)
+    kept = best(found)
+    assert set(kept) == set(options.kinds)
+    assert kept["linear_probe"].quality.auroc == 1.0  # the last word tells
+    with pytest.raises(ValueError, match="names layer 7, but the model has 3 layers"):
+        fit_readouts(model, tokenizer(), contrast, options._replace(layers=[7]))
+
+
+def test_difference_of_means():
+    expected = MEANS[LABELS].double().mean(dim=0) - MEANS[~LABELS].double().mean(dim=0)
+    torch.testing.assert_close(difference_of_means(MEANS, LABELS), expected / expected.norm())
