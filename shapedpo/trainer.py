@@ -22,7 +22,7 @@ from .config import ShapedDPOConfig
 from .filtering import check_filters, save_record
 from .intervening_trainer import InterveningTrainer
 from .metrics import Pairs, concept_metrics
-from .monitor import RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
+from .monitor import RecentRows, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
 from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored, without
 from .parameter_projection import ParameterProjection, check_parameter_projection
@@ -131,6 +131,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         source = Source(None, None)
         if self._reads:
             train_dataset, source = numbered(train_dataset)
+        self._recent = RecentRows(settings.window) if source.rows is None and self._reads else None
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
             logger.warning(warning)
@@ -168,7 +169,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._parameter_projection = ParameterProjection(policy, self.concepts)
         self._steering = policy_steering(policy, self.concepts, self._reader.readers)
         if self._reads:
-            run = TrainerAccess(self, source)
+            run = TrainerAccess(self, source, self._recent)
             reader: Any = self._reader.monitored
             with all_or_none():  # a file of labels can be missing too
                 self._monitor = RunMonitor(run, settings, reader, make_sinks(self.args))
@@ -176,6 +177,9 @@ class ShapedDPOTrainer(InterveningTrainer):
             guard_wandb(self.callback_handler)
             if self.precompute_ref_logps:
                 self._calibrate()  # nothing needs to run for it
+
+    def _additions(self) -> list[Any]:
+        return [*super()._additions(), *([self._recent] if self._recent is not None else [])]
 
     # --------------------------------------------------------------- the step
 

@@ -10,6 +10,7 @@ from .. import lazy
 # Loaded on first use: `shapedpo report` makes a page from records, and needs none of torch.
 _HOME = {
     "ExcitingReader": "features",
+    "RecentRows": "recent",
     "RunMonitor": "run",
     "Source": "access",
     "TrainerAccess": "access",
@@ -21,11 +22,21 @@ _HOME = {
 if TYPE_CHECKING:
     from .access import Source, TrainerAccess, numbered
     from .features import ExcitingReader
+    from .recent import RecentRows
     from .run import RunMonitor
     from .settings import monitor_settings
     from .sinks import make_sinks
 
-__all__ = ["ExcitingReader", "RunMonitor", "Source", "TrainerAccess", "make_sinks", "monitor_settings", "numbered"]
+__all__ = [
+    "ExcitingReader",
+    "RecentRows",
+    "RunMonitor",
+    "Source",
+    "TrainerAccess",
+    "make_sinks",
+    "monitor_settings",
+    "numbered",
+]
 
 
 __getattr__ = lazy.attributes(__name__, _HOME)

@@ -19,6 +19,7 @@ from ..openings import restored
 from ..reading import reading_masks
 from ..readouts import ActivationReader
 from .probe.rollouts import Reading, Rows
+from .recent import SPANS, RecentRows
 
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ class TrainerAccess:
     Args:
         trainer: The trainer, constructed.
         source: Of the training data.
+        recent: The rows of a stream.
     """
 
-    def __init__(self, trainer: ShapedDPOTrainer, source: Source) -> None:
+    def __init__(self, trainer: ShapedDPOTrainer, source: Source, recent: RecentRows | None = None) -> None:
         self._trainer = trainer
         self.source = source
+        self._recent = recent
         self.args: Any = trainer.args
         self.concepts = trainer.concepts
         self.accelerator = trainer.accelerator
@@ -99,21 +102,24 @@ class TrainerAccess:
         return self._trainer.train_dataset if dataset is None else dataset
 
     def texts(self, row: int) -> dict[str, str | None]:
-        """A row's `prompt`, `chosen` and `rejected` as the tokenizer gives them back; of a stream, `None` each."""
+        """A row's `prompt`, `chosen` and `rejected` as the tokenizer gives them back; `None` each of a stream's row that is too long ago."""
+        ids = self._ids(row)
+        return {
+            name: self.tokenizer.decode(ids[name], skip_special_tokens=True) if name in ids else None for name in SPANS
+        }
+
+    def _ids(self, row: int) -> Mapping[str, Any]:
         dataset: Any = self._trainer.train_dataset
-        names = ("prompt", "chosen", "rejected")
         if not isinstance(dataset, Dataset):
-            return dict.fromkeys(names)
+            return self._recent.get(row) if self._recent is not None else {}
         if len(dataset) != self.source.rows:  # preparation has dropped rows
             if not hasattr(self, "_rows"):
                 self._rows = np.asarray(dataset[ROW][:])
             row = int(np.searchsorted(self._rows, row))
         example = dataset[row]
-        ids = {name: example.get(f"{name}_ids") for name in names}  # a vision data set has none
         return {
-            name: None if row is None else self.tokenizer.decode(row, skip_special_tokens=True)
-            for name, row in ids.items()
-        }
+            name: example[f"{name}_ids"] for name in SPANS if f"{name}_ids" in example
+        }  # a vision data set has none
 
     def read(self, policy: Any, rows: Rows) -> Reading:
         """Read pairs of completions: concepts and monitored features with the reference, log-probabilities with both models.

@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOTrainer
+from shapedpo.collator import ROW
+from shapedpo.monitor.recent import RecentRows
 from shapedpo.monitor.records import read_records
 from tests.helpers import (
     FEATURES,
@@ -140,11 +142,22 @@ def test_the_last_step_is_recorded_once(tmp_path):
         assert read_records(tmp_path / str(every))[-1] == {"type": "end", "step": 3}
 
 
-def test_a_stream_has_row_numbers_only(tmp_path):
-    train(shaped(Concept("goblin", Regex("goblin")), data=pairs().to_iterable_dataset(), output_dir=str(tmp_path)))
+def test_rows_of_a_stream_have_their_texts(tmp_path):
+    data = pairs()
+    train(shaped(Concept("goblin", Regex("goblin")), data=data.to_iterable_dataset(), output_dir=str(tmp_path)))
     rows = records(tmp_path, "pairs")[-1]["concepts"]["goblin"]
-    assert {row["row"] for row in rows} <= set(range(24))
-    assert all(row["prompt"] is None for row in rows)
+    assert rows
+    for row in rows:
+        for name in ("prompt", "chosen", "rejected"):
+            assert row[name] == data[row["row"]][name].replace("<bos> ", "").strip()
+
+
+def test_recent_rows_are_bounded():
+    recent = RecentRows(window=1)
+    for row in (0, 1, 2, 3, 0, 4):
+        recent([{ROW: row, "prompt_ids": [row], "chosen_ids": [1, row]}], {})
+    assert [row for row in range(5) if recent.get(row)] == [0, 2, 3, 4]  # 0 was seen again
+    assert recent.get(4)["chosen"].tolist() == [1, 4]
 
 
 class TestProbe:
