@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from .clusters import unit
 from .hypotheses import Analysis
 from .leading import Leading
 from .store import Harvest, Shard
@@ -28,6 +27,8 @@ VIEWS = (
     ("feature_cluster", "feature"),
 )
 """What is predicted where: kinds and views."""
+OBSERVED = VIEWS[:-1]
+"""Of these, what rollouts can show: a prompt alone is in no data cluster."""
 APPEARS = 0.5 - 1e-6
 """Share of a cluster's features that are on where it is said to appear: half, less what float32 rounds off."""
 
@@ -83,14 +84,14 @@ class Conditions:
         leading: The rows that express each prompt cluster most.
         data_clusters: `(n_rows,)`, the data cluster of each row.
         least: `(A,)`, how much a prompt must express of each prompt cluster to be as one of these rows.
-        centroids: `(K, M)`, mean direction of the data clusters' activity.
+        n_data_clusters: How many of these there are.
     """
 
     things: Things
     leading: Leading
     data_clusters: NDArray[np.int32]
     least: NDArray[np.floating]
-    centroids: NDArray[np.float32]
+    n_data_clusters: int
 
     @classmethod
     def of(cls, harvest: Harvest, analysis: Analysis, progress: bool = True) -> Conditions:
@@ -101,41 +102,31 @@ class Conditions:
         things = Things.of(analysis, d, np.ones(d))
         leading = Leading(len(analysis.clusters["prompt"]), settings.prompt_rows)
         luck = np.random.default_rng(settings.seed + 3).random(n)  # as the analysis breaks ties
-        k = int(analysis.data_clusters.max(initial=-1)) + 1
-        centroids = np.zeros((k, len(analysis.clusters["feature"])))
         for place, shard in passes(harvest, "Conditions", progress):
             delta = shard.chosen.freq - shard.rejected.freq
             total += np.bincount(delta.indices, delta.data, d)
             square += np.bincount(delta.indices, np.square(delta.data, dtype=np.float64), d)
             leading.add(shard.rows, things.prompt_view.expression(shard), luck[place])
-            centroids += _one_of(analysis.data_clusters[place], k).T @ unit(things.feature_view.activity(shard))
         things = Things.of(analysis, d, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0)))
         kept = np.where(leading.scores > 0, leading.scores, np.inf)
         least = kept.min(axis=0, initial=np.inf)
-        return cls(things, leading, analysis.data_clusters, least, unit(centroids))
+        k = int(analysis.data_clusters.max(initial=-1)) + 1
+        return cls(things, leading, analysis.data_clusters, least, k)
 
     def of_pairs(self, place: slice, shard: Shard) -> dict[str, Any]:
         """Of pairs of the harvest, `(n, groups)` of each view: 1 where a pair is in a group."""
         return {
             "global": sparse.csr_matrix(np.ones((len(shard.rows), 1))),
             "prompt": self.leading.members(shard.rows),
-            "feature": _one_of(self.data_clusters[place], len(self.centroids)),
+            "feature": _one_of(self.data_clusters[place], self.n_data_clusters),
         }
 
     def of_answers(self, shard: Shard) -> dict[str, Any]:
-        """The same of answers to other prompts: by what the prompt expresses, and by what is active in the base model's answer (`rejected`)."""
+        """The same of answers to other prompts, by what the prompt expresses; data clusters are made of what a pair's two sides say."""
         expressed = self.things.prompt_view.expression(shard)
         # ties were broken by less than a millionth
         prompt = sparse.csr_matrix((expressed > 0) & (expressed >= self.least - 1e-6))
-        labels = np.full(len(shard.rows), -1, np.int32)
-        if len(self.centroids):
-            activity = self.things.feature_view.activity(shard._replace(chosen=shard.rejected))
-            labels = np.where(activity.any(axis=1), (unit(activity) @ self.centroids.T).argmax(axis=1), -1)
-        return {
-            "global": sparse.csr_matrix(np.ones((len(shard.rows), 1))),
-            "prompt": prompt.astype(np.float64),
-            "feature": _one_of(labels, len(self.centroids)),
-        }
+        return {"global": sparse.csr_matrix(np.ones((len(shard.rows), 1))), "prompt": prompt.astype(np.float64)}
 
 
 def passes(harvest: Harvest, what: str, progress: bool) -> Iterator[tuple[slice, Shard]]:

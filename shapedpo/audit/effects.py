@@ -203,14 +203,15 @@ def _part(
     n = tally.n[large]
     condition, number = np.indices((len(large), tally.delta.shape[1])).reshape(2, -1)
 
-    def mean(values: Array, squares: Array) -> tuple[Array, Array]:
-        found = values[large] / n
-        variance = np.maximum(squares[large] / n - found**2, 0)
-        # Jeffreys' half a pair: where nothing differs there is still doubt
-        return found, np.sqrt((variance + 0.5 / n**2 * (squares[large] == 0)) / n)
+    rate = tally.rate[large] / (2 * n)
 
-    delta, se = mean(tally.delta, tally.square)
-    rate_delta, rate_se = mean(tally.rate_delta, tally.rate_square)
+    def mean(values: Array, squares: Array, variance: Array) -> tuple[Array, Array]:
+        found = values[large] / n
+        # where no pair differs there is still doubt, as if half a pair did by as much as completions vary
+        return found, np.sqrt(np.maximum(squares[large] / n - found**2, 0.5 * variance / n) / n)
+
+    delta, se = mean(tally.delta, tally.square, sd**2)
+    rate_delta, rate_se = mean(tally.rate_delta, tally.rate_square, np.maximum(rate * (1 - rate), 0.1 / n))
     moved = np.zeros((len(large), 0))
     if held is not None and held_everywhere is not None:
         moved = held.delta[large] / n / held_everywhere.sd()[0]
@@ -221,7 +222,7 @@ def _part(
         condition=np.full(len(number), -1) if view == "global" else large[condition],
         delta=(delta / sd).ravel(),
         se=(se / sd).ravel(),
-        rate=(tally.rate[large] / (2 * n)).ravel(),
+        rate=rate.ravel(),
         rate_delta=rate_delta.ravel(),
         rate_se=rate_se.ravel(),
         sd=np.broadcast_to(sd, delta.shape).ravel(),

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from ..monitor.estimators import bridge_weights
-from .conditions import VIEWS, Conditions, passes
+from .conditions import OBSERVED, Conditions, passes
 from .rollouts import Rollouts
 
 
@@ -110,7 +110,7 @@ def observe(
         groups = conditions.of_answers(shard)
         even = sparse.diags((shard.rows % 2 == 0).astype(float))
         odd = sparse.eye(len(shard.rows)) - even
-        for kind, view in VIEWS:
+        for kind, view in OBSERVED:
             chosen, rejected = (side[kind] for side in sides)
             members = sparse.hstack([groups[view], even @ groups[view], odd @ groups[view]], format="csr")
             found = sums.setdefault((kind, view), _Sums(members.shape[1], chosen[0].shape[1]))

@@ -16,8 +16,11 @@ from ..files import replacing
 from .conditions import Conditions
 from .effects import Effects, measure
 from .hypotheses import Analysis
+from .shrinkage import shrunk
 from .store import Harvest
 
+
+Array = NDArray[np.float64]
 
 FILE = "prediction.parquet"
 LEVEL = 0.9
@@ -197,24 +200,33 @@ def _checked(
 def _table(effects: Effects, settings: PredictionSettings) -> Prediction:
     half = float(norm.ppf(0.5 + LEVEL / 2))
     columns: dict[str, list[Any]] = {f.name: [] for f in fields(Prediction)}
-    for part in effects.parts:
-        size, rate = part.delta.size, np.clip(part.rate, 1e-4, 1 - 1e-4)
-        columns["kind"].append(np.full(size, part.kind))
-        columns["view"].append(np.full(size, part.view))
-        columns["number"].append(part.number)
-        columns["condition"].append(part.condition)
-        columns["base_rate"].append(part.rate)
-        columns["sd"].append(part.sd)
+    everywhere: dict[str, list[tuple[Array, Array]]] = {}
+    for part in sorted(effects.parts, key=lambda part: part.view != "global"):
         # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate.
+        rate = np.clip(part.rate, 1e-4, 1 - 1e-4)
         odds = 1 / (rate * (1 - rate))
-        for name, value, se in (
-            ("score", part.delta, part.se),
-            ("log_odds", part.rate_delta * odds, part.rate_se * odds),
-        ):
-            usual = np.sqrt(np.mean(value**2)) if size else 0.0
-            error = np.sqrt(se**2 + settings.error**2 * (value**2 + usual**2))
+        scores = [(part.delta, part.se), (part.rate_delta * odds, part.rate_se * odds)]
+        if part.view == "global":
+            found = everywhere[part.kind] = [shrunk(*score) for score in scores]
+        else:  # what a condition adds to what happens everywhere, which is little for most
+            found = []
+            for (value, se), (base, base_sd) in zip(scores, everywhere[part.kind], strict=True):
+                more, sd = shrunk(value - base[part.number], se)
+                found.append((base[part.number] + more, np.hypot(base_sd[part.number], sd)))
+        for name, (value, sd) in zip(("score", "log_odds"), found, strict=True):
+            usual = np.sqrt(np.mean(value**2)) if len(value) else 0.0
+            error = np.sqrt(sd**2 + settings.error**2 * (value**2 + usual**2))
             for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
                 columns[name + suffix].append(settings.scale * (value + shift * error))
+        columns["kind"].append(np.full(len(part.number), part.kind))
+        columns["view"].append(np.full(len(part.number), part.view))
+        for name, values in (
+            ("number", part.number),
+            ("condition", part.condition),
+            ("base_rate", part.rate),
+            ("sd", part.sd),
+        ):
+            columns[name].append(values)
     types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
     return Prediction(
         **{name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}

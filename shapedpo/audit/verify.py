@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from .conditions import VIEWS, Conditions
+from .conditions import OBSERVED, Conditions
 from .observed import Observed, r_squared
 from .prediction import LEVEL, Prediction
 
@@ -156,7 +156,7 @@ def compare(
     """
     parts: list[dict[str, Any]] = []
     places = []
-    for kind, view in VIEWS:
+    for kind, view in OBSERVED:
         found = observed[kind, view]
         lines = np.flatnonzero((prediction.kind == kind) & (prediction.view == view))
         group, number = np.maximum(prediction.condition[lines], 0), prediction.number[lines]
@@ -187,8 +187,6 @@ GROUPS = {
     "clusters R_m": ("response_cluster", "global", False),
     "R_m under prompt clusters": ("response_cluster", "prompt", False),
     "the same, less everywhere": ("response_cluster", "prompt", True),
-    "T_m under data clusters": ("feature_cluster", "feature", False),
-    "the same, less everywhere ": ("feature_cluster", "feature", True),
 }
 """What figures are given of: kind, view, and whether what happens everywhere is taken off."""
 
@@ -277,6 +275,5 @@ def _column(values: Any, number: int) -> Array:
 def as_json(found: Mapping[str, Figures]) -> dict[str, Any]:
     """The figures as plain data."""
     return {
-        name.strip(): {k: (v if np.isfinite(v) else None) for k, v in asdict(value).items()}
-        for name, value in found.items()
+        name: {k: (v if np.isfinite(v) else None) for k, v in asdict(value).items()} for name, value in found.items()
     }

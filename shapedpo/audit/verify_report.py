@@ -124,7 +124,7 @@ def picture(outcome: Outcome, found: Mapping[str, Figures], path: Path) -> None:
         ax.plot(ends, f.slope * ends, color="tab:orange", lw=1)
         ax.axhline(0, color="0.9", lw=0.8, zorder=0)
         ax.axvline(0, color="0.9", lw=0.8, zorder=0)
-        ax.set_title(f"{name.strip()}\n$R^2$ {f.r2:.2f} [{f.low:.2f}, {f.high:.2f}]", fontsize=9)
+        ax.set_title(f"{name}\n$R^2$ {f.r2:.2f} [{f.low:.2f}, {f.high:.2f}]", fontsize=9)
         ax.set_xlabel("predicted change, sd")
         ax.set_ylabel("observed change, sd")
     for ax in axes[len(shown) :]:
@@ -140,7 +140,7 @@ def _figures(found: Mapping[str, Figures], pairs: int) -> Any:
         table.add_column(head, justify="left" if head == "of" else "right")
     for name, f in found.items():
         table.add_row(
-            name.strip(),
+            name,
             f"{f.n:,}",
             f"{f.r2:.2f} [{f.low:.2f}, {f.high:.2f}]",
             f"{f.ceiling:.2f}",
@@ -181,8 +181,6 @@ def _misses(outcome: Outcome, missed: Sequence[Miss], analysis: Analysis, labels
         if p.view[miss.line] == "prompt":
             condition = analysis.clusters["prompt"][p.condition[miss.line]]
             where = f"prompts with {feature_names(condition, labels)}"
-        elif p.view[miss.line] == "feature":
-            where = f"data cluster {p.condition[miss.line]}"
         named = feature_names(_features(outcome, analysis, miss.line), labels)
         cells = (
             f"{str(p.kind[miss.line]).replace('_', ' ')} {p.number[miss.line]}: {named}\n{where}",
