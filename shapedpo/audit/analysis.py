@@ -1,4 +1,4 @@
-"""The analysis of a harvest: four passes over its shards, one of which is in memory at a time."""
+"""The analysis of a harvest: six passes over its shards, one of which is in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked
 from .leading import Leading, Responsible, beyond_chance
+from .lessons import attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
 from .statistics import Moments
@@ -60,6 +61,7 @@ def analyse(
     analysis = dataclasses.replace(
         analysis, hypotheses=_responsible(passes, analysis, feature_view, prompt_view, leading)
     )
+    analysis = dataclasses.replace(analysis, attributions=attribute(analysis, passes, progress))
     if out is not None:
         analysis.save(out)
     return analysis

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,15 @@ from .statistics import Comparison, corrected
 
 View = Literal["global", "feature", "prompt"]
 
-FILES = ("hypotheses.json", "clusters.json", "settings.json", "rows.parquet", "data.parquet")
+FILES = (
+    "hypotheses.json",
+    "lessons.json",
+    "clusters.json",
+    "settings.json",
+    "rows.parquet",
+    "lessons.parquet",
+    "data.parquet",
+)
 """What [`Analysis.save`] writes."""
 
 
@@ -73,6 +82,20 @@ class Hypothesis:
     def strength(self) -> float:
         """What the view is ranked by: the smaller of the two halves' effects."""
         return min(map(abs, self.halves))
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Hypotheses that one lesson explains, and the rows that teach it: see [`~shapedpo.audit.lessons.Lesson`].
+
+    Attributes:
+        hypotheses: Their numbers, the strongest first.
+        rows, log_odds: `(n,)` int64 and float32, its rows, the surest first.
+    """
+
+    hypotheses: list[int]
+    rows: NDArray[np.int64] = field(repr=False, compare=False)
+    log_odds: NDArray[np.float32] = field(repr=False, compare=False)
 
 
 def ranked(
@@ -133,6 +156,7 @@ class Analysis:
         data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
         typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
         tested: How many hypotheses each view tested, over which its q values are.
+        attributions: What the hypotheses come to, as [`~shapedpo.audit.lessons.lessons`] has it.
     """
 
     settings: AuditSettings
@@ -143,6 +167,7 @@ class Analysis:
     data_clusters: NDArray[np.int32] = field(repr=False)
     typicality: NDArray[np.float32] = field(repr=False)
     tested: dict[str, int] = field(default_factory=dict)
+    attributions: list[Attribution] = field(default_factory=list)
 
     def of(self, view: View) -> list[Hypothesis]:
         """The hypotheses of one view, the strongest first."""
@@ -175,13 +200,19 @@ class Analysis:
         _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
         _write(folder / "clusters.json", self.clusters)
         _write(folder / "settings.json", asdict(self.settings))
-        lengths = [len(h.rows) for h in self.hypotheses]
+        _write(folder / "lessons.json", [lesson.hypotheses for lesson in self.attributions])
         responsible = {
-            "hypothesis": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            "hypothesis": _numbered([h.rows for h in self.hypotheses]),
             "row": _joined([h.rows for h in self.hypotheses], np.int64),
             "contribution": _joined([h.contributions for h in self.hypotheses], np.float32),
         }
         pq.write_table(pa.table(responsible), folder / "rows.parquet", compression="zstd")
+        taught = {
+            "lesson": _numbered([lesson.rows for lesson in self.attributions]),
+            "row": _joined([lesson.rows for lesson in self.attributions], np.int64),
+            "log_odds": _joined([lesson.log_odds for lesson in self.attributions], np.float32),
+        }
+        pq.write_table(pa.table(taught), folder / "lessons.parquet", compression="zstd")
         data = {"row": self.rows, "data_cluster": self.data_clusters, "typicality": self.typicality}
         pq.write_table(pa.table(data), folder / "data.parquet", compression="zstd")
 
@@ -200,17 +231,13 @@ class Analysis:
                 f"'{folder}' holds no analysis: {', '.join(missing)} missing. Run `shapedpo audit` first."
             )
         found = json.loads((folder / "hypotheses.json").read_text(encoding="utf-8"))
-        table = pq.ParquetFile(folder / "rows.parquet").read()
-        of, rows, contributions = (table[name].to_numpy() for name in ("hypothesis", "row", "contribution"))
-        ends = np.searchsorted(of, np.arange(len(found["hypotheses"]) + 1))
+        responsible = _parts(folder / "rows.parquet", len(found["hypotheses"]))
         hypotheses = [
-            Hypothesis(
-                **{**plain, "halves": tuple(plain["halves"])},
-                rows=rows[ends[i] : ends[i + 1]],
-                contributions=contributions[ends[i] : ends[i + 1]],
-            )
-            for i, plain in enumerate(found["hypotheses"])
+            Hypothesis(**{**plain, "halves": tuple(plain["halves"])}, rows=rows, contributions=contributions)
+            for plain, (rows, contributions) in zip(found["hypotheses"], responsible, strict=True)
         ]
+        lessons = json.loads((folder / "lessons.json").read_text(encoding="utf-8"))
+        taught = _parts(folder / "lessons.parquet", len(lessons))
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         data = pq.ParquetFile(folder / "data.parquet").read()
         known = {f.name for f in fields(AuditSettings)}
@@ -223,7 +250,22 @@ class Analysis:
             data_clusters=data["data_cluster"].to_numpy(),
             typicality=data["typicality"].to_numpy(),
             tested=found["tested"],
+            attributions=[Attribution(numbers, *part) for numbers, part in zip(lessons, taught, strict=True)],
         )
+
+
+def _numbered(parts: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    lengths = [len(part) for part in parts]
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+
+
+def _parts(path: Path, n: int) -> list[list[NDArray[Any]]]:
+    """The other columns of a table whose first numbers its parts, of each of `n` parts."""
+    import pyarrow.parquet as pq
+
+    of, *columns = (column.to_numpy() for column in pq.ParquetFile(path).read().columns)
+    ends = np.searchsorted(of, np.arange(n + 1))
+    return [[column[start:end] for column in columns] for start, end in pairwise(ends)]
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:

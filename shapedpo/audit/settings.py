@@ -57,6 +57,11 @@ class AuditSettings:
         max_rows: Rows that are kept of each hypothesis, those with the largest scores.
         max_chance: Share of the rows named as responsible that may be so by chance.
 
+        lesson_sample: Rows that lessons' models are learned on, at random; and as many again of those that hypotheses rest on.
+        lesson_rows: Rows of a hypothesis that a lesson starts from, at most.
+        lesson_features: Features that a lesson's model looks at, of the completions' differences either way and of the prompt each.
+        max_lessons: Lessons at most, with those hypotheses whose rows do not stand out.
+
         min_seen: Rows in which a response or prompt feature must be seen.
         min_delta_sd: Standard deviation that a response feature's delta must have.
         min_abs_delta: Mean absolute delta that a response feature must have.
@@ -68,7 +73,7 @@ class AuditSettings:
         prompt_rows: How many of the prompts that express `A_k` most are compared with the rest, at most.
 
     Source: "Anatomy of Post-Training" (arXiv 2606.12360), the pipelines of its predictive data debugging. Sizes of samples, `edge_p`,
-    `resolution`, `min_effect`, `max_chance`, `prompt_clusters`, `response_clusters` and `prompt_rows` are ours: the paper leaves them open.
+    `resolution`, `min_effect`, `max_chance`, `prompt_clusters`, `response_clusters`, `prompt_rows` and those of lessons are ours: the paper leaves them open.
     """
 
     seed: int = 0
@@ -94,6 +99,11 @@ class AuditSettings:
     max_hypotheses: int = 2_000
     max_rows: int = 10_000
     max_chance: float = 0.1
+
+    lesson_sample: int = 10_000
+    lesson_rows: int = 1_000
+    lesson_features: int = 100
+    max_lessons: int = 50
 
     min_seen: int = _constant(200, rows=10)
     min_delta_sd: float = 1e-3

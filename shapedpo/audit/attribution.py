@@ -1,0 +1,172 @@
+"""Which rows teach a lesson: a small model of what a lesson's rows show, its condition and its response together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.special import expit, logit
+
+from .store import Shard
+from .views import on
+
+
+FOLDS = 4
+_PENALTY = 0.1  # scikit-learn's C
+_GENEROUS, _ROUNDS = 2, 10
+
+
+class Shown(NamedTuple):
+    """What some pairs show, 1 where they do.
+
+    Attributes:
+        rows: `(n,)` int64, row numbers, which decide the fold.
+        more, less: `(n, d_sae)`, features that are on in the chosen completion only, and in the rejected one only.
+        prompt: `(n, d_sae)`, features that fire in the prompt.
+    """
+
+    rows: NDArray[np.int64]
+    more: sparse.csr_matrix
+    less: sparse.csr_matrix
+    prompt: sparse.csr_matrix
+
+    @classmethod
+    def of(cls, shard: Shard, tau: float, which: NDArray[np.bool_] | slice = slice(None)) -> Shown:
+        """Of some pairs of a shard."""
+        difference = on(shard.chosen.freq[which], tau) - on(shard.rejected.freq[which], tau)
+        return cls(shard.rows[which], on(difference, 0), on(-difference, 0), on(shard.prompt.freq[which], 0))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Shown]) -> Shown:
+        """Several one after the other."""
+        rows, *spans = zip(*parts, strict=True)
+        return cls(np.concatenate(rows), *(sparse.vstack(span, format="csr") for span in spans))
+
+    def columns(self, chosen: Columns, mirrored: bool = False) -> NDArray[np.float32]:
+        """`(n, features)`: some features; `mirrored`, as if the rejected completion had been chosen."""
+        more, less = (self.less, self.more) if mirrored else (self.more, self.less)
+        parts = (more[:, chosen.response], less[:, chosen.response], self.prompt[:, chosen.prompt])
+        return np.hstack([part.toarray() for part in parts]).astype(np.float32)
+
+
+class Columns(NamedTuple):
+    """Features that a model looks at: of the completions' difference, and of the prompt."""
+
+    response: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+
+
+class Model(NamedTuple):
+    """What tells a lesson's rows from others.
+
+    Attributes:
+        columns: What it looks at.
+        weights, bias: `(FOLDS, features)` and `(FOLDS,)`: those of a fold are fitted without the rows of that fold.
+        least: Log-odds from which a row is the lesson's.
+    """
+
+    columns: Columns
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    least: float
+
+    def log_odds(self, shown: Shown) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`(n,)` each: of pairs as they are, and mirrored."""
+        fold = shown.rows // 2 % FOLDS  # a row's parity has a meaning of its own: split halves
+        of_fold = fold[:, None] == np.arange(FOLDS)
+        real, mirrored = (
+            np.where(of_fold, shown.columns(self.columns, side) @ self.weights.T + self.bias, 0).sum(axis=1)
+            for side in (False, True)
+        )
+        return real, mirrored
+
+    def named(self, real: NDArray[np.floating], mirrored: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """`(n,)`: which pairs are the lesson's, by their log-odds."""
+        return (real >= self.least) & (real > mirrored)
+
+
+def attributed(
+    shown: Shown, seeds: NDArray[np.bool_], aside: NDArray[np.bool_], features: int, max_chance: float
+) -> tuple[Model, NDArray[np.bool_]] | None:
+    r"""Learns from some rows of a lesson what all of them show.
+
+    A logistic regression tells the seeds from all other pairs and from all pairs mirrored (chosen and rejected exchanged), by what
+    differs between the completions and by the prompt. So it finds what the seeds' difference has that the opposite has not, under the condition
+    that they share. The rows so found are the seeds of the next round, until they stay the same. Each row is judged by a model that has
+    not seen it.
+
+    Seeds are some of the lesson's rows, and more alike than all of them are. The first two rounds take every row nearer to the
+    seeds' median than to the others'. Later ones are strict: the rows that are not yet found make all odds a constant times too low,
+    which is the mean probability among those that are, and a row belongs to the lesson if the corrected probability is above a half (Elkan
+    and Noto, 2008).
+
+    Where completions differ by chance, a pair is as likely as its mirror image: mirrored pairs that would belong to the lesson count
+    how many of its rows do by chance, and the threshold rises until they are at most `max_chance` of them (knockoff+, Barber and Candes,
+    2015).
+
+    Args:
+        shown: The pairs.
+        seeds: `(n,)`, some of the lesson's rows.
+        aside: `(n,)`, rows that may be the lesson's or not: not learned from in the first round.
+        features: How many features to look at, of the difference and of the prompt, those that tell most.
+        max_chance: Share of the rows that may be the lesson's by chance.
+
+    Returns:
+        The model, and which of the pairs are the lesson's; `None` if the seeds have nothing in common that goes beyond chance.
+    """
+    labels, learned = seeds, ~aside | seeds
+    for number in range(_ROUNDS):
+        model = _fitted(shown, labels, learned, features)
+        real, mirrored = model.log_odds(shown)
+        if number < _GENEROUS:
+            least = (np.median(real[labels]) + np.median(real[~labels])) / 2
+        else:
+            least = logit(expit(real[labels]).mean() / 2)
+        least = max(float(least), _beyond_chance(real, mirrored, max_chance))
+        model = model._replace(least=least)
+        before, labels, learned = labels, model.named(real, mirrored), np.ones_like(learned)
+        if (labels & seeds).sum() < seeds.sum() / 2:
+            return None
+        if number >= _GENEROUS and (labels == before).all():
+            break
+    return model, labels
+
+
+def _beyond_chance(real: NDArray[np.floating], mirrored: NDArray[np.floating], max_chance: float) -> float:
+    """The lowest log-odds from which few enough mirrored pairs are; infinite if there is none."""
+    largest = np.maximum(real, mirrored)
+    order = np.argsort(-largest, kind="stable")
+    ours = np.cumsum(real[order] > mirrored[order])
+    chance = np.cumsum(real[order] < mirrored[order])
+    fine = np.flatnonzero(1 + chance <= max_chance * ours)
+    return float(largest[order[fine[-1]]]) if len(fine) else np.inf
+
+
+def _fitted(shown: Shown, labels: NDArray[np.bool_], learned: NDArray[np.bool_], features: int) -> Model:
+    from sklearn.linear_model import LogisticRegression
+
+    more, less, prompt = (_telling(values, labels, features) for values in shown[1:])
+    columns = Columns(np.union1d(more, less), prompt)
+    x = np.concatenate([shown.columns(columns), shown.columns(columns, mirrored=True)])
+    y = np.concatenate([labels, np.zeros_like(labels)])
+    use = np.concatenate([learned, np.ones_like(learned)])
+    fold = np.tile(shown.rows // 2 % FOLDS, 2)
+    weights, bias = np.zeros((FOLDS, x.shape[1]), np.float32), np.full(FOLDS, -np.inf, np.float32)
+    for number in range(FOLDS):
+        train = use & (fold != number)
+        if y[train].any():
+            found = LogisticRegression(C=_PENALTY, max_iter=200, tol=1e-3).fit(x[train], y[train])
+            weights[number], bias[number] = found.coef_[0], found.intercept_[0]
+    return Model(columns, weights, bias, 0.0)
+
+
+def _telling(values: sparse.csr_matrix, labels: NDArray[np.bool_], n: int) -> NDArray[np.int64]:
+    """The features whose rate among the labelled rows is farthest from that of all, in standard errors (one row more or less aside)."""
+    rate = np.bincount(values.indices, minlength=values.shape[1]) / len(labels)
+    inside = np.bincount(values[labels].indices, minlength=values.shape[1])
+    count = labels.sum()
+    z = (inside - count * rate) / np.sqrt(count * rate * (1 - rate) + 1)
+    return np.sort(np.argsort(-np.abs(z), kind="stable")[:n])
