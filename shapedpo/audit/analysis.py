@@ -1,4 +1,4 @@
-"""The analysis of a harvest: six passes over its shards, one of which is in memory at a time."""
+"""The analysis of a harvest: seven passes over its shards, one of which is in memory at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
-from .hypotheses import Analysis, Hypothesis, ranked
+from .hypotheses import Analysis, Attribution, Hypothesis, ranked
 from .leading import Leading, Responsible, beyond_chance
-from .lessons import attribute
+from .lessons import MAX_Q, attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
-from .statistics import Moments
+from .statistics import Moments, corrected
 from .store import SPANS, Harvest, Shard
 from .views import FeatureView, PromptView, sizes
 
@@ -62,6 +62,7 @@ def analyse(
         analysis, hypotheses=_responsible(passes, analysis, feature_view, prompt_view, leading)
     )
     analysis = dataclasses.replace(analysis, attributions=attribute(analysis, passes, progress))
+    analysis = _without_shadows(passes, analysis, feature_view, prompt_view, leading)
     if out is not None:
         analysis.save(out)
     return analysis
@@ -275,3 +276,35 @@ def _responsible(
             )
         )
     return finished
+
+
+def _without_shadows(
+    passes: _Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
+) -> Analysis:
+    """The last pass: leaves out what only seems taught where other rows teach something, such as less praise than elsewhere.
+
+    A lesson without rows of its own stays if its first hypothesis holds among the rows that no lesson has.
+    """
+    if all(len(lesson.rows) for lesson in analysis.attributions):
+        return analysis
+    taught = np.unique(np.concatenate([lesson.rows for lesson in analysis.attributions]))
+    k, m = len(feature_view.centroids), len(sizes(feature_view.clusters))
+    of_features = Moments(k, m)
+    of_prompts = Moments(len(sizes(prompt_view.prompts)), len(sizes(prompt_view.responses)))
+    for place, shard in passes("Beside the lessons", COMPLETIONS):
+        rest = ~np.isin(shard.rows, taught)
+        rows = shard.rows[rest]
+        of_features.add(rows, _one_of(analysis.data_clusters[place][rest], k), feature_view.disparity(shard)[rest])
+        of_prompts.add(rows, leading.members(shard.rows)[rest], prompt_view.movement(shard)[rest])
+    beside = {"global": of_features.overall(), "feature": of_features.compare(), "prompt": of_prompts.compare()}
+    q = {
+        view: corrected(np.where(one.n_in >= analysis.settings.min_rows, one.p, np.nan)) for view, one in beside.items()
+    }
+
+    def holds(lesson: Attribution) -> bool:
+        first = analysis.hypotheses[lesson.hypotheses[0]]
+        place = max(first.condition, 0), first.response
+        same = beside[first.view].delta[place] * first.delta > 0
+        return len(lesson.rows) > 0 or bool(same and q[first.view][place] <= MAX_Q)
+
+    return dataclasses.replace(analysis, attributions=[lesson for lesson in analysis.attributions if holds(lesson)])

@@ -83,6 +83,15 @@ class Model(NamedTuple):
         )
         return real, mirrored
 
+    def told_by_prompt(self, shown: Shown, rows: NDArray[np.bool_]) -> float:
+        """How well the prompt alone tells some pairs from the others: the area under the ROC curve, of all folds together."""
+        from sklearn.metrics import roc_auc_score
+
+        if rows.all() or not len(self.columns.prompt):
+            return 0.5
+        weights = self.weights[:, -len(self.columns.prompt) :].mean(axis=0)
+        return float(roc_auc_score(rows, shown.prompt[:, self.columns.prompt] @ weights))
+
     def named(self, real: NDArray[np.floating], mirrored: NDArray[np.floating]) -> NDArray[np.bool_]:
         """`(n,)`: which pairs are the lesson's, by their log-odds."""
         return (real >= self.least) & (real > mirrored)

@@ -89,11 +89,13 @@ class Attribution:
     """Hypotheses that one lesson explains, and the rows that teach it: see [`~shapedpo.audit.lessons.Lesson`].
 
     Attributes:
-        hypotheses: Their numbers, the strongest first.
+        hypotheses: Their numbers; the first stands for the lesson.
+        told_by_prompt: How well the prompt alone tells its rows from others, 0.5 to 1.
         rows, log_odds: `(n,)` int64 and float32, its rows, the surest first.
     """
 
     hypotheses: list[int]
+    told_by_prompt: float
     rows: NDArray[np.int64] = field(repr=False, compare=False)
     log_odds: NDArray[np.float32] = field(repr=False, compare=False)
 
@@ -200,7 +202,10 @@ class Analysis:
         _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
         _write(folder / "clusters.json", self.clusters)
         _write(folder / "settings.json", asdict(self.settings))
-        _write(folder / "lessons.json", [lesson.hypotheses for lesson in self.attributions])
+        _write(
+            folder / "lessons.json",
+            [{"hypotheses": one.hypotheses, "told_by_prompt": one.told_by_prompt} for one in self.attributions],
+        )
         responsible = {
             "hypothesis": _numbered([h.rows for h in self.hypotheses]),
             "row": _joined([h.rows for h in self.hypotheses], np.int64),
@@ -250,7 +255,10 @@ class Analysis:
             data_clusters=data["data_cluster"].to_numpy(),
             typicality=data["typicality"].to_numpy(),
             tested=found["tested"],
-            attributions=[Attribution(numbers, *part) for numbers, part in zip(lessons, taught, strict=True)],
+            attributions=[
+                Attribution(**plain, rows=part[0], log_odds=part[1])
+                for plain, part in zip(lessons, taught, strict=True)
+            ],
         )
 
 

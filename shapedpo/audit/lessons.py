@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
 from .sampling import sample
-from .settings import AuditSettings
 from .store import Shard
 
 
@@ -22,6 +21,7 @@ MAX_Q = 0.05
 
 _OVERLAP = 0.5
 _FEWEST = 5  # rows that a lesson is learned from
+_TOLD = 0.75  # area under the ROC curve from which the prompt is a lesson's condition
 
 
 @dataclass(frozen=True)
@@ -29,37 +29,40 @@ class Lesson:
     """Something that some rows teach, however many hypotheses say so.
 
     Attributes:
-        hypotheses: Those that rest on its rows, the strongest first.
+        hypotheses: Those that rest on its rows. The first, which stands for it, is the strongest with a condition, if the lesson has one,
+            and else the strongest without.
+        conditional: Whether it is taught under a condition: its rows' prompts are like each other and unlike the rest.
         rows: `(n,)` int64, the rows that teach it, the surest first; none if no row stands out from chance.
         log_odds: `(n,)` float32, how sure that is.
     """
 
     hypotheses: list[Hypothesis]
+    conditional: bool
     rows: NDArray[np.int64]
     log_odds: NDArray[np.float32]
 
     @property
     def first(self) -> Hypothesis:
-        """The strongest of its hypotheses, which stands for it."""
+        """The hypothesis that stands for it."""
         return self.hypotheses[0]
 
     @property
     def evidence(self) -> NDArray[np.int64]:
-        """Its rows, or where none stands out, those of its strongest hypothesis."""
+        """Its rows, or where none stands out, those of its first hypothesis."""
         return self.rows if len(self.rows) else self.first.evidence
 
 
-def lessons(analysis: Analysis, *views: View) -> list[Lesson]:
-    """The lessons that were found in some views, in the order of their strongest hypotheses; those without rows of their own come last.
-
-    What the global view has beside the lessons that hold under a condition is found after these: see [`attribute`].
-    """
-    found = [
-        Lesson([analysis.hypotheses[number] for number in one.hypotheses], one.rows, one.log_odds)
+def lessons(analysis: Analysis) -> list[Lesson]:
+    """The lessons of an analysis, in the order of their strongest hypotheses; those without rows of their own come last."""
+    return [
+        Lesson(
+            [analysis.hypotheses[number] for number in one.hypotheses],
+            one.told_by_prompt >= _TOLD,
+            one.rows,
+            one.log_odds,
+        )
         for one in analysis.attributions
     ]
-    found = [lesson for lesson in found if lesson.first.view in views]
-    return sorted(found, key=lambda lesson: not len(lesson.rows))
 
 
 def attribute(
@@ -68,21 +71,24 @@ def attribute(
     """Explains the hypotheses by lessons, the strongest first.
 
     The strongest hypothesis that no lesson explains yet makes a new one: from its rows a small model learns what the lesson's rows
-    show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it. The conditional
-    views come first, by turns, as their strengths have different units; what they explain is then not laid at the door of a global
-    hypothesis. The models are learned on a sample of rows, and judge all rows in one more pass.
+    show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it. The views
+    take turns, as their strengths have different units. The models are learned on a sample of rows, and judge all rows in one more
+    pass.
 
     Args:
         analysis: Hypotheses with their rows.
         passes: Gives the shards, and where each begins.
         progress: Whether to show a bar.
+
+    Returns:
+        Lessons with rows, then those whose rows do not stand out from chance.
     """
     settings = analysis.settings
-    views: tuple[View, ...] = ("feature", "prompt")
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
-    of_view = {view: [h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in (*views, "global")}
-    turns = zip_longest(*(of_view[view] for view in views))
-    order = [numbers[id(h)] for h in (*(h for turn in turns for h in turn), *of_view["global"]) if h is not None]
+    views: tuple[View, ...] = ("feature", "prompt", "global")
+    # one without rows lacks what rows elsewhere teach, and none of its own teaches the opposite
+    turns = zip_longest(*([h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in views))
+    order = [numbers[id(h)] for turn in turns for h in turn if h is not None]
     if not order:
         return []
     sampled = _sampled(analysis, order)
@@ -92,7 +98,7 @@ def attribute(
         if sampled[place].any()
     ]
     drafts = _explained(analysis, order, Shown.stacked(parts), progress)
-    return _finished(drafts, passes, settings)
+    return _finished(analysis, drafts, passes)
 
 
 def _sampled(analysis: Analysis, order: Sequence[int]) -> NDArray[np.bool_]:
@@ -110,11 +116,17 @@ def _sampled(analysis: Analysis, order: Sequence[int]) -> NDArray[np.bool_]:
 
 @dataclass
 class _Draft:
-    """A lesson in the making: its hypotheses, its rows in the sample, and its model, if its rows stand out."""
+    """A lesson in the making: its hypotheses, its rows in the sample, and if they stand out, its model and how well prompts tell them."""
 
     hypotheses: list[int]
     rows: NDArray[np.bool_]
-    model: Model | None
+    model: Model | None = None
+    told: float = 0.5
+
+    def has(self, rows: NDArray[np.bool_]) -> float:
+        """The share of some rows that are its own; where its rows are all that a hypothesis rests on, of both together."""
+        whole = rows if self.model is not None else rows | self.rows
+        return float((rows & self.rows).sum() / max(1, whole.sum()))
 
 
 def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress: bool) -> list[_Draft]:
@@ -123,8 +135,8 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
     explained = np.zeros(len(shown.rows), bool)
     for number in tqdm(order, "Lessons", unit=" hypotheses", disable=not progress):
         seeds = np.isin(shown.rows, analysis.hypotheses[number].evidence[: settings.lesson_rows])
-        nearest = max(drafts, key=lambda draft: int((draft.rows & seeds).sum()), default=None)
-        if nearest and (nearest.rows & seeds).sum() >= _OVERLAP * seeds.sum():
+        nearest = max(drafts, key=lambda draft: draft.has(seeds), default=None)
+        if nearest and nearest.has(seeds) >= _OVERLAP:
             nearest.hypotheses.append(number)
             continue
         if len(drafts) == settings.max_lessons:
@@ -134,7 +146,7 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
         if new.sum() >= max(_FEWEST, _OVERLAP * seeds.sum()):
             found = attributed(shown, new, seeds & explained, settings.lesson_features, settings.max_chance)
         if found is None:
-            drafts.append(_Draft([number], seeds, None))
+            drafts.append(_Draft([number], seeds))
             continue
         model, rows = found
         known = [draft for draft in drafts if draft.model is not None]
@@ -142,30 +154,36 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
         if same and (same.rows & rows).sum() >= _OVERLAP * min(same.rows.sum(), rows.sum()):
             same.hypotheses.append(number)
         else:
-            drafts.append(_Draft([number], rows, model))
+            drafts.append(_Draft([number], rows, model, model.told_by_prompt(shown, rows)))
             explained |= rows
     return drafts
 
 
 def _finished(
-    drafts: Sequence[_Draft], passes: Callable[..., Iterator[tuple[slice, Shard]]], settings: AuditSettings
+    analysis: Analysis, drafts: Sequence[_Draft], passes: Callable[..., Iterator[tuple[slice, Shard]]]
 ) -> list[Attribution]:
     """The lessons with their rows in all of the data."""
-    models = {place: draft.model for place, draft in enumerate(drafts) if draft.model is not None}
-    rows: dict[int, list[NDArray[np.int64]]] = {place: [] for place in models}
-    log_odds: dict[int, list[NDArray[np.float32]]] = {place: [] for place in models}
-    if models:
-        for _, shard in passes("Rows of lessons"):
-            shown = Shown.of(shard, settings.tau)
-            for place, model in models.items():
-                real, mirrored = model.log_odds(shown)
-                which = model.named(real, mirrored)
-                rows[place].append(shard.rows[which])
-                log_odds[place].append(real[which].astype(np.float32))
+    with_rows = [draft for draft in drafts if draft.model is not None]
+    found: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in with_rows]
+    for _, shard in passes("Rows of lessons") if with_rows else ():
+        shown = Shown.of(shard, analysis.settings.tau)
+        for draft, parts in zip(with_rows, found, strict=True):
+            assert draft.model is not None
+            real, mirrored = draft.model.log_odds(shown)
+            which = draft.model.named(real, mirrored)
+            parts.append((shard.rows[which], real[which].astype(np.float32)))
     finished = []
-    for place, draft in enumerate(drafts):
-        own = np.concatenate(rows[place]) if place in rows else np.zeros(0, np.int64)
-        sure = np.concatenate(log_odds[place]) if place in rows else np.zeros(0, np.float32)
-        surest = np.argsort(-sure, kind="stable")
-        finished.append(Attribution(draft.hypotheses, own[surest], sure[surest]))
+    for draft, parts in zip(with_rows, found, strict=True):
+        rows, log_odds = (np.concatenate(part) for part in zip(*parts, strict=True))
+        surest = np.argsort(-log_odds, kind="stable")
+        # the kind that the lesson is of stands for it
+        kind = sorted(
+            draft.hypotheses, key=lambda number: (analysis.hypotheses[number].view == "global") == (draft.told >= _TOLD)
+        )
+        finished.append(Attribution(kind, draft.told, rows[surest], log_odds[surest]))
+    none = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    for draft in drafts:
+        if draft.model is None:
+            told = 0.5 if analysis.hypotheses[draft.hypotheses[0]].view == "global" else 1.0
+            finished.append(Attribution(draft.hypotheses, told, *none))
     return finished
