@@ -39,12 +39,11 @@ class Found:
     """What an audit says of a planted lesson.
 
     Attributes:
-        everywhere, conditional: Rank among the lessons of the global and of the conditional views, from 1; 0 if not in the top 10.
+        rank: Among the audit's lessons, from 1; 0 if not in the top 10.
         named, right, planted: Rows that those of the top 10 name which are about it, how many of these were planted, and how many were.
     """
 
-    everywhere: int
-    conditional: int
+    rank: int
     named: int
     right: int
     planted: int
@@ -63,18 +62,15 @@ def planted_rows(data: Dataset) -> dict[str, set[int]]:
 def found(analysis: Analysis, planted: dict[str, set[int]]) -> dict[str, Found]:
     """Where each planted lesson is in the top 10 of an audit.
 
-    A lesson of the audit is about that planted one, if any, which has most of the rows that its strongest hypothesis names.
+    A lesson of the audit is about that planted one, if any, which has most of its rows.
     """
-    views = {
-        "everywhere": lessons(analysis, "global")[:TOP],
-        "conditional": lessons(analysis, "feature", "prompt")[:TOP],
-    }
+    top = list(enumerate(lessons(analysis)[:TOP], 1))
     result = {}
     for name, rows in planted.items():
-        about = {view: [lesson for lesson in those if _about(lesson, rows)] for view, those in views.items()}
-        ranks = {view: views[view].index(those[0]) + 1 if those else 0 for view, those in about.items()}
-        named = {int(row) for those in about.values() for lesson in those for row in lesson.rows}
-        result[name] = Found(**ranks, named=len(named), right=len(named & rows), planted=len(rows))
+        about = [(rank, lesson) for rank, lesson in top if _about(lesson, rows)]
+        named = {int(row) for _, lesson in about for row in lesson.rows}
+        rank = about[0][0] if about else 0
+        result[name] = Found(rank, named=len(named), right=len(named & rows), planted=len(rows))
     return result
 
 
@@ -99,33 +95,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where harvests are kept; a temporary one by default")
     options = parser.parse_args(arguments)
     lines = [
-        "| seed | planted | rank everywhere | rank conditional | rows named | of these right | planted rows named |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| seed | planted | rank | rows named | of these right | planted rows named |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    clean = []
+    clean, other = [], 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         for seed in options.seeds:
             analysis, data = audited(CASES, options.pairs, seed, folder / f"cases-{seed}-{options.pairs}")
-            for name, one in found(analysis, planted_rows(data)).items():
-                ranks = [str(rank or "-") for rank in (one.everywhere, one.conditional)]
+            planted = planted_rows(data)
+            other += sum(not any(_about(lesson, rows) for rows in planted.values()) for lesson in lessons(analysis))
+            for name, one in found(analysis, planted).items():
                 right = f"{one.right / one.named:.0%}" if one.named else "-"
                 cells = [
                     str(seed),
                     name,
-                    *ranks,
+                    str(one.rank or "-"),
                     str(one.named),
                     right,
                     f"{one.right / one.planted:.0%} of {one.planted}",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
             analysis, _ = audited((), options.pairs, seed, folder / f"clean-{seed}-{options.pairs}")
-            clean.append([sum(h.q < 0.05 for h in analysis.hypotheses), sum(analysis.tested.values())])
-    discovered, tested = np.sum(clean, axis=0)
+            significant = sum(h.q < 0.05 for h in analysis.hypotheses)
+            clean.append([len(lessons(analysis)), significant, sum(analysis.tested.values())])
+    false, discovered, tested = np.sum(clean, axis=0)
     lines += [
         "",
-        f"Without a lesson {discovered} of {tested:,} hypotheses had q < 0.05, in {sum(n > 0 for n, _ in clean)} of {len(clean)} datasets. "
-        f"{options.pairs:,} pairs each.",
+        f"Lessons that are about none of these: {other}, in {len(options.seeds)} datasets. In as many datasets where nothing was planted: "
+        f"{false} lessons, and {discovered} of {tested:,} hypotheses with q < 0.05. {options.pairs:,} pairs each.",
     ]
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -75,8 +75,7 @@ class Model(NamedTuple):
 
     def log_odds(self, shown: Shown) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`(n,)` each: of pairs as they are, and mirrored."""
-        fold = shown.rows // 2 % FOLDS  # a row's parity has a meaning of its own: split halves
-        of_fold = fold[:, None] == np.arange(FOLDS)
+        of_fold = _of_fold(shown)
         real, mirrored = (
             np.where(of_fold, shown.columns(self.columns, side) @ self.weights.T + self.bias, 0).sum(axis=1)
             for side in (False, True)
@@ -84,17 +83,22 @@ class Model(NamedTuple):
         return real, mirrored
 
     def told_by_prompt(self, shown: Shown, rows: NDArray[np.bool_]) -> float:
-        """How well the prompt alone tells some pairs from the others: the area under the ROC curve, of all folds together."""
+        """How well the prompt alone tells some pairs from the others: the area under the ROC curve."""
         from sklearn.metrics import roc_auc_score
 
-        if rows.all() or not len(self.columns.prompt):
-            return 0.5
-        weights = self.weights[:, -len(self.columns.prompt) :].mean(axis=0)
-        return float(roc_auc_score(rows, shown.prompt[:, self.columns.prompt] @ weights))
+        prompt = (
+            shown.prompt[:, self.columns.prompt] @ self.weights[:, len(self.weights.T) - len(self.columns.prompt) :].T
+        )
+        return float(roc_auc_score(rows, np.where(_of_fold(shown), prompt, 0).sum(axis=1)))
 
     def named(self, real: NDArray[np.floating], mirrored: NDArray[np.floating]) -> NDArray[np.bool_]:
         """`(n,)`: which pairs are the lesson's, by their log-odds."""
         return (real >= self.least) & (real > mirrored)
+
+
+def _of_fold(shown: Shown) -> NDArray[np.bool_]:
+    """`(n, FOLDS)`: which fold each pair is in. A row's parity has a meaning of its own: split halves."""
+    return (shown.rows // 2 % FOLDS)[:, None] == np.arange(FOLDS)
 
 
 def attributed(
@@ -131,10 +135,10 @@ def attributed(
         model = _fitted(shown, labels, learned, features)
         real, mirrored = model.log_odds(shown)
         if number < _GENEROUS:
-            least = (np.median(real[labels]) + np.median(real[~labels])) / 2
+            enough = float(np.median(real[labels]) + np.median(real[~labels])) / 2
         else:
-            least = logit(expit(real[labels]).mean() / 2)
-        least = max(float(least), _beyond_chance(real, mirrored, max_chance))
+            enough = float(logit(expit(real[labels]).mean() / 2))
+        least = max(enough, _beyond_chance(real, mirrored, max_chance))
         model = model._replace(least=least)
         before, labels, learned = labels, model.named(real, mirrored), np.ones_like(learned)
         if (labels & seeds).sum() < seeds.sum() / 2:
@@ -162,10 +166,10 @@ def _fitted(shown: Shown, labels: NDArray[np.bool_], learned: NDArray[np.bool_],
     x = np.concatenate([shown.columns(columns), shown.columns(columns, mirrored=True)])
     y = np.concatenate([labels, np.zeros_like(labels)])
     use = np.concatenate([learned, np.ones_like(learned)])
-    fold = np.tile(shown.rows // 2 % FOLDS, 2)
+    of_fold = np.tile(_of_fold(shown), (2, 1))
     weights, bias = np.zeros((FOLDS, x.shape[1]), np.float32), np.full(FOLDS, -np.inf, np.float32)
     for number in range(FOLDS):
-        train = use & (fold != number)
+        train = use & ~of_fold[:, number]
         if y[train].any():
             found = LogisticRegression(C=_PENALTY, max_iter=200, tol=1e-3).fit(x[train], y[train])
             weights[number], bias[number] = found.coef_[0], found.intercept_[0]

@@ -29,15 +29,13 @@ class Lesson:
     """Something that some rows teach, however many hypotheses say so.
 
     Attributes:
-        hypotheses: Those that rest on its rows. The first, which stands for it, is the strongest with a condition, if the lesson has one,
-            and else the strongest without.
-        conditional: Whether it is taught under a condition: its rows' prompts are like each other and unlike the rest.
+        hypotheses: Those that rest on its rows. The first, which stands for it, is the strongest of the conditional views if the prompts
+            of its rows are like each other and unlike the rest, else the strongest of the global view.
         rows: `(n,)` int64, the rows that teach it, the surest first; none if no row stands out from chance.
         log_odds: `(n,)` float32, how sure that is.
     """
 
     hypotheses: list[Hypothesis]
-    conditional: bool
     rows: NDArray[np.int64]
     log_odds: NDArray[np.float32]
 
@@ -45,6 +43,11 @@ class Lesson:
     def first(self) -> Hypothesis:
         """The hypothesis that stands for it."""
         return self.hypotheses[0]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is taught under a condition."""
+        return self.first.view != "global"
 
     @property
     def evidence(self) -> NDArray[np.int64]:
@@ -57,7 +60,6 @@ def lessons(analysis: Analysis) -> list[Lesson]:
     return [
         Lesson(
             [analysis.hypotheses[number] for number in one.hypotheses],
-            one.told_by_prompt >= _TOLD,
             one.rows,
             one.log_odds,
         )
@@ -182,8 +184,4 @@ def _finished(
         )
         finished.append(Attribution(kind, draft.told, rows[surest], log_odds[surest]))
     none = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    for draft in drafts:
-        if draft.model is None:
-            told = 0.5 if analysis.hypotheses[draft.hypotheses[0]].view == "global" else 1.0
-            finished.append(Attribution(draft.hypotheses, told, *none))
-    return finished
+    return finished + [Attribution(draft.hypotheses, draft.told, *none) for draft in drafts if draft.model is None]

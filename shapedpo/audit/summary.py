@@ -49,7 +49,7 @@ class Summary:
     Attributes:
         everywhere: What the data teaches whatever the prompt.
         conditional: What it teaches where a condition holds.
-        rare: Conditional lessons that fewer than 1 % of the rows teach.
+        rare: Lessons that fewer than 1 % of the rows teach, under a condition or not.
         analysis: What it is a summary of.
         prediction: What a run will change.
     """
@@ -89,7 +89,8 @@ class Summary:
             table.add_column(name, justify="right", no_wrap=True)
         for number, finding in enumerate(findings, 1):
             first = finding.lesson.first
-            rows = f"{len(finding.lesson.rows):,}: {', '.join(map(str, first.evidence[:3]))}"
+            lesson = finding.lesson
+            rows = f"{len(lesson.rows) or 'none stands out'}: {', '.join(map(str, lesson.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
             cells = (str(number), finding.where, words, finding.response, rows)
             numbers = f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}", _predicted(self.prediction, first)
@@ -118,13 +119,11 @@ def summarise(
     draw = np.random.default_rng(analysis.settings.seed)
     some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
     others = [text["prompt"] for text in harvest.texts(some)]
-    conditional = lessons(analysis, "feature", "prompt")
-    rare = [lesson for lesson in conditional[most:] if 0 < len(lesson.rows) < RARE * analysis.n_rows]
-    rare.sort(key=lambda lesson: -abs(lesson.first.d))
+    everywhere, conditional, rare = _sorted(analysis)
 
     def finding(lesson: Lesson) -> Finding:
         first = lesson.first
-        texts = harvest.texts(first.evidence[:_TEXTS])
+        texts = harvest.texts(lesson.evidence[:_TEXTS])
         chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
         if first.view == "global":
             where = "all rows"
@@ -142,12 +141,22 @@ def summarise(
         )
 
     return Summary(
-        everywhere=[finding(lesson) for lesson in lessons(analysis, "global")[:most]],
+        everywhere=[finding(lesson) for lesson in everywhere[:most]],
         conditional=[finding(lesson) for lesson in conditional[:most]],
         rare=[finding(lesson) for lesson in rare[:most]],
         analysis=analysis,
         prediction=prediction,
     )
+
+
+def _sorted(analysis: Analysis) -> tuple[list[Lesson], list[Lesson], list[Lesson]]:
+    """The lessons taught everywhere, under a condition, and by few rows."""
+    found = lessons(analysis)
+    kinds: tuple[list[Lesson], list[Lesson], list[Lesson]] = [], [], []
+    for lesson in found:
+        rare = 0 < len(lesson.rows) < RARE * analysis.n_rows
+        kinds[2 if rare else int(lesson.conditional)].append(lesson)
+    return kinds
 
 
 def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
@@ -159,7 +168,7 @@ def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
 
 def features_shown(analysis: Analysis, *, most: int = 10) -> set[int]:
     """The response features that a summary's findings could name, a few of each."""
-    found = [*lessons(analysis, "global")[:most], *lessons(analysis, "feature", "prompt")]
+    found = [lesson for part in _sorted(analysis) for lesson in part[:most]]
     return {feature for lesson in found for feature in analysis.response_features(lesson.first)[:_NAMED]}
 
 

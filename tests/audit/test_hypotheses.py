@@ -49,31 +49,39 @@ def test_each_planted_group_is_a_feature_cluster(found) -> None:
 
 def test_feature_view_ranks_the_conditional_lesson_first(found) -> None:
     analysis, _ = found
-    first, *others = lessons(analysis, "feature")
-    assert responds_with(analysis, first.first, 1)
-    assert first.first.delta > 0.5
-    assert first.first.q < 1e-6
-    in_topic = WORLD.topic_of_rows()[
-        np.isin(analysis.rows, analysis.rows[analysis.data_clusters == first.first.condition])
-    ]
+    first = analysis.of("feature")[0]
+    assert responds_with(analysis, first, 1)
+    assert first.delta > 0.5
+    assert first.q < 1e-6
+    in_topic = WORLD.topic_of_rows()[np.isin(analysis.rows, analysis.rows[analysis.data_clusters == first.condition])]
     assert (in_topic == 3).mean() > 0.9
-    named = np.unique(
-        np.concatenate([lesson.rows for lesson in [first, *others] if responds_with(analysis, lesson.first, 1)])
-    )
-    planted = WORLD.planted_rows(CONDITIONAL)
-    assert len(np.intersect1d(named, planted)) >= 0.8 * len(planted)
-    assert len(np.intersect1d(named, planted)) >= 0.9 * len(named)
 
 
-def test_prompt_view_ranks_the_conditional_lesson_first_and_the_suppressed_one_next(found) -> None:
+def test_prompt_view_finds_conditions_and_directions(found) -> None:
     analysis, _ = found
-    first, second, *_ = lessons(analysis, "prompt")
-    for lesson, planted in ((first, CONDITIONAL), (second, SUPPRESSED)):
-        assert set(analysis.condition_features(lesson.first)) == set(WORLD.prompt_features(planted.topic))
-        assert responds_with(analysis, lesson.first, planted.group)
-        assert (lesson.first.delta > 0) == planted.chosen
+    for planted in (CONDITIONAL, SUPPRESSED):
+        first = next(h for h in analysis.of("prompt") if responds_with(analysis, h, planted.group))
+        assert set(analysis.condition_features(first)) == set(WORLD.prompt_features(planted.topic))
+        assert (first.delta > 0) == planted.chosen
         # beside these, rows of the topic whose completions differ in it by chance
-        assert len(np.intersect1d(lesson.rows, WORLD.planted_rows(planted))) >= 0.75 * len(lesson.rows)
+        assert len(np.intersect1d(first.named, WORLD.planted_rows(planted))) >= 0.75 * first.n_named
+
+
+def test_lessons_are_what_was_planted_and_nothing_else(found) -> None:
+    analysis, _ = found
+    three = lessons(analysis)
+    assert len(three) == 3
+    for planted in (EVERYWHERE, CONDITIONAL, SUPPRESSED):
+        (lesson,) = (one for one in three if responds_with(analysis, one.first, planted.group))
+        assert lesson.conditional == (planted.topic is not None)
+        if planted is EVERYWHERE:  # more rows differ in it by chance, and look the same
+            assert not len(lesson.rows)
+            continue
+        rows = WORLD.planted_rows(planted)
+        right = len(np.intersect1d(lesson.rows, rows))
+        assert right >= 0.85 * len(lesson.rows)
+        assert right >= 0.8 * len(rows)
+        assert (np.diff(lesson.log_odds) <= 0).all()
 
 
 def test_global_view_finds_what_is_taught_everywhere(found) -> None:
@@ -94,6 +102,10 @@ def test_analysis_comes_back_from_its_files(found) -> None:
     for one, other in zip(back.hypotheses, analysis.hypotheses, strict=True):
         np.testing.assert_array_equal(one.named, other.named)
         np.testing.assert_array_equal(one.contributions, other.contributions)
+    assert back.attributions == analysis.attributions
+    for one, other in zip(back.attributions, analysis.attributions, strict=True):
+        np.testing.assert_array_equal(one.rows, other.rows)
+        np.testing.assert_array_equal(one.log_odds, other.log_odds)
     for name in ("rows", "data_clusters", "typicality"):
         np.testing.assert_array_equal(getattr(back, name), getattr(analysis, name))
     (folder / "analysis" / "rows.parquet").unlink()
@@ -111,6 +123,9 @@ def test_the_same_again_and_whatever_the_size_of_shards(found, tmp_path) -> None
         assert (one.view, one.condition, one.response) == (other.view, other.condition, other.response)
         np.testing.assert_array_equal(one.named, other.named)
         np.testing.assert_allclose([one.delta, one.z, one.p], [other.delta, other.z, other.p], rtol=1e-5, atol=1e-12)
+    assert again.attributions == analysis.attributions
+    for one, other in zip(again.attributions, analysis.attributions, strict=True):
+        np.testing.assert_array_equal(one.rows, other.rows)
 
 
 def test_every_number_is_what_loops_give(found, tmp_path) -> None:
@@ -180,6 +195,7 @@ def test_a_clean_world_teaches_nothing(tmp_path) -> None:
         tested += 1
         discovered += any(h.q < 0.05 for h in analysis.hypotheses)
         assert sum(h.q < 0.05 for h in analysis.hypotheses) <= 2
+        assert not any(len(lesson.rows) for lesson in lessons(analysis))
     assert discovered < tested
 
 

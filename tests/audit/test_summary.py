@@ -5,80 +5,15 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 from rich.console import Console
 
 from shapedpo.audit.analysis import analyse
-from shapedpo.audit.hypotheses import Analysis, Hypothesis
 from shapedpo.audit.labels import exciting_tokens
-from shapedpo.audit.lessons import lessons
 from shapedpo.audit.settings import AuditSettings
 from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
 from shapedpo.audit.summary import distinctive_words, feature_names, summarise
 
 from .worlds import World
-
-
-def hypothesis(view, rows, *, q=0.01, strength=0.5, condition=0, response=0) -> Hypothesis:
-    return Hypothesis(
-        view=view,
-        condition=condition,
-        response=response,
-        delta=strength,
-        mean_in=strength,
-        mean_out=0.0,
-        d=1.0,
-        z=5.0,
-        p=q / 10,
-        q=q,
-        halves=(strength, strength),
-        n_in=len(rows),
-        n_named=len(rows),
-        rows=np.array(rows, np.int64),
-        contributions=np.ones(len(rows), np.float32),
-    )
-
-
-def analysis_of(*hypotheses: Hypothesis) -> Analysis:
-    return Analysis(
-        settings=AuditSettings(),
-        n_rows=1000,
-        hypotheses=list(hypotheses),
-        clusters={"feature": [[3, 4, 5, 6, 7]], "prompt": [[1]], "response": [[8, 9]]},
-        rows=np.arange(1000),
-        data_clusters=np.zeros(1000, np.int32),
-        typicality=np.ones(1000, np.float32),
-        tested={"feature": 10},
-    )
-
-
-def test_hypotheses_about_the_same_rows_are_one_lesson() -> None:
-    analysis = analysis_of(
-        hypothesis("feature", range(10)),
-        hypothesis("feature", range(20, 30)),
-        hypothesis("feature", range(30, 40), q=0.2),  # could be chance
-        hypothesis("prompt", range(4, 40, 6)),
-        hypothesis("prompt", range(5, 9)),  # all of them in the first
-        hypothesis("prompt", range(100, 110)),
-    )
-    found = lessons(analysis, "feature", "prompt")
-    places = {id(h): place for place, h in enumerate(analysis.hypotheses)}
-    assert [[places[id(h)] for h in lesson.hypotheses] for lesson in found] == [[0, 4], [3], [1], [5]]
-    assert found[0].rows.tolist() == list(range(10))
-    assert found[0].first is analysis.hypotheses[0]
-
-
-def test_a_condition_that_only_lacks_what_others_have_is_no_lesson() -> None:
-    assert lessons(analysis_of(hypothesis("feature", [], strength=-0.5)), "feature", "prompt") == []
-
-
-def test_global_lessons_are_told_apart_by_the_union_of_their_rows() -> None:
-    analysis = analysis_of(
-        hypothesis("global", range(100)), hypothesis("global", range(10)), hypothesis("global", range(5, 100))
-    )
-    assert [len(lesson.hypotheses) for lesson in lessons(analysis, "global")] == [2, 1]
-    with pytest.raises(ValueError, match="separately"):
-        lessons(analysis, "global", "feature")
 
 
 def test_distinctive_words_are_those_that_one_side_has() -> None:
@@ -138,7 +73,7 @@ def test_summary_says_in_words_what_is_taught_where(tmp_path) -> None:
     assert first.less == []
     assert "token11" in first.response
     assert first.example["chosen"].startswith("Splendid")
-    assert summary.everywhere[0].where == "all rows"
+    assert summary.everywhere == []  # the same rows are not told twice
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(summary)
     text = console.export_text()

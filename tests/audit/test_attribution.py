@@ -1,0 +1,60 @@
+"""The small model of a lesson's rows, on rows made of independent bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from shapedpo.audit.attribution import Columns, Model, Shown, attributed
+
+
+N, FEATURES = 1200, 60
+TOPIC, RESPONSE = np.arange(6), np.arange(10, 14)
+
+
+def shown(seed: int, taught: bool = True) -> tuple[Shown, np.ndarray, np.ndarray]:
+    """Pairs of which a fifth are on a topic, two thirds of these with a response that others show on either side by chance; the topic's
+    rows and the taught rows."""
+    draw = np.random.default_rng(seed)
+    topic = draw.random(N) < 0.2
+    rows = topic & (draw.random(N) < 2 / 3) & taught
+    on = draw.random((3, N, FEATURES)) < 0.2
+    on[0][:, TOPIC] = draw.random((N, len(TOPIC))) < np.where(topic, 0.9, 0.1)[:, None]
+    for side in (1, 2):
+        on[side][:, RESPONSE] = (draw.random(N) < np.where(rows, side == 1, 0.15))[:, None]
+    prompt, chosen, rejected = on
+    parts = (chosen & ~rejected, rejected & ~chosen, prompt)
+    return Shown(np.arange(N), *(sparse.csr_matrix(part.astype(np.float32)) for part in parts)), topic, rows
+
+
+def test_all_rows_of_a_lesson_are_found_from_some() -> None:
+    pairs, _, rows = shown(0)
+    seeds = rows & (np.arange(N) % 3 == 0)
+    model, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1)
+    assert (found & rows).sum() >= 0.9 * rows.sum()
+    assert (found & rows).sum() >= 0.9 * found.sum()
+    assert model.told_by_prompt(pairs, found) > 0.9
+    np.testing.assert_array_equal(model.named(*model.log_odds(pairs)), found)
+
+
+def test_rows_that_agree_by_chance_are_no_lesson() -> None:
+    pairs, topic, _ = shown(1, taught=False)
+    more = pairs.more[:, RESPONSE].sum(axis=1) == len(RESPONSE)  # in the topic as many go the other way
+    assert attributed(pairs, topic & np.asarray(more).ravel(), np.zeros(N, bool), 20, 0.1) is None
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_log_odds_are_those_of_the_fold_that_did_not_see_the_row(mirrored) -> None:
+    pairs, _, _ = shown(2)
+    draw = np.random.default_rng(0)
+    columns = Columns(np.array([3, 10, 40]), np.array([0, 7]))
+    weights, bias = draw.normal(size=(4, 8)), draw.normal(size=4)
+    found = Model(columns, weights, bias, 0.0).log_odds(pairs)[int(mirrored)]
+    more, less, prompt = (part.toarray() for part in (pairs.more, pairs.less, pairs.prompt))
+    if mirrored:
+        more, less = less, more
+    for row in range(0, N, 37):
+        values = [*more[row, columns.response], *less[row, columns.response], *prompt[row, columns.prompt]]
+        fold = row // 2 % 4
+        assert found[row] == pytest.approx(sum(w * v for w, v in zip(weights[fold], values, strict=True)) + bias[fold])
