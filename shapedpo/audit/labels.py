@@ -1,12 +1,187 @@
-"""What to call features: the tokens of the harvested texts that excite them most."""
+"""What features and clusters are called: `labels.json` of an audit's folder, which page, summary and command line read.
+
+```json
+{
+  "format": 1,
+  "analysis": "0f3c...",
+  "by": "",
+  "features": {"412": "goblin, goblins, cave"},
+  "clusters": {
+    "feature": {"3": {"keywords": ["goblin", "cave"], "title": "", "description": ""}},
+    "data": {}, "prompt": {}, "response": {}
+  },
+  "hypotheses": {"prompt:12:7": {"keywords": [], "title": "Praises pseudo-physics", "description": "..."}}
+}
+```
+
+Features are named by the tokens that excite them most and clusters by `keywords`, always; `title` and `description` are there where
+`shapedpo label` asked a language model, whose name is in `by`. Kinds of clusters are those of `Analysis.clusters`, and `data` for the
+data clusters; a hypothesis is `view:condition:response`. `analysis` is a hash of what the numbers stand for: labels of another analysis are
+not used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..files import replacing
+from .hypotheses import Analysis, Hypothesis
 from .store import SPANS, Harvest
+
+
+FILE_NAME = "labels.json"
+FORMAT = 1
+KINDS = ("feature", "data", "prompt", "response")
+
+_TEXTS = 100  # rows that the words of a data cluster are taken from
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a cluster or a hypothesis is called.
+
+    Attributes:
+        keywords: Its most telling tokens or words.
+        title: A few words; empty where no language model was asked.
+        description: A sentence or two.
+    """
+
+    keywords: list[str] = field(default_factory=list)
+    title: str = ""
+    description: str = ""
+
+    @property
+    def name(self) -> str:
+        """The title, or the keywords."""
+        return self.title or ", ".join(self.keywords)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of an audit. See the module for the file.
+
+    Attributes:
+        features: By number.
+        clusters: By kind and number.
+        hypotheses: By [`hypothesis_key`].
+        by: The language model that wrote the titles, if any.
+    """
+
+    features: dict[int, str] = field(default_factory=dict)
+    clusters: dict[str, dict[int, Label]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    hypotheses: dict[str, Label] = field(default_factory=dict)
+    by: str = ""
+
+    def cluster(self, kind: str, number: int) -> Label:
+        """A cluster's label; an empty one where there is none."""
+        return self.clusters.get(kind, {}).get(number, Label())
+
+    def save(self, folder: str | os.PathLike[str], analysis: Analysis) -> Path:
+        """Write `labels.json`."""
+        path = Path(folder) / FILE_NAME
+        content = {
+            "format": FORMAT,
+            "analysis": analysis_hash(analysis),
+            "by": self.by,
+            "features": self.features,
+            "clusters": {
+                kind: {number: asdict(label) for number, label in sorted(of.items())}
+                for kind, of in self.clusters.items()
+            },
+            "hypotheses": {key: asdict(label) for key, label in self.hypotheses.items()},
+        }
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], analysis: Analysis) -> Labels | None:
+        """Read `labels.json`; `None` where there is none, or one of another analysis.
+
+        Raises:
+            ValueError: If the file is not such a one.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT or found["analysis"] != analysis_hash(analysis):
+                return None
+            return cls(
+                features={int(number): name for number, name in found["features"].items()},
+                clusters={
+                    kind: {int(number): Label(**label) for number, label in of.items()}
+                    for kind, of in found["clusters"].items()
+                },
+                hypotheses={key: Label(**label) for key, label in found["hypotheses"].items()},
+                by=found["by"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{path}' is no file of labels ({type(error).__name__}: {error}). Delete it; `shapedpo audit` writes it anew."
+            ) from error
+
+
+def hypothesis_key(hypothesis: Hypothesis) -> str:
+    """What a hypothesis is found by in `labels.json`."""
+    return f"{hypothesis.view}:{hypothesis.condition}:{hypothesis.response}"
+
+
+def analysis_hash(analysis: Analysis) -> str:
+    """Hash of what clusters and rows an analysis' numbers stand for."""
+    digest = hashlib.sha256(json.dumps(analysis.clusters).encode())
+    digest.update(np.ascontiguousarray(analysis.rows).tobytes())
+    digest.update(np.ascontiguousarray(analysis.data_clusters).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def token_labels(analysis: Analysis, harvest: Harvest, decode: Callable[[list[int]], str]) -> Labels:
+    """Labels made of tokens and words, without a language model.
+
+    Args:
+        analysis: The analysis.
+        harvest: What it was made of.
+        decode: Makes text of token ids: the tokenizer's `decode`.
+    """
+    from .summary import distinctive_words
+
+    every = {feature for groups in analysis.clusters.values() for group in groups for feature in group}
+    names = exciting_tokens(harvest, every, decode)
+    clusters = {
+        kind: {number: Label(cluster_tokens(features, names)) for number, features in enumerate(groups)}
+        for kind, groups in analysis.clusters.items()
+    }
+    draw = np.random.default_rng(analysis.settings.seed)
+    some = harvest.texts(np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False)))
+    clusters["data"] = {}
+    for number in range(int(analysis.data_clusters.max(initial=-1)) + 1):
+        texts = harvest.texts(analysis.exemplars(number, _TEXTS // 4))
+        words: list[str] = []
+        for spans in (("prompt",), ("chosen", "rejected")):
+            words = words or distinctive_words(*([" ".join(t[s] for s in spans) for t in of] for of in (texts, some)))
+        clusters["data"][number] = Label(words)
+    return Labels(names, clusters)
+
+
+def cluster_tokens(features: Sequence[int], names: Mapping[int, str], most: int = 6) -> list[str]:
+    """The tokens that most of a cluster's features are named by, whatever their case."""
+    count: Counter[str] = Counter()
+    written: dict[str, str] = {}
+    for feature in features:
+        for token in dict.fromkeys(names[feature].split(", ") if feature in names else ()):
+            count[token.lower()] += 1
+            written.setdefault(token.lower(), token)
+    return [written[token] for token, _ in count.most_common(most)]
 
 
 def exciting_tokens(
@@ -31,27 +206,40 @@ def exciting_tokens(
     Returns:
         Names of those features that fire in these shards.
     """
-    wanted = np.unique(np.fromiter(features, np.int64))
+    wanted = np.zeros(harvest.d_sae, bool)
+    wanted[np.fromiter(features, np.int64, len(features))] = True
     indices = np.unique(np.linspace(0, harvest.n_shards - 1, min(shards, harvest.n_shards)).astype(int))
-    best: dict[int, list[tuple[float, int, str, int]]] = {int(feature): [] for feature in wanted}
+    best = np.zeros(0, _PEAK)
+    least = np.zeros(harvest.d_sae, np.float32)  # of each feature's `completions` largest so far
     for shard in harvest.shards(("max", "peak"), indices=[int(index) for index in indices]):
-        for span in SPANS:
-            largest, peak = (getattr(getattr(shard, span), part)[:, wanted].tocsc() for part in ("max", "peak"))
-            for column, feature in enumerate(wanted):
-                part = slice(largest.indptr[column], largest.indptr[column + 1])
-                top = np.argsort(-largest.data[part], kind="stable")[:completions]
-                found = best[int(feature)]
-                rows = shard.rows[largest.indices[part][top]]
-                found += [
-                    (-float(value), int(row), span, int(place) - 1)
-                    for value, row, place in zip(largest.data[part][top], rows, peak.data[part][top], strict=True)
-                ]
-                best[int(feature)] = sorted(found)[:completions]
-    rows = sorted({row for found in best.values() for _, row, _, _ in found})
-    ids = dict(zip(rows, harvest.ids(rows), strict=True)) if rows else {}
-    names = {}
-    for feature, found in best.items():
-        texts = (decode([ids[row][span][place]]).strip() for _, row, span, place in found)
-        if name := ", ".join(list(dict.fromkeys(text for text in texts if text))[:tokens]):
-            names[feature] = name
-    return names
+        for number, span in enumerate(SPANS):
+            largest, peak = getattr(shard, span).max, getattr(shard, span).peak
+            more = np.flatnonzero(wanted[largest.indices] & (largest.data > least[largest.indices]))
+            new = np.zeros(len(more), _PEAK)
+            new["feature"], new["value"] = largest.indices[more], largest.data[more]
+            new["row"] = shard.rows[np.searchsorted(largest.indptr, more, side="right") - 1]
+            new["span"], new["place"] = number, peak.data[more] - 1
+            best, least = _largest(np.concatenate([best, new]), completions, least)
+    rows = np.unique(best["row"])
+    ids = dict(zip(rows.tolist(), harvest.ids(rows), strict=True)) if len(rows) else {}
+    found: dict[int, list[str]] = {}
+    for feature, row, span, place in best[["feature", "row", "span", "place"]].tolist():
+        read = ids[row][SPANS[span]]
+        text = decode([read[place]]).strip() if place < len(read) else ""
+        if text and text not in found.setdefault(feature, []):
+            found[feature].append(text)
+    return {feature: ", ".join(texts[:tokens]) for feature, texts in found.items() if texts}
+
+
+_PEAK = np.dtype([("feature", "i4"), ("value", "f4"), ("row", "i8"), ("span", "i1"), ("place", "i4")])
+
+
+def _largest(
+    peaks: NDArray[np.void], most: int, least: NDArray[np.float32]
+) -> tuple[NDArray[np.void], NDArray[np.float32]]:
+    """The largest few of each feature in order, and the values that the next ones must be above."""
+    peaks = peaks[np.lexsort((peaks["span"], peaks["row"], -peaks["value"], peaks["feature"]))]
+    rank = np.arange(len(peaks)) - np.searchsorted(peaks["feature"], peaks["feature"])
+    full = peaks[rank == most - 1]
+    least[full["feature"]] = full["value"]
+    return peaks[rank < most], least

@@ -18,8 +18,9 @@ import pytest
 
 from shapedpo.cli import main
 from shapedpo.monitor.report import ReportSink, render, write_whole
-from shapedpo.monitor.report.digest import HISTORY, SAMPLED, Digest, clean, thin
+from shapedpo.monitor.report.digest import HISTORY, SAMPLED, Digest, thin
 from shapedpo.monitor.report.marks import interval, scale, spark
+from shapedpo.pages import clean
 from tests.monitor.records import synthetic
 
 

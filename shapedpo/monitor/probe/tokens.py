@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...decoding import TokenTexts
 from ...readouts import ActivationReader, Regex
 from ...readouts.base import WrappedReader
 
@@ -55,10 +56,11 @@ def token_activations(run: TrainerAccess, rows: list[dict[str, Any]]) -> list[di
         if isinstance(reader, ActivationReader)
     }
     scores, mask = run.read_tokens(rows, list(watched.values()))
+    split = TokenTexts(run.tokenizer)
     found = []
     for i, row in enumerate(rows):
         ids = row["chosen_ids"]
-        tokens = _token_texts(run.tokenizer, ids)
+        tokens = split(ids)
         text = "".join(tokens)
         positions = mask[i].nonzero()[:, 0]
         activations: dict[str, list[float]] = {}
@@ -77,17 +79,6 @@ def token_activations(run: TrainerAccess, rows: list[dict[str, Any]]) -> list[di
             }
         )
     return found
-
-
-def _token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text; together they are the text. A character of several tokens is the last one's."""
-    tokens, before = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        whole = text.startswith(before) and not text.endswith("\N{REPLACEMENT CHARACTER}")
-        tokens.append(text[len(before) :] if whole else "")
-        before = text if whole else before
-    return tokens
 
 
 def _matched(readout: Regex, tokens: list[str], text: str) -> list[float]:

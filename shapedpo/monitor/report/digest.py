@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,17 +18,6 @@ PROBES = 60
 
 SAMPLED = 5
 """Probes whose rollouts and features are kept: the first, the last, and some between."""
-
-# Surrogates cannot be written as UTF-8, and the other control characters have no place in a page.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def clean(value: Any, limit: int | None = None) -> str:
-    """A text of the data, fit to be written: `""` for `None`, U+FFFD for what cannot be shown, cut where it is too long."""
-    text = "" if value is None else value if isinstance(value, str) else str(value)
-    left = 0 if limit is None else len(text) - limit
-    text = _UNPRINTABLE.sub("\ufffd", text if left <= 0 else text[:limit])
-    return text if left <= 0 else f"{text} … ({left:,} more characters, not in this page)"
 
 
 def number(value: Any) -> float | None:

@@ -7,40 +7,20 @@ template shows them and read with `textContent` where the script does.
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
-from ...files import replacing
+from ...pages import PLOT, json_for_script, template, write_whole
 from .digest import Digest, Record
 from .view import view
 
 
-SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js", "charts.js", "rollouts.js")
-
-PLOT_STYLE = """\
-:where(.plot) {
-  --plot-background: white;
-  display: block;
-  height: auto;
-  height: intrinsic;
-  max-width: 100%;
-}
-:where(.plot text),
-:where(.plot tspan) {
-  white-space: pre;
-}"""
-"""The style element that Observable Plot puts into each chart of class `plot`, word for word: the page's policy allows it."""
+SCRIPTS = ("page.js", "charts.js", "rollouts.js")
 
 
 def render(records: Iterable[Record]) -> str:
@@ -66,14 +46,6 @@ def render_digest(digest: Digest, written: float | None = None) -> str:
     values = view(digest)
     values["data"]["written"] = written
     return _template().render(values, data_json=json_for_script(values.pop("data")))
-
-
-def json_for_script(value: Any) -> Markup:
-    """JSON that nothing inside can end the script element of, or be taken for markup."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
 
 
 class ReportSink:
@@ -127,32 +99,9 @@ class ReportSink:
         self._next = now + max(self.interval, self.SHARE * (now - began))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old content or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-
-
-# --- the template ----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return (resources.files(__package__) / "assets" / name).read_text(encoding="utf-8")
-
-
 @functools.cache
 def _template() -> jinja2.Template:
-    """The page's template with its style and its scripts in it, and the policy that allows these alone."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
+    filters = {
         "signed": _signed,
         "plain": _plain,
         "percent": _percent,
@@ -160,27 +109,7 @@ def _template() -> jinja2.Template:
         "index": _index,
         "exact": _exact,
     }
-    style, scripts = _asset("page.css"), [_asset(name) for name in SCRIPTS]
-    environment.globals |= {
-        "style": Markup(style),
-        "scripts": [Markup(script) for script in scripts],
-        "policy": "; ".join(
-            [
-                "default-src 'none'",
-                f"script-src {' '.join(map(_hash, scripts))}",
-                f"style-src {_hash(style)} {_hash(PLOT_STYLE)}",
-                "img-src data:",
-                "base-uri 'none'",
-                "form-action 'none'",
-            ]
-        ),
-    }
-    return environment.get_template("page.html.jinja")
-
-
-def _hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
-    return f"'sha256-{digest}'"
+    return template(__package__, SCRIPTS, shared=PLOT, filters=filters)
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .digest import Digest, Record, clean, items, mapping, number, numbers, thin
+from ...pages import clean
+from .digest import Digest, Record, items, mapping, number, numbers, thin
 from .marks import interval, scale, spark
 
 

@@ -3,8 +3,6 @@
 "use strict";
 
 const Z = 1.959964; // half the width of a 95 % interval, in standard errors
-const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−"); // a true minus sign
-const known = (value) => value !== null && value !== undefined;
 
 /**
  * Draws charts into a container, each [title, what Plot.plot takes by width, note]. All boxes are there before the first is

@@ -1,19 +1,7 @@
-// The page: its data, its state (which survives a reload), colours, search, sorting, and reloading while the run goes.
+// The page: its state (which survives a reload), search, sorting, and reloading while the run goes.
 "use strict";
 
 const REFRESH = 10_000; // milliseconds
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = (id) => document.getElementById(id);
-const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-
-/** An element of this class holding this text. Text goes in as text, whatever is in it. */
-function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== "") made.textContent = text;
-  return made;
-}
-
 // --- state: what the reader has chosen, kept over reloads of this tab
 
 const stateKey = `shapedpo:${location.pathname}:${data.run.join(":")}`;
@@ -33,35 +21,6 @@ function save() {
   }
 }
 addEventListener("pagehide", save);
-
-// --- colours
-
-const themes = { system: "◐", light: "☀", dark: "☾" };
-function setTheme(theme) {
-  if (theme === "system") delete document.documentElement.dataset.theme;
-  else document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = themes[theme];
-  byId("theme").setAttribute("aria-label", `Colours: ${theme === "system" ? "as the system" : theme}`);
-  byId("theme").title = byId("theme").getAttribute("aria-label");
-}
-let theme = "system";
-try {
-  theme = localStorage.getItem("shapedpo:theme") ?? "system";
-} catch {
-  // Storage is off.
-}
-if (!(theme in themes)) theme = "system";
-setTheme(theme);
-byId("theme").addEventListener("click", () => {
-  const names = Object.keys(themes);
-  theme = names[(names.indexOf(theme) + 1) % names.length];
-  setTheme(theme);
-  try {
-    localStorage.setItem("shapedpo:theme", theme);
-  } catch {
-    // Storage is off.
-  }
-});
 
 // --- the concept in focus, the same in all its selectors
 
@@ -234,11 +193,7 @@ byId("search").addEventListener("input", () => {
   searchTimer = setTimeout(search, 80);
 });
 addEventListener("keydown", (event) => {
-  const typing = event.target instanceof HTMLInputElement || event.target instanceof HTMLSelectElement;
-  if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) {
-    event.preventDefault();
-    byId("search").focus();
-  } else if (event.key === "Escape" && event.target === byId("search")) {
+  if (event.key === "Escape" && event.target === byId("search")) {
     byId("search").value = "";
     search();
   }

@@ -1,0 +1,173 @@
+"""What the page is told at once, as plain data: lessons, hypotheses, clusters and maps. The rows' texts come later, or beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+from ...pages import clean
+from ..hypotheses import Analysis, Hypothesis
+from ..labels import Label, Labels, hypothesis_key
+from ..store import Harvest
+from ..summary import RARE, Finding, Summary
+from .maps import ClusterMap
+
+
+FEATURES = 24
+"""Features of a cluster that the page names."""
+
+_SNIPPET = 280  # characters of a lesson's example
+_STATISTICS = ("delta", "mean_in", "mean_out", "d", "z", "p", "q", "strength")
+
+
+def overview(
+    analysis: Analysis,
+    harvest: Harvest,
+    summary: Summary,
+    labels: Labels,
+    maps: Mapping[str, ClusterMap],
+    predictions: Mapping[tuple[str, int, int], Sequence[float | None]] | None = None,
+) -> dict[str, Any]:
+    """Everything but the rows' texts.
+
+    Args:
+        analysis: The analysis.
+        harvest: What it was made of.
+        summary: Its lessons in words.
+        labels: What features and clusters are called.
+        maps: Of [`cluster_maps`].
+        predictions: Of [`predicted`].
+    """
+    number_of = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
+    settings = harvest.settings
+    groups = {"everywhere": summary.everywhere, "conditional": summary.conditional, "rare": summary.rare}
+    return {
+        "title": clean(settings.get("dataset") or harvest.folder.parent.name, 200),
+        "model": clean(settings.get("model") or "", 200),
+        "sae": clean(_sae_name(settings.get("sae")), 200),
+        "n_rows": analysis.n_rows,
+        "d_sae": harvest.d_sae,
+        "tested": analysis.tested,
+        "rare": RARE,
+        "max_rows": analysis.settings.max_rows,
+        "labelled_by": clean(labels.by, 200),
+        "lessons": {kind: [_lesson(finding, number_of) for finding in found] for kind, found in groups.items()},
+        "hypotheses": _columns(analysis, labels, predictions or {}),
+        "clusters": {kind: _clusters(analysis, kind, labels, of) for kind, of in maps.items()},
+        "features": {
+            feature: clean(labels.features[feature], 120)
+            for features in _groups(analysis)
+            for feature in features[:FEATURES]
+            if feature in labels.features
+        },
+    }
+
+
+def _groups(analysis: Analysis) -> Iterable[list[int]]:
+    return (features for groups in analysis.clusters.values() for features in groups)
+
+
+def _sae_name(sae: Any) -> str:
+    if not isinstance(sae, Mapping):
+        return str(sae or "")
+    return " ".join(str(sae[key]) for key in ("sae", "source", "release", "path", "sae_id") if sae.get(key))
+
+
+def _lesson(finding: Finding, number_of: Mapping[int, int]) -> dict[str, Any]:
+    first = finding.lesson.first
+    return {
+        "hypotheses": [number_of[id(hypothesis)] for hypothesis in finding.lesson.hypotheses],
+        "where": clean(finding.where, 300),
+        "more": [clean(word, 60) for word in finding.more],
+        "less": [clean(word, 60) for word in finding.less],
+        "rows": len(finding.lesson.rows) or len(first.evidence),
+        "row": int(first.evidence[0]),
+        "example": {span: clean(text[:_SNIPPET]) for span, text in finding.example.items()},
+    }
+
+
+def _columns(
+    analysis: Analysis, labels: Labels, predictions: Mapping[tuple[str, int, int], Sequence[float | None]]
+) -> dict[str, list[Any]]:
+    """The hypotheses, a list for each column."""
+    found = analysis.hypotheses
+    columns: dict[str, list[Any]] = {
+        "view": [h.view for h in found],
+        "condition": [h.condition for h in found],
+        "response": [h.response for h in found],
+        **{name: [rounded(getattr(h, name)) for h in found] for name in _STATISTICS},
+        "halves": [[rounded(half) for half in h.halves] for h in found],
+        "n_in": [h.n_in for h in found],
+        "n_named": [h.n_named for h in found],
+        "n_rows": [len(h.rows) for h in found],
+        "label": [_label(labels.hypotheses.get(hypothesis_key(h))) for h in found],
+    }
+    if predictions:
+        columns["predicted"] = [_prediction(h, predictions) for h in found]
+    return columns
+
+
+def _label(label: Label | None) -> list[str] | None:
+    return [clean(label.title, 200), clean(label.description, 1000)] if label and label.title else None
+
+
+def _clusters(analysis: Analysis, kind: str, labels: Labels, shown: ClusterMap) -> dict[str, list[Any]]:
+    groups = analysis.clusters.get(kind, [[] for _ in shown.rows])
+    named = [labels.cluster(kind, number) for number in range(len(groups))]
+    return {
+        "x": [rounded(x, 3) for x in shown.place[:, 0]],
+        "y": [rounded(y, 3) for y in shown.place[:, 1]],
+        "rows": shown.rows.tolist(),
+        "lean": [rounded(lean, 3) for lean in shown.lean],
+        "exemplars": shown.exemplars,
+        "size": [len(features) for features in groups],
+        "features": [features[:FEATURES] for features in groups],
+        "title": [clean(label.title, 200) for label in named],
+        "description": [clean(label.description, 1000) for label in named],
+        "keywords": [[clean(word, 60) for word in label.keywords] for label in named],
+    }
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """To some significant digits; `None` for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{float(value):.{digits}g}")
+
+
+# --- predicted changes, where the audit has them -----------------------------------------------------------------------
+
+
+def predicted(folder: Path) -> dict[tuple[str, int, int], Sequence[float | None]] | None:
+    """What `prediction.parquet` says of clusters, `[score, low, high, log-odds, low, high, base rate]` by kind, number and condition.
+
+    Returns:
+        `None` where the analysis has no predictions.
+    """
+    path = folder / "prediction.parquet"
+    if not path.is_file():
+        return None
+    import pyarrow.parquet as pq
+
+    columns = pq.ParquetFile(path).read().to_pydict()
+    values = [columns[name] for name in _PREDICTED]
+    return {
+        (kind, number, condition): [rounded(value) for value in row]
+        for kind, number, condition, *row in zip(
+            columns["kind"], columns["number"], columns["condition"], *values, strict=True
+        )
+        if kind in ("feature_cluster", "response_cluster")
+    }
+
+
+_PREDICTED = ("score", "score_low", "score_high", "log_odds", "log_odds_low", "log_odds_high", "base_rate")
+
+
+def _prediction(
+    hypothesis: Hypothesis, predictions: Mapping[tuple[str, int, int], Sequence[float | None]]
+) -> Sequence[float | None] | None:
+    kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
+    return predictions.get((kind, hypothesis.response, hypothesis.condition))
