@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from numpy.typing import NDArray
 
 from ..files import replacing
 from .hypotheses import Analysis, Hypothesis
+from .maps import ClusterMap
 from .store import SPANS, Harvest
 
 
@@ -42,7 +45,8 @@ FILE_NAME = "labels.json"
 FORMAT = 1
 KINDS = ("feature", "data", "prompt", "response")
 
-_TEXTS = 100  # rows that the words of a data cluster are taken from
+_TEXTS = 100  # random rows that a cluster's words are compared with
+_KEYWORDS = 6
 
 
 @dataclass(frozen=True)
@@ -145,43 +149,72 @@ def analysis_hash(analysis: Analysis) -> str:
     return digest.hexdigest()[:16]
 
 
-def token_labels(analysis: Analysis, harvest: Harvest, decode: Callable[[list[int]], str]) -> Labels:
+def token_labels(
+    analysis: Analysis, harvest: Harvest, maps: Mapping[str, ClusterMap], decode: Callable[[list[int]], str]
+) -> Labels:
     """Labels made of tokens and words, without a language model.
+
+    A cluster's keywords are the words that the rows which show it best have more than others; where there are none, the tokens that its
+    features have and those of other clusters have less.
 
     Args:
         analysis: The analysis.
         harvest: What it was made of.
+        maps: Of [`cluster_maps`]: the rows that show each cluster.
         decode: Makes text of token ids: the tokenizer's `decode`.
     """
     from .summary import distinctive_words
 
     every = {feature for groups in analysis.clusters.values() for group in groups for feature in group}
     names = exciting_tokens(harvest, every, decode)
-    clusters = {
-        kind: {number: Label(cluster_tokens(features, names)) for number, features in enumerate(groups)}
-        for kind, groups in analysis.clusters.items()
-    }
     draw = np.random.default_rng(analysis.settings.seed)
-    some = harvest.texts(np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False)))
-    clusters["data"] = {}
-    for number in range(int(analysis.data_clusters.max(initial=-1)) + 1):
-        texts = harvest.texts(analysis.exemplars(number, _TEXTS // 4))
-        words: list[str] = []
-        for spans in (("prompt",), ("chosen", "rejected")):
-            words = words or distinctive_words(*([" ".join(t[s] for s in spans) for t in of] for of in (texts, some)))
-        clusters["data"][number] = Label(words)
+    some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
+    shown = {int(row) for of in maps.values() for rows in of.exemplars for row in rows} | set(some.tolist())
+    rows = np.array(sorted(shown), np.int64)
+    texts = dict(zip(rows.tolist(), harvest.texts(rows), strict=True))
+    clusters: dict[str, dict[int, Label]] = {}
+    for kind, of in maps.items():
+        tokens = cluster_tokens(analysis.clusters.get(kind, []), names)
+        clusters[kind] = {}
+        for number, exemplars in enumerate(of.exemplars):
+            words: list[str] = []
+            for spans in _WORDS[kind]:
+                here, others = (
+                    [" ".join(texts[row][span] for span in spans) for row in which]
+                    for which in (exemplars, some.tolist())
+                )
+                words = words or distinctive_words(here, others, most=_KEYWORDS)
+            clusters[kind][number] = Label(words or (tokens[number] if tokens else []))
     return Labels(names, clusters)
 
 
-def cluster_tokens(features: Sequence[int], names: Mapping[int, str], most: int = 6) -> list[str]:
-    """The tokens that most of a cluster's features are named by, whatever their case."""
-    count: Counter[str] = Counter()
-    written: dict[str, str] = {}
-    for feature in features:
-        for token in dict.fromkeys(names[feature].split(", ") if feature in names else ()):
-            count[token.lower()] += 1
-            written.setdefault(token.lower(), token)
-    return [written[token] for token, _ in count.most_common(most)]
+_PROMPT, _ANSWERS = ("prompt",), ("chosen", "rejected")
+_WORDS = {"prompt": (_PROMPT,), "data": (_PROMPT, _ANSWERS), "feature": (_ANSWERS,), "response": (_ANSWERS,)}
+"""The spans that words of each kind of cluster are taken from: the second where the first has none."""
+
+
+def cluster_tokens(groups: Sequence[Sequence[int]], names: Mapping[int, str], most: int = _KEYWORDS) -> list[list[str]]:
+    """The tokens that tell each group of features from the others: named often in it, and in few others.
+
+    Args:
+        groups: The features of each.
+        names: Of features, tokens with commas between.
+        most: Number of tokens.
+    """
+    counts, written = [], {}
+    for features in groups:
+        count: Counter[str] = Counter()
+        for feature in features:
+            for token in dict.fromkeys(names[feature].split(", ") if feature in names else ()):
+                count[token.lower()] += 1
+                written.setdefault(token.lower(), token)
+        counts.append(count)
+    having = Counter(token for count in counts for token in count)
+
+    def telling(count: Counter[str], token: str) -> float:  # least first
+        return -count[token] * math.log(1 + len(groups) / having[token])
+
+    return [[written[token] for token in sorted(count, key=partial(telling, count))[:most]] for count in counts]
 
 
 def exciting_tokens(

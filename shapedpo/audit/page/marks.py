@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ Cluster = tuple[str, int]
 Marks = dict[str, list[list[int]]]
 """Of each span, `[start, end, features]`: a range of its text, and how many features peak there. Places count UTF-16 units, as browsers do."""
 
-_READ = {"prompt": ("prompt",), "feature": ("chosen", "rejected"), "response": ("chosen", "rejected")}
+_KINDS = {"prompt": ("prompt",), "chosen": ("feature", "response"), "rejected": ("feature", "response")}
+"""The kinds of clusters that each span is read for."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,23 @@ def marked_rows(
     rows = harvest.rows
     split = None if tokenizer is None else TokenTexts(tokenizer)
     asked = np.isin(rows, np.fromiter(wanted, np.int64, len(wanted)))
-    with tqdm(total=int(len(rows) if every_row else asked.sum()), desc="Rows", unit=" pairs", disable=not progress) as bar:
+    with tqdm(
+        total=int(len(rows) if every_row else asked.sum()), desc="Rows", unit=" pairs", disable=not progress
+    ) as bar:
         for index in range(harvest.n_shards):
             part = slice(index * harvest.shard_rows, (index + 1) * harvest.shard_rows)
             numbers = rows[part] if every_row else rows[part][asked[part]]
             if not len(numbers):
                 continue
-            marks = {}
+            texts = {
+                row: {span: clean(of[span]) for span in SPANS}
+                for row, of in zip(numbers.tolist(), harvest.texts(numbers), strict=True)
+            }
+            marks: dict[int, dict[Cluster, Marks]] = {}
             if split is not None and asked[part].any():
-                marks = _shard_marks(harvest, index, rows[part], wanted, of_feature, split)
-            for number, texts in zip(numbers.tolist(), harvest.texts(numbers), strict=True):
-                shown = {span: clean(texts[span]) for span in SPANS}
-                found = {
-                    cluster: {span: _placed(shown[span], *ranges) for span, ranges in spans.items()}
-                    for cluster, spans in marks.get(number, {}).items()
-                }
-                yield Row(number, shown, found)
+                marks = _shard_marks(harvest, index, rows[part], wanted, of_feature, split, texts)
+            for row, of in texts.items():
+                yield Row(row, of, marks.get(row, {}))
             bar.update(len(numbers))
 
 
@@ -99,45 +102,46 @@ def _shard_marks(
     wanted: Mapping[int, set[Cluster]],
     of_feature: Mapping[str, NDArray[np.int32]],
     split: TokenTexts,
-) -> dict[int, dict[Cluster, dict[str, tuple[list[str], dict[int, int]]]]]:
-    """Of each wanted row and cluster, by span: the texts of its tokens, and how many features peak at which."""
-    here = [(place, number) for place, number in enumerate(rows.tolist()) if wanted.get(number)]
+    texts: Mapping[int, Mapping[str, str]],
+) -> dict[int, dict[Cluster, Marks]]:
+    """The marks of a shard's wanted rows."""
+    here = [(place, row) for place, row in enumerate(rows.tolist()) if wanted.get(row)]
     (shard,) = harvest.shards(("peak",), indices=[index])
-    ids = harvest.ids([number for _, number in here])
-    found: dict[int, dict[Cluster, dict[str, tuple[list[str], dict[int, int]]]]] = {}
-    for (place, number), tokens in zip(here, ids, strict=True):
-        pieces: dict[str, list[str]] = {}
+    found: dict[int, dict[Cluster, Marks]] = {row: {} for _, row in here}
+    for (place, row), tokens in zip(here, harvest.ids([row for _, row in here]), strict=True):
         for span in SPANS:
+            ranges = _ranges(texts[row][span], split(tokens[span]))
+            if not ranges:
+                continue
             peak = getattr(shard, span).peak
             entries = slice(peak.indptr[place], peak.indptr[place + 1])
             features, peaks = peak.indices[entries], peak.data[entries].astype(np.int64) - 1
-            for kind, cluster in sorted(wanted[number]):
-                if span not in _READ[kind]:
-                    continue
-                at, count = np.unique(peaks[of_feature[kind][features] == cluster], return_counts=True)
-                at, count = at[at < len(tokens[span])], count[at < len(tokens[span])]
-                if not len(at):
-                    continue
-                if span not in pieces:
-                    pieces[span] = split(tokens[span])
-                spans = found.setdefault(number, {}).setdefault((kind, cluster), {})
-                spans[span] = (pieces[span], dict(zip(at.tolist(), count.tolist(), strict=True)))
+            for kind in _KINDS[span]:
+                of = of_feature[kind][features].astype(np.int64)
+                inside = (of >= 0) & (peaks < len(ranges))
+                keys, counts = np.unique(of[inside] * len(ranges) + peaks[inside], return_counts=True)
+                for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+                    number, token = divmod(key, len(ranges))
+                    start, end = ranges[token]
+                    if (kind, number) in wanted[row] and end > start:
+                        found[row].setdefault((kind, number), {}).setdefault(span, []).append([start, end, count])
     return found
 
 
-def _placed(text: str, pieces: list[str], peaks: Mapping[int, int]) -> list[list[int]]:
-    """Ranges of a text, from tokens. The tokens that were not read lie before or after those that were; nothing if they lie elsewhere."""
+def _ranges(text: str, pieces: list[str]) -> list[tuple[int, int]]:
+    """Where each token is in a text, without the space before a word.
+
+    The tokens that were not read lie before or after those that were; nothing if they lie elsewhere.
+    """
     begin = text.find(clean("".join(pieces)))
     if begin < 0:
         return []
-    ends = begin + np.cumsum([len(piece) for piece in pieces])
-    units = None
-    if text and max(text) > "\uffff":
-        units = np.concatenate([[0], np.cumsum([1 + (sign > "\uffff") for sign in text])])
+    wide = text and max(text) > "\uffff"
+    units = list(accumulate((1 + (sign > "\uffff") for sign in text), initial=0)) if wide else None
     ranges = []
-    for place, count in peaks.items():
-        piece = pieces[place]
-        start, end = int(ends[place]) - len(piece.lstrip() or piece), int(ends[place])  # without the space before a word
-        if end > start:
-            ranges.append([int(at if units is None else units[at]) for at in (start, end)] + [count])
+    for piece in pieces:
+        end = begin + len(piece)
+        start = end - len(piece.lstrip() or piece)
+        ranges.append((start, end) if units is None else (units[start], units[end]))
+        begin = end
     return ranges

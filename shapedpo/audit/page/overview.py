@@ -7,19 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from ...pages import clean
 from ..hypotheses import Analysis, Hypothesis
 from ..labels import Label, Labels, hypothesis_key
+from ..maps import ClusterMap
 from ..store import Harvest
 from ..summary import RARE, Finding, Summary
-from .maps import ClusterMap
 
 
 FEATURES = 24
 """Features of a cluster that the page names."""
 
-_SNIPPET = 280  # characters of a lesson's example
+EXEMPLARS = 3
+"""Rows of a cluster that the page shows."""
+
+_SNIPPET = 1000  # characters of a lesson's example
 _STATISTICS = ("delta", "mean_in", "mean_out", "d", "z", "p", "q", "strength")
 
 
@@ -45,7 +47,7 @@ def overview(
     settings = harvest.settings
     groups = {"everywhere": summary.everywhere, "conditional": summary.conditional, "rare": summary.rare}
     return {
-        "title": clean(settings.get("dataset") or harvest.folder.parent.name, 200),
+        "title": clean(_last_part(str(settings.get("dataset") or harvest.folder.parent.name)), 200),
         "model": clean(settings.get("model") or "", 200),
         "sae": clean(_sae_name(settings.get("sae")), 200),
         "n_rows": analysis.n_rows,
@@ -70,10 +72,16 @@ def _groups(analysis: Analysis) -> Iterable[list[int]]:
     return (features for groups in analysis.clusters.values() for features in groups)
 
 
+def _last_part(name: str) -> str:
+    """Of a path its last part; a name on the hub stays."""
+    path = Path(name)
+    return path.name or name if path.is_absolute() or path.suffix or len(path.parts) > 2 else name
+
+
 def _sae_name(sae: Any) -> str:
     if not isinstance(sae, Mapping):
         return str(sae or "")
-    return " ".join(str(sae[key]) for key in ("sae", "source", "release", "path", "sae_id") if sae.get(key))
+    return " ".join(_last_part(str(sae[key])) for key in ("sae", "source", "release", "path", "sae_id") if sae.get(key))
 
 
 def _lesson(finding: Finding, number_of: Mapping[int, int]) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def _clusters(analysis: Analysis, kind: str, labels: Labels, shown: ClusterMap) 
         "y": [rounded(y, 3) for y in shown.place[:, 1]],
         "rows": shown.rows.tolist(),
         "lean": [rounded(lean, 3) for lean in shown.lean],
-        "exemplars": shown.exemplars,
+        "exemplars": [rows[:EXEMPLARS] for rows in shown.exemplars],
         "size": [len(features) for features in groups],
         "features": [features[:FEATURES] for features in groups],
         "title": [clean(label.title, 200) for label in named],

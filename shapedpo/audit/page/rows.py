@@ -12,9 +12,10 @@ from typing import Any
 from ...files import replacing
 from ..hypotheses import Analysis
 from ..labels import analysis_hash
+from ..maps import ClusterMap
 from ..store import SPANS, Harvest
-from .maps import ClusterMap
 from .marks import Cluster, Row, marked_rows
+from .overview import EXEMPLARS
 
 
 FILE_NAME = "view.sqlite"
@@ -37,9 +38,7 @@ def clusters_of(hypothesis: Any) -> list[Cluster]:
     return [response, ("prompt", hypothesis.condition)] if hypothesis.view == "prompt" else [response]
 
 
-def wanted_rows(
-    analysis: Analysis, maps: Mapping[str, ClusterMap], most: int = MARKED
-) -> dict[int, set[Cluster]]:
+def wanted_rows(analysis: Analysis, maps: Mapping[str, ClusterMap], most: int = MARKED) -> dict[int, set[Cluster]]:
     """By row, which clusters to mark in it: those of the hypotheses that it is among the first rows of, and of the clusters that it exemplifies."""
     wanted: dict[int, set[Cluster]] = {}
     for hypothesis in analysis.hypotheses:
@@ -48,14 +47,18 @@ def wanted_rows(
             wanted.setdefault(row, set()).update(clusters)
     for kind, shown in maps.items():
         for number, rows in enumerate(shown.exemplars):
-            for row in rows:
+            for row in rows[:EXEMPLARS]:
                 wanted.setdefault(row, set()).update([(kind, number)] if kind in analysis.clusters else [])
     return wanted
 
 
 def plain(row: Row) -> dict[str, Any]:
     """A row as the page takes it."""
-    return {"row": row.row, **row.texts, "marks": {f"{kind}:{number}": marks for (kind, number), marks in row.marks.items()}}
+    return {
+        "row": row.row,
+        **row.texts,
+        "marks": {f"{kind}:{number}": marks for (kind, number), marks in row.marks.items()},
+    }
 
 
 class RowStore:
@@ -67,8 +70,7 @@ class RowStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Read by the threads of a server, each query whole under Python's own lock on the connection.
-        self._connection = sqlite3.connect(f"file:{path.resolve().as_posix()}?mode=ro", uri=True, check_same_thread=False)
+        self._connection = _connect(path)
 
     @classmethod
     def open(
@@ -88,9 +90,18 @@ class RowStore:
         with replacing(path) as partial:
             connection = sqlite3.connect(partial)
             try:
-                cls.build(connection, marked_rows(
-                    harvest, wanted_rows(analysis, maps), analysis.clusters, tokenizer, every_row=True, progress=progress
-                ), print_)
+                cls.build(
+                    connection,
+                    marked_rows(
+                        harvest,
+                        wanted_rows(analysis, maps),
+                        analysis.clusters,
+                        tokenizer,
+                        every_row=True,
+                        progress=progress,
+                    ),
+                    print_,
+                )
             finally:
                 connection.close()
         return cls(path)
@@ -113,14 +124,18 @@ class RowStore:
         """Some rows, in this order; those that are not there are left out."""
         found = []
         for number in numbers:
-            texts = self._connection.execute("select prompt, chosen, rejected from texts where row = ?", (number,)).fetchone()
+            texts = self._connection.execute(
+                "select prompt, chosen, rejected from texts where row = ?", (number,)
+            ).fetchone()
             if texts is not None:
                 marks = self._connection.execute("select cluster, marks from marks where row = ?", (number,)).fetchall()
-                found.append({
-                    "row": number,
-                    **dict(zip(SPANS, texts, strict=True)),
-                    "marks": {cluster: json.loads(places) for cluster, places in marks},
-                })
+                found.append(
+                    {
+                        "row": number,
+                        **dict(zip(SPANS, texts, strict=True)),
+                        "marks": {cluster: json.loads(places) for cluster, places in marks},
+                    }
+                )
         return found
 
     def search(self, text: str, most: int = 50) -> tuple[int, list[int]]:
@@ -129,17 +144,22 @@ class RowStore:
         if not words:
             return 0, []
         query = " ".join(f'"{word}"*' for word in words)
-        count, = self._connection.execute("select count(*) from words where words match ?", (query,)).fetchone()
+        (count,) = self._connection.execute("select count(*) from words where words match ?", (query,)).fetchone()
         rows = self._connection.execute("select rowid from words where words match ? limit ?", (query, most)).fetchall()
-        return count, [row for row, in rows]
+        return count, [row for (row,) in rows]
 
     def close(self) -> None:
         self._connection.close()
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    """For reading, also by the threads of a server, one at a time."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+
+
 def _about(path: Path) -> str | None:
     try:
-        connection = sqlite3.connect(f"file:{path.resolve().as_posix()}?mode=ro", uri=True)
+        connection = _connect(path)
         try:
             found = connection.execute("select value from about where key = 'print'").fetchone()
         finally:

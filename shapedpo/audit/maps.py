@@ -1,23 +1,22 @@
-"""Where clusters lie on the page's maps, how many rows they have, which way they lean, and which rows show them best."""
+"""Where clusters lie on a map, how many rows they have, which way they lean, and which rows show them best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ..clusters import unit
-from ..hypotheses import Analysis
-from ..store import Harvest, Shard
-from ..views import FeatureView, PromptView, membership, on
+from .clusters import unit
+from .hypotheses import Analysis
+from .store import Harvest, Shard
+from .views import FeatureView, PromptView, membership, on
 
 
 Float = NDArray[np.float32]
 
-EXEMPLARS = 5
+EXEMPLARS = 25
 _SHARDS, _ROWS = 16, 512  # that are read, and rows of each: all of it is in memory
 _EMBEDDED = 50  # dimensions that t-SNE starts from
 

@@ -1,0 +1,160 @@
+// One hypothesis: what it says, its figures, its clusters, and its rows. Its address ends with #h=NUMBER.
+"use strict";
+
+const ROWS = 8;
+let asked = 0; // so that a late answer does not draw into another hypothesis
+
+const dialog = byId("detail");
+
+function openHypothesis(h) {
+  if (location.hash === `#h=${h}`) showHypothesis(h);
+  else location.hash = `#h=${h}`;
+}
+
+/** A hypothesis in a line, as a button that opens it. */
+function partner(h, name = null) {
+  const item = element("li");
+  const button = element("button", "link");
+  button.type = "button";
+  button.append(element("span", side(H.delta[h]), `${arrow(H.delta[h])} `));
+  if (name) button.append(element("bdi", "data", name));
+  else button.append(element("bdi", "data", whatName(h)), element("span", "muted", " · "), element("bdi", "data muted", whereName(h)));
+  button.addEventListener("click", () => openHypothesis(h));
+  item.append(button, element("span", "muted num", ` d ${signed(H.d[h])}`));
+  return item;
+}
+
+function figure(name, text, about) {
+  const box = element("div");
+  box.title = about;
+  box.append(element("dt", "", name), element("dd", "", text));
+  return box;
+}
+
+function clusterBox(kind, number, title) {
+  const box = element("div", "cluster-box");
+  box.append(element("h3", "", title));
+  const of = data.clusters[kind];
+  const name = element("p");
+  name.append(element("bdi", "data name", clusterName(kind, number, 6)));
+  box.append(name);
+  if (of.description[number]) box.append(element("bdi", "data", of.description[number]));
+  if (of.features[number].length) {
+    const tokens = element("p", "tokens");
+    tokens.append(...of.features[number].map((feature) => {
+      const chip = element("bdi", "token data", featureName(feature));
+      chip.title = `feature ${feature}`;
+      return chip;
+    }));
+    box.append(tokens);
+    const left = of.size[number] - of.features[number].length;
+    if (left > 0) box.append(element("p", "muted", `and ${whole(left)} more features`));
+  }
+  box.append(element("p", "muted", `${kind === "data" ? "" : "about "}${whole(of.rows[number])} rows`));
+  return box;
+}
+
+function showHypothesis(h) {
+  const turn = ++asked;
+  const view = H.view[h];
+  const head = element("header", "detail-head");
+  const title = element("h2");
+  title.id = "detail-title";
+  title.append(H.label[h] ? element("bdi", "data", H.label[h][0]) : statement(h));
+  const close = element("button", "close", "✕");
+  close.type = "button";
+  close.setAttribute("aria-label", "Close");
+  close.addEventListener("click", () => dialog.close());
+  head.append(title, close);
+  const body = element("div", "detail-body");
+  if (H.label[h]) {
+    const said = element("p");
+    said.append(H.label[h][1] ? element("bdi", "data", H.label[h][1]) : "");
+    const plain = element("p", "muted");
+    plain.append(statement(h));
+    body.append(said, plain);
+  }
+  const figures = element("dl", "facts figures");
+  const guess = prediction(h);
+  if (guess) {
+    const range = known(guess.low) ? ` [${signed(guess.low)}, ${signed(guess.high)}]` : "";
+    const about = "change of the mean score that the audit predicts in rollouts after training, with its interval";
+    figures.append(figure("predicted change", `${signed(guess.score)}${range}`, about));
+    if (guess.rates) {
+      const [base, after, low, high] = guess.rates;
+      figures.append(figure("in rollouts", `${percent(base)} → ${percent(after)} (${percent(low)} to ${percent(high)})`, "share of rollouts that show it, before and after"));
+    }
+  }
+  const given = view === "global" ? "chosen minus rejected, all rows" : "in the condition";
+  figures.append(figure("mean score", `${signed(H.mean_in[h])}${view === "global" ? "" : ` in, ${signed(H.mean_out[h])} elsewhere`}`, `response score, chosen minus rejected, ${given}`));
+  for (const [name, [short, about, value]] of Object.entries(STATISTICS)) {
+    if (name !== "predicted") figures.append(figure(short, shownStatistic(name, value(h)), about));
+  }
+  figures.append(figure("halves", H.halves[h].map((half) => signed(half)).join(" / "), "Δ among rows of even and of odd number"));
+  body.append(figures);
+  const boxes = element("div", "twin-boxes");
+  if (view !== "global") boxes.append(clusterBox(conditionKind(view), H.condition[h], view === "prompt" ? "Where the prompt says" : "Where answers are about"));
+  boxes.append(clusterBox(responseKind(view), H.response[h], rises(h) ? "chosen shows more of" : "chosen shows less of"));
+  body.append(boxes);
+  body.append(rowList(h, turn));
+  dialog.replaceChildren(head, body);
+  if (!dialog.open) dialog.showModal();
+  dialog.scrollTop = 0;
+  close.focus({ preventScroll: true });
+}
+
+function rowList(h, turn) {
+  const view = H.view[h];
+  const clusters = [`${responseKind(view)}:${H.response[h]}`, ...(view === "prompt" ? [`prompt:${H.condition[h]}`] : [])];
+  const part = element("section", "row-list");
+  const head = element("div", "section-head");
+  head.append(element("h3", "", "The rows behind it"));
+  const named = H.n_named[h]
+    ? `${whole(H.n_named[h])} rows are held responsible beyond chance, of ${whole(H.n_rows[h])} that go this way`
+    : `${whole(H.n_rows[h])} rows go this way; none stands out from chance`;
+  head.append(element("span", "muted", named));
+  const csv = element("button", "", "row numbers, CSV");
+  csv.type = "button";
+  csv.addEventListener("click", async () => download(`rows-${view}-${H.condition[h]}-${H.response[h]}.csv`, "text/csv", await source.numbers(h)));
+  head.append(csv);
+  if (source.numbersNote(h)) head.append(element("span", "muted", source.numbersNote(h)));
+  const note = element("p", "note", "Marked: the token of a text at which a feature of the cluster is largest; the darker, the more of its features peak there. Where else they are active is not stored.");
+  const list = element("div", "row-cards");
+  const more = element("button", "", "more rows");
+  more.type = "button";
+  let shown = 0;
+  async function next() {
+    more.disabled = true;
+    try {
+      const rows = await source.rowsOf(h, shown, ROWS);
+      if (turn !== asked) return;
+      list.append(...rows.map((row) => rowCard(row, clusters)));
+      shown += ROWS;
+    } catch (error) {
+      list.append(element("p", "empty", `The rows could not be had: ${error.message}`));
+    }
+    const left = source.shown(h) - shown;
+    more.hidden = left <= 0;
+    more.disabled = false;
+    more.textContent = `${whole(Math.min(left, ROWS))} more of ${whole(source.shown(h))}`;
+    if (left <= 0 && source.shown(h) < H.n_rows[h]) list.append(element("p", "muted", `This page holds ${whole(source.shown(h))} of ${whole(H.n_rows[h])} rows; “shapedpo view” shows all.`));
+  }
+  more.addEventListener("click", next);
+  part.append(head, note, list, more);
+  part.ready = next();
+  return part;
+}
+
+function follow() {
+  const found = location.hash.match(/^#h=(\d+)$/);
+  if (found && Number(found[1]) < COUNT) showHypothesis(Number(found[1]));
+  else if (dialog.open) dialog.close();
+}
+addEventListener("hashchange", follow);
+dialog.addEventListener("close", () => {
+  asked += 1;
+  if (location.hash.startsWith("#h=")) history.replaceState(null, "", location.pathname + location.search);
+});
+dialog.addEventListener("click", (event) => {
+  if (event.target === dialog) dialog.close(); // beside it
+});

@@ -1,0 +1,75 @@
+"""An audit's folder, opened for its page."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..hypotheses import Analysis
+from ..labels import Labels
+from ..maps import ClusterMap, cluster_maps
+from ..store import Harvest
+from .overview import overview, predicted
+
+
+HARVEST, ANALYSIS = "harvest", "analysis"
+"""The folders in it."""
+
+
+@dataclass
+class Audit:
+    """What `shapedpo audit` left in a folder.
+
+    Attributes:
+        folder: The folder.
+        analysis, harvest: What is in it.
+        labels: What features and clusters are called; empty where there is no `labels.json` for this analysis.
+    """
+
+    folder: Path
+    analysis: Analysis
+    harvest: Harvest
+    labels: Labels
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Audit:
+        """Open a folder.
+
+        Raises:
+            FileNotFoundError: If it holds no finished audit; the text says what is missing.
+            ValueError: If a file of it cannot be read.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder '{folder}'. Name the one that `shapedpo audit --out` wrote to."
+            )
+        analysis, harvest = Analysis.load(folder / ANALYSIS), Harvest.open(folder / HARVEST)
+        return cls(folder, analysis, harvest, Labels.load(folder, analysis) or Labels())
+
+    @cached_property
+    def maps(self) -> dict[str, ClusterMap]:
+        """Of [`cluster_maps`]."""
+        return cluster_maps(self.analysis, self.harvest)
+
+    def overview(self) -> dict[str, Any]:
+        """Of [`overview`]."""
+        from ..summary import summarise
+
+        summary = summarise(self.analysis, self.harvest, self.labels.features)
+        predictions = predicted(self.folder / ANALYSIS)
+        return overview(self.analysis, self.harvest, summary, self.labels, self.maps, predictions)
+
+    def tokenizer(self) -> Any | None:
+        """The model's; `None` where it cannot be had, and tokens are not marked."""
+        from transformers import AutoTokenizer
+
+        from ...sources import model_source
+
+        try:
+            return AutoTokenizer.from_pretrained(model_source(str(self.harvest.settings["model"])))
+        except (KeyError, OSError, ValueError):
+            return None
