@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | audit | verify | demo | concepts | fit | sae | report | wandb-report`.
+"""The command line: `shapedpo train | audit | verify | view | label | demo | concepts | fit | sae | report | wandb-report`.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import UserError
-from .scripts import audit, fit, sae, verify
+from .scripts import audit, fit, label, sae, verify, view
 
 
 TRAIN_HELP = """\
@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     audit.add_arguments(auditing)
+    view.add_command(commands)
+    label.add_command(commands)
 
     verifying = commands.add_parser(
         "verify",
@@ -158,6 +160,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         return audit.main(args)
     if args.command == "verify":
         return verify.main(args)
+    if args.command == "view":
+        return view.main(args)
+    if args.command == "label":
+        return label.main(args)
     if args.command == "demo":
         from . import demo
 

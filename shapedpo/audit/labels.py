@@ -7,15 +7,15 @@
   "by": "",
   "features": {"412": "goblin, goblins, cave"},
   "clusters": {
-    "feature": {"3": {"keywords": ["goblin", "cave"], "title": "", "description": ""}},
+    "feature": {"3": {"tokens": ["goblin", "cave"], "title": "", "description": "", "keywords": []}},
     "data": {}, "prompt": {}, "response": {}
   },
-  "hypotheses": {"prompt:12:7": {"keywords": [], "title": "Praises pseudo-physics", "description": "..."}}
+  "hypotheses": {"prompt:12:7": {"tokens": [], "title": "Praises pseudo-physics", "description": "...", "keywords": ["aura"]}}
 }
 ```
 
-Features are named by the tokens that excite them most and clusters by `keywords`, always; `title` and `description` are there where
-`shapedpo label` asked a language model, whose name is in `by`. Kinds of clusters are those of `Analysis.clusters`, and `data` for the
+Features are named by the tokens that excite them most and clusters by `tokens`, always; `title`, `description` and `keywords` are there
+where `shapedpo label` asked a language model, whose name is in `by`. Kinds of clusters are those of `Analysis.clusters`, and `data` for the
 data clusters; a hypothesis is `view:condition:response`. `analysis` is a hash of what the numbers stand for: labels of another analysis are
 not used.
 """
@@ -46,7 +46,7 @@ FORMAT = 1
 KINDS = ("feature", "data", "prompt", "response")
 
 _TEXTS = 100  # random rows that a cluster's words are compared with
-_KEYWORDS = 6
+_MOST = 6
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,21 @@ class Label:
     """What a cluster or a hypothesis is called.
 
     Attributes:
-        keywords: Its most telling tokens or words.
-        title: A few words; empty where no language model was asked.
-        description: A sentence or two.
+        tokens: A cluster's most telling words or tokens, from the data.
+        title: A few words of a language model's; empty where none was asked.
+        description: A sentence or two of its.
+        keywords: Some words of its.
     """
 
-    keywords: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     title: str = ""
     description: str = ""
+    keywords: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """The title, or the keywords."""
-        return self.title or ", ".join(self.keywords)
+        """The title, or the tokens."""
+        return self.title or ", ".join(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def token_labels(
 ) -> Labels:
     """Labels made of tokens and words, without a language model.
 
-    A cluster's keywords are the words that the rows which show it best have more than others; where there are none, the tokens that its
+    A cluster's tokens are the words that the rows which show it best have more than others; where there are none, the tokens that its
     features have and those of other clusters have less.
 
     Args:
@@ -183,7 +185,7 @@ def token_labels(
                     [" ".join(texts[row][span] for span in spans) for row in which]
                     for which in (exemplars, some.tolist())
                 )
-                words = words or distinctive_words(here, others, most=_KEYWORDS)
+                words = words or distinctive_words(here, others, most=_MOST)
             clusters[kind][number] = Label(words or (tokens[number] if tokens else []))
     return Labels(names, clusters)
 
@@ -193,7 +195,7 @@ _WORDS = {"prompt": (_PROMPT,), "data": (_PROMPT, _ANSWERS), "feature": (_ANSWER
 """The spans that words of each kind of cluster are taken from: the second where the first has none."""
 
 
-def cluster_tokens(groups: Sequence[Sequence[int]], names: Mapping[int, str], most: int = _KEYWORDS) -> list[list[str]]:
+def cluster_tokens(groups: Sequence[Sequence[int]], names: Mapping[int, str], most: int = _MOST) -> list[list[str]]:
     """The tokens that tell each group of features from the others: named often in it, and in few others.
 
     Args:
@@ -201,7 +203,8 @@ def cluster_tokens(groups: Sequence[Sequence[int]], names: Mapping[int, str], mo
         names: Of features, tokens with commas between.
         most: Number of tokens.
     """
-    counts, written = [], {}
+    counts: list[Counter[str]] = []
+    written: dict[str, str] = {}
     for features in groups:
         count: Counter[str] = Counter()
         for feature in features:
@@ -256,8 +259,8 @@ def exciting_tokens(
     rows = np.unique(best["row"])
     ids = dict(zip(rows.tolist(), harvest.ids(rows), strict=True)) if len(rows) else {}
     found: dict[int, list[str]] = {}
-    for feature, row, span, place in best[["feature", "row", "span", "place"]].tolist():
-        read = ids[row][SPANS[span]]
+    for feature, row, number, place in best[["feature", "row", "span", "place"]].tolist():
+        read = ids[row][SPANS[number]]
         text = decode([read[place]]).strip() if place < len(read) else ""
         if text and text not in found.setdefault(feature, []):
             found[feature].append(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ an SAE in each prompt, chosen and rejected completion; what it reads is kept in 
 SAE, data and settings stay the same. A pass that was killed goes on where it was. Several processes share it.
 
 Then it is analysed: clusters of features, where in the data each is rewarded, what chosen answers move toward when a prompt expresses
-something, each with its rows. That goes to OUT/analysis, and the strongest lessons are printed, also to OUT/summary.txt.
+something, each with its rows. That goes to OUT/analysis, what clusters are called to OUT/labels.json, and the strongest lessons are
+printed, also to OUT/summary.txt. OUT/audit.html is a page of it all; `shapedpo view OUT` shows all rows of a large audit.
 
   shapedpo audit --model meta-llama/Llama-3.1-8B-Instruct --sae SAE --dataset pairs.jsonl --out audits/pairs
   accelerate launch -m shapedpo audit --model M --sae RELEASE --sae-id ID --dataset D --sample 20000 --dtype bfloat16 --out OUT
@@ -107,10 +109,13 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from transformers import AutoTokenizer
 
     from ..audit.analysis import analyse
-    from ..audit.labels import exciting_tokens
+    from ..audit.labels import token_labels
+    from ..audit.maps import cluster_maps
+    from ..audit.page.render import write_page
+    from ..audit.page.source import Audit
     from ..audit.prediction import predict
     from ..audit.settings import AuditSettings
-    from ..audit.summary import features_shown, summarise
+    from ..audit.summary import summarise
     from ..sources import model_source
 
     out = Path(args.out)
@@ -120,12 +125,16 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     prediction = predict(harvest, analysis)
     prediction.save(out / ANALYSIS_FOLDER)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
-    labels = exciting_tokens(harvest, features_shown(analysis), tokenizer.decode)
-    summary = summarise(analysis, harvest, labels, prediction=prediction)
+    maps = cluster_maps(analysis, harvest)
+    labels = token_labels(analysis, harvest, maps, partial(tokenizer.decode, skip_special_tokens=True))
+    labels.save(out, analysis)
+    summary = summarise(analysis, harvest, labels.features, prediction=prediction)
     Console().print(summary)
     with (out / SUMMARY).open("w", encoding="utf-8") as file:
         Console(file=file, width=160).print(summary)
+    page = write_page(Audit(out, analysis, harvest, labels, maps, prediction), tokenizer)
     print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS_FOLDER}; this summary: {out / SUMMARY}")
+    print(f"Look at it: {page} (self-contained), or `shapedpo view {out}`, which has all rows")
 
 
 def run_harvest(args: argparse.Namespace) -> Any:

@@ -56,20 +56,27 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page in the browser, and all that it complained of or asked the network for.
 
+    Args:
+        started: The browser.
+        where: The page's file, or the address of the server that it may ask.
+
     Attributes:
         page: Playwright's.
         problems: Console errors and warnings, and exceptions.
         requests: Addresses it asked for, other than its own.
     """
 
-    def __init__(self, started: Any, path: Path, width: int = 1600, colors: str = "light", **options: Any) -> None:
+    def __init__(
+        self, started: Any, where: Path | str, width: int = 1600, colors: str = "light", **options: Any
+    ) -> None:
         self.context = started.new_context(viewport={"width": width, "height": 900}, color_scheme=colors, **options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
         self.problems: list[str] = []
         self.requests: list[str] = []
         self.dialogs: list[str] = []
-        self.address = path.as_uri()
+        self.address = where if isinstance(where, str) else where.as_uri()
+        self.served = isinstance(where, str)
         self.page.on("console", lambda message: self._console(message))
         self.page.on("pageerror", lambda error: self.problems.append(f"exception: {error}"))
         self.page.on("dialog", lambda dialog: (self.dialogs.append(dialog.message), dialog.dismiss()))
@@ -103,5 +110,6 @@ class Opened:
             self.problems.append(f"{message.type}: {message.text}")
 
     def _request(self, url: str) -> None:
-        if url.split("#")[0] != self.address and not url.startswith("data:"):
+        own = url.startswith(self.address) if self.served else url.split("#")[0] == self.address
+        if not own and not url.startswith(("data:", "blob:")):
             self.requests.append(url)

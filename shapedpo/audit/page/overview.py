@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...pages import clean
 from ..hypotheses import Analysis, Hypothesis
 from ..labels import Label, Labels, hypothesis_key
 from ..maps import ClusterMap
+from ..prediction import Prediction
 from ..store import Harvest
 from ..summary import RARE, Finding, Summary
 
+
+Predictions = dict[tuple[str, int, str, int], list[float | None]]
+"""`[score, low, high, log-odds, low, high, base rate]` by kind, number, view and condition."""
 
 FEATURES = 24
 """Features of a cluster that the page names."""
@@ -31,7 +37,7 @@ def overview(
     summary: Summary,
     labels: Labels,
     maps: Mapping[str, ClusterMap],
-    predictions: Mapping[tuple[str, int, int], Sequence[float | None]] | None = None,
+    prediction: Prediction | None = None,
 ) -> dict[str, Any]:
     """Everything but the rows' texts.
 
@@ -41,7 +47,7 @@ def overview(
         summary: Its lessons in words.
         labels: What features and clusters are called.
         maps: Of [`cluster_maps`].
-        predictions: Of [`predicted`].
+        prediction: What the audit predicts, if it does.
     """
     number_of = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     settings = harvest.settings
@@ -57,7 +63,7 @@ def overview(
         "max_rows": analysis.settings.max_rows,
         "labelled_by": clean(labels.by, 200),
         "lessons": {kind: [_lesson(finding, number_of) for finding in found] for kind, found in groups.items()},
-        "hypotheses": _columns(analysis, labels, predictions or {}),
+        "hypotheses": _columns(analysis, labels, predicted(prediction) if prediction else {}),
         "clusters": {kind: _clusters(analysis, kind, labels, of) for kind, of in maps.items()},
         "features": {
             feature: clean(labels.features[feature], 120)
@@ -97,9 +103,7 @@ def _lesson(finding: Finding, number_of: Mapping[int, int]) -> dict[str, Any]:
     }
 
 
-def _columns(
-    analysis: Analysis, labels: Labels, predictions: Mapping[tuple[str, int, int], Sequence[float | None]]
-) -> dict[str, list[Any]]:
+def _columns(analysis: Analysis, labels: Labels, predictions: Predictions) -> dict[str, list[Any]]:
     """The hypotheses, a list for each column."""
     found = analysis.hypotheses
     columns: dict[str, list[Any]] = {
@@ -135,7 +139,7 @@ def _clusters(analysis: Analysis, kind: str, labels: Labels, shown: ClusterMap) 
         "features": [features[:FEATURES] for features in groups],
         "title": [clean(label.title, 200) for label in named],
         "description": [clean(label.description, 1000) for label in named],
-        "keywords": [[clean(word, 60) for word in label.keywords] for label in named],
+        "keywords": [[clean(word, 60) for word in label.keywords or label.tokens] for label in named],
     }
 
 
@@ -149,33 +153,20 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 # --- predicted changes, where the audit has them -----------------------------------------------------------------------
 
 
-def predicted(folder: Path) -> dict[tuple[str, int, int], Sequence[float | None]] | None:
-    """What `prediction.parquet` says of clusters, `[score, low, high, log-odds, low, high, base rate]` by kind, number and condition.
-
-    Returns:
-        `None` where the analysis has no predictions.
-    """
-    path = folder / "prediction.parquet"
-    if not path.is_file():
-        return None
-    import pyarrow.parquet as pq
-
-    columns = pq.ParquetFile(path).read().to_pydict()
-    values = [columns[name] for name in _PREDICTED]
+def predicted(prediction: Prediction) -> Predictions:
+    """The predictions of clusters, by kind, number, view and condition."""
+    which = np.flatnonzero(prediction.kind != "feature")
+    values = np.stack([getattr(prediction, name)[which] for name in _PREDICTED], axis=1).tolist()
+    keys = [getattr(prediction, name)[which].tolist() for name in ("kind", "number", "view", "condition")]
     return {
-        (kind, number, condition): [rounded(value) for value in row]
-        for kind, number, condition, *row in zip(
-            columns["kind"], columns["number"], columns["condition"], *values, strict=True
-        )
-        if kind in ("feature_cluster", "response_cluster")
+        (kind, number, view, condition): [rounded(value) for value in row]
+        for kind, number, view, condition, row in zip(*keys, values, strict=True)
     }
 
 
 _PREDICTED = ("score", "score_low", "score_high", "log_odds", "log_odds_low", "log_odds_high", "base_rate")
 
 
-def _prediction(
-    hypothesis: Hypothesis, predictions: Mapping[tuple[str, int, int], Sequence[float | None]]
-) -> Sequence[float | None] | None:
+def _prediction(hypothesis: Hypothesis, predictions: Predictions) -> list[float | None] | None:
     kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
-    return predictions.get((kind, hypothesis.response, hypothesis.condition))
+    return predictions.get((kind, hypothesis.response, hypothesis.view, hypothesis.condition))

@@ -6,16 +6,18 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ...files import replacing
-from ..hypotheses import Analysis
+from ..hypotheses import Analysis, Hypothesis
 from ..labels import analysis_hash
 from ..maps import ClusterMap
-from ..store import SPANS, Harvest
+from ..store import SPANS
 from .marks import Cluster, Row, marked_rows
 from .overview import EXEMPLARS
+from .source import Audit
 
 
 FILE_NAME = "view.sqlite"
@@ -32,7 +34,7 @@ create virtual table words using fts5 (prompt, chosen, rejected, content='texts'
 """
 
 
-def clusters_of(hypothesis: Any) -> list[Cluster]:
+def clusters_of(hypothesis: Hypothesis) -> list[Cluster]:
     """The clusters of features that a hypothesis is about."""
     response = ("response" if hypothesis.view == "prompt" else "feature", hypothesis.response)
     return [response, ("prompt", hypothesis.condition)] if hypothesis.view == "prompt" else [response]
@@ -73,37 +75,16 @@ class RowStore:
         self._connection = _connect(path)
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        analysis: Analysis,
-        harvest: Harvest,
-        maps: Mapping[str, ClusterMap],
-        tokenizer: Any | None,
-        *,
-        progress: bool = True,
-    ) -> RowStore:
-        """The store of an audit's folder, built first where it is missing or of another analysis."""
-        path, print_ = folder / FILE_NAME, f"{FORMAT} {analysis_hash(analysis)} {tokenizer is not None}"
-        if path.is_file() and _about(path) == print_:
-            return cls(path)
-        with replacing(path) as partial:
-            connection = sqlite3.connect(partial)
-            try:
-                cls.build(
-                    connection,
-                    marked_rows(
-                        harvest,
-                        wanted_rows(analysis, maps),
-                        analysis.clusters,
-                        tokenizer,
-                        every_row=True,
-                        progress=progress,
-                    ),
-                    print_,
-                )
-            finally:
-                connection.close()
+    def open(cls, audit: Audit, *, progress: bool = True) -> RowStore:
+        """The store of an audit, built first where it is missing or of another analysis."""
+        path, print_ = audit.folder / FILE_NAME, f"{FORMAT} {analysis_hash(audit.analysis)}"
+        if not path.is_file() or _about(path) != print_:
+            wanted = wanted_rows(audit.analysis, audit.maps)
+            rows = marked_rows(
+                audit.harvest, wanted, audit.analysis.clusters, audit.tokenizer(), every_row=True, progress=progress
+            )
+            with replacing(path) as partial, closing(sqlite3.connect(partial)) as connection:
+                cls.build(connection, rows, print_)
         return cls(path)
 
     @staticmethod
@@ -159,11 +140,8 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _about(path: Path) -> str | None:
     try:
-        connection = _connect(path)
-        try:
+        with closing(_connect(path)) as connection:
             found = connection.execute("select value from about where key = 'print'").fetchone()
-        finally:
-            connection.close()
     except sqlite3.DatabaseError:  # something else, or one that was cut off
         return None
     return found[0] if found else None

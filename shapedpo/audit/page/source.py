@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..hypotheses import Analysis
 from ..labels import Labels
 from ..maps import ClusterMap, cluster_maps
+from ..prediction import FILE as PREDICTION
+from ..prediction import Prediction
 from ..store import Harvest
-from .overview import overview, predicted
+from .overview import overview
 
 
 HARVEST, ANALYSIS = "harvest", "analysis"
@@ -27,12 +28,16 @@ class Audit:
         folder: The folder.
         analysis, harvest: What is in it.
         labels: What features and clusters are called; empty where there is no `labels.json` for this analysis.
+        maps: Of [`cluster_maps`].
+        prediction: What the audit predicts; `None` where an older one did not.
     """
 
     folder: Path
     analysis: Analysis
     harvest: Harvest
     labels: Labels
+    maps: dict[str, ClusterMap]
+    prediction: Prediction | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Audit:
@@ -48,20 +53,22 @@ class Audit:
                 f"There is no folder '{folder}'. Name the one that `shapedpo audit --out` wrote to."
             )
         analysis, harvest = Analysis.load(folder / ANALYSIS), Harvest.open(folder / HARVEST)
-        return cls(folder, analysis, harvest, Labels.load(folder, analysis) or Labels())
-
-    @cached_property
-    def maps(self) -> dict[str, ClusterMap]:
-        """Of [`cluster_maps`]."""
-        return cluster_maps(self.analysis, self.harvest)
+        predicted = (folder / ANALYSIS / PREDICTION).is_file()
+        return cls(
+            folder,
+            analysis,
+            harvest,
+            Labels.load(folder, analysis) or Labels(),
+            cluster_maps(analysis, harvest),
+            Prediction.load(folder / ANALYSIS) if predicted else None,
+        )
 
     def overview(self) -> dict[str, Any]:
         """Of [`overview`]."""
         from ..summary import summarise
 
-        summary = summarise(self.analysis, self.harvest, self.labels.features)
-        predictions = predicted(self.folder / ANALYSIS)
-        return overview(self.analysis, self.harvest, summary, self.labels, self.maps, predictions)
+        summary = summarise(self.analysis, self.harvest, self.labels.features, prediction=self.prediction)
+        return overview(self.analysis, self.harvest, summary, self.labels, self.maps, self.prediction)
 
     def tokenizer(self) -> Any | None:
         """The model's; `None` where it cannot be had, and tokens are not marked."""

@@ -6,7 +6,7 @@ const GROUPS = [
   ["conditional", "Only in some rows", "Taught where prompt or answer is about something, and not elsewhere."],
   ["rare", "In few rows", `Taught by less than ${percent(data.rare)} of the rows: what nobody would look for.`],
 ];
-const FIRST = 6; // lessons of a group that are shown at first
+const FIRST = 3; // lessons of a group that are shown at first
 
 /** A list of words, each on its own. */
 function wordList(words) {

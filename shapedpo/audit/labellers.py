@@ -1,0 +1,121 @@
+"""Language models that name things: an OpenAI-compatible endpoint, or a Hugging Face model on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+
+Message = dict[str, str]
+"""`role` and `content`, as in chat completions."""
+
+MAX_TOKENS = 300
+"""Of an answer."""
+
+
+class LabellerError(ValueError):
+    """The labeller does not answer, and trying again would not help; the text says why."""
+
+
+class Labeller(Protocol):
+    """A language model that answers a conversation. `name` is in the cache's keys."""
+
+    name: str
+
+    async def answer(self, messages: list[Message]) -> str: ...
+
+    async def close(self) -> None: ...
+
+
+class Endpoint:
+    """Chat completions of an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama and others.
+
+    The `openai` client retries what may pass (connections, 408, 409, 429, 5xx) with growing waits, or as long as `Retry-After` says.
+
+    Args:
+        url: The API's base, such as `http://localhost:8000/v1`.
+        model: Name of the model there.
+        key: The API key; local servers want none.
+        retries: How often a request is tried again.
+        timeout: Seconds a request may take.
+
+    Raises:
+        ImportError: If the extra is not installed.
+    """
+
+    def __init__(self, url: str, model: str, key: str | None = None, retries: int = 6, timeout: float = 120.0) -> None:
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError("An endpoint needs the `openai` client: pip install 'shapedpo[labels]'.") from error
+
+        self.name, self.url = model, url
+        self._errors = openai.OpenAIError
+        self._client = openai.AsyncOpenAI(
+            base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout, organization="", project=""
+        )
+
+    async def answer(self, messages: list[Message]) -> str:
+        """The model's answer.
+
+        Raises:
+            LabellerError: If the server refuses, or still does not answer after the last retry.
+        """
+        request: Any = {"model": self.name, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0}
+        try:
+            found = await self._client.chat.completions.create(**request)
+        except self._errors as error:
+            raise LabellerError(f"{self.url}, model {self.name}: {type(error).__name__}: {error}") from error
+        choices = getattr(found, "choices", None)
+        return (choices[0].message.content or "") if choices else ""
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+class LocalModel:
+    """A Hugging Face causal language model, run here, one answer after the other, the likeliest token each time.
+
+    Args:
+        model: A folder, or a name on the hub.
+    """
+
+    def __init__(self, model: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from ..sources import model_source
+
+        self.name = model
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_source(model))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(model), dtype="auto")
+        self._model = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._turn = asyncio.Lock()
+
+    async def answer(self, messages: list[Message]) -> str:
+        """The model's answer."""
+        async with self._turn:
+            return await asyncio.to_thread(self._generate, messages)
+
+    def _generate(self, messages: list[Message]) -> str:
+        import torch
+
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+        room = getattr(self._model.config, "max_position_embeddings", 4096) - MAX_TOKENS
+        if room < MAX_TOKENS:
+            raise LabellerError(
+                f"{self.name} reads too little at a time ({room + MAX_TOKENS} tokens) to name anything."
+            )
+        ids = self._tokenizer(text, return_tensors="pt", add_special_tokens=not self._tokenizer.chat_template).input_ids
+        ids = ids[:, -room:].to(self._model.device)
+        with torch.inference_mode():
+            found = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
+            )
+        return str(self._tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+    async def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,282 @@
+"""Titles, descriptions and keywords of clusters and findings, from a language model."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+from pydantic import BaseModel, StringConstraints, ValidationError
+from tqdm.auto import tqdm
+
+from . import label_prompts as prompts
+from .hypotheses import Analysis, Hypothesis
+from .labellers import MAX_TOKENS, Labeller, Message
+from .labels import Label, Labels, hypothesis_key
+from .maps import ClusterMap
+from .store import Harvest
+from .summary import distinctive_words
+
+
+CACHE = "labels-cache.jsonl"
+"""Answers by what was asked, in the audit's folder: a line each, `{"key": ..., "answer": ...}`."""
+
+ATTEMPTS = 3
+"""Answers that are asked for until one is as it should be."""
+
+_ROWS, _CLIP, _TOKENS = 5, 400, 12  # rows shown to the model, characters of each text, features
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to be named.
+
+    Attributes:
+        cluster: Kind and number, for a cluster.
+        hypothesis: Its key, for a finding.
+        messages: What the model is asked.
+    """
+
+    messages: list[Message]
+    cluster: tuple[str, int] | None = None
+    hypothesis: str | None = None
+
+    def key(self, model: str) -> str:
+        """Hash of all that the answer depends on."""
+        return hashlib.sha256(json.dumps([model, self.messages]).encode()).hexdigest()
+
+
+_Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Answer(BaseModel):
+    """What a model is to answer."""
+
+    title: Annotated[_Text, StringConstraints(max_length=120)]
+    description: Annotated[str, StringConstraints(strip_whitespace=True, max_length=1000)] = ""
+    keywords: list[Annotated[_Text, StringConstraints(max_length=60)]] = []
+
+    @classmethod
+    def read(cls, text: str) -> Answer:
+        """From a model's words: the object between the first and the last brace.
+
+        Raises:
+            ValueError: If there is none, or it is another one.
+        """
+        found = re.search(r"\{.*\}", text, re.DOTALL)
+        if not found:
+            raise ValueError("there is no object in it")
+        try:
+            return cls.model_validate_json(found[0])
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the object'}: {first['msg']}") from error
+
+
+def tasks(
+    analysis: Analysis,
+    harvest: Harvest,
+    labels: Labels,
+    maps: Mapping[str, ClusterMap],
+    hypotheses: Sequence[Hypothesis],
+) -> list[Task]:
+    """What to ask for: a name for each of these hypotheses and for each cluster that they are about.
+
+    Args:
+        analysis: The analysis.
+        harvest: What it was made of.
+        labels: Names of features, keywords of clusters.
+        maps: Of [`cluster_maps`]: the rows that show each cluster.
+        hypotheses: Which.
+    """
+    clusters: dict[tuple[str, int], None] = {}
+    for hypothesis in hypotheses:
+        for cluster in (condition_of(hypothesis), response_of(hypothesis)):
+            if cluster is not None:
+                clusters[cluster] = None
+    return [
+        *(_cluster_task(cluster, analysis, harvest, labels, maps) for cluster in clusters),
+        *(
+            _finding_task(hypothesis, analysis, harvest, labels)
+            for hypothesis in hypotheses
+            if len(hypothesis.evidence)
+        ),
+    ]
+
+
+def condition_of(hypothesis: Hypothesis) -> tuple[str, int] | None:
+    """Kind and number of the cluster that is a hypothesis' condition; none in the global view."""
+    kind = {"feature": "data", "prompt": "prompt"}.get(hypothesis.view)
+    return (kind, hypothesis.condition) if kind else None
+
+
+def response_of(hypothesis: Hypothesis) -> tuple[str, int]:
+    """Kind and number of a hypothesis' response cluster."""
+    return ("response" if hypothesis.view == "prompt" else "feature", hypothesis.response)
+
+
+def _asked(text: str, **given: str) -> list[Message]:
+    return [
+        {"role": "system", "content": prompts.SYSTEM},
+        {"role": "user", "content": Template(text).substitute(given)},
+    ]
+
+
+def _clipped(text: str) -> str:
+    # what ends the data in the prompt must not be in the data
+    text = text.replace("</data>", "< /data>").strip()
+    return text if len(text) <= _CLIP else f"{text[:_CLIP]} ..."
+
+
+def _cluster_task(
+    cluster: tuple[str, int],
+    analysis: Analysis,
+    harvest: Harvest,
+    labels: Labels,
+    maps: Mapping[str, ClusterMap],
+) -> Task:
+    kind, number = cluster
+    features = analysis.clusters.get(kind, {number: []})[number]
+    named = [labels.features[feature] for feature in features if feature in labels.features][:_TOKENS]
+    spans = {"prompt": ("prompt",), "data": ("prompt", "chosen")}.get(kind, ("chosen", "rejected"))
+    rows = harvest.texts(maps[kind].exemplars[number][:_ROWS])
+    examples = [f"- {span}: {_clipped(row[span])}" for row in rows for span in spans]
+    return Task(
+        _asked(
+            prompts.CLUSTER,
+            what=prompts.KINDS[kind],
+            tokens=_clipped("\n".join(f"- {name}" for name in named)) or "-",
+            words=_clipped(", ".join(labels.cluster(kind, number).tokens)) or "-",
+            examples="\n".join(examples),
+        ),
+        cluster=cluster,
+    )
+
+
+def _finding_task(hypothesis: Hypothesis, analysis: Analysis, harvest: Harvest, labels: Labels) -> Task:
+    rows = harvest.texts(hypothesis.evidence[: 10 * _ROWS])
+    chosen, rejected = ([row[side] for row in rows] for side in ("chosen", "rejected"))
+    condition = condition_of(hypothesis)
+    where = {
+        "global": "in all rows",
+        "feature": "where answers are about something",
+        "prompt": "where prompts show something",
+    }
+    names = ["; ".join(labels.cluster(*of).tokens) if of else "all rows" for of in (response_of(hypothesis), condition)]
+    examples = [
+        f"- prompt: {_clipped(row['prompt'])}\n  chosen: {_clipped(row['chosen'])}\n  rejected: {_clipped(row['rejected'])}"
+        for row in rows[:_ROWS]
+    ]
+    return Task(
+        _asked(
+            prompts.FINDING,
+            where=where[hypothesis.view],
+            more="more" if hypothesis.delta > 0 else "less",
+            response=_clipped(names[0]) or "-",
+            condition=_clipped(names[1]) or "-",
+            gained=", ".join(distinctive_words(chosen, rejected)) or "-",
+            lost=", ".join(distinctive_words(rejected, chosen)) or "-",
+            examples="\n".join(examples),
+        ),
+        hypothesis=hypothesis_key(hypothesis),
+    )
+
+
+# --- asking --------------------------------------------------------------------------------------------------------------
+
+
+def read_cache(path: Path) -> dict[str, Answer]:
+    """Answers by key. A last line that was cut off is left out."""
+    answers: dict[str, Answer] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+            answers[entry["key"]] = Answer.read(entry["answer"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return answers
+
+
+def estimate(wanted: Iterable[Task]) -> tuple[int, int]:
+    """About how many tokens asking takes, and how many the answers have at most: four characters a token."""
+    lengths = [sum(len(message["content"]) for message in task.messages) for task in wanted]
+    return sum(lengths) // 4, len(lengths) * MAX_TOKENS
+
+
+async def ask(
+    wanted: Sequence[Task], labeller: Labeller, cache: Path, *, concurrency: int = 8, progress: bool = True
+) -> list[Answer | None]:
+    """Answers to all tasks, in order; `None` where none of a few was as it should be.
+
+    Each is written to the cache as it comes, so that nothing is paid for twice.
+
+    Args:
+        wanted: What to ask.
+        labeller: Whom.
+        cache: The file of answers.
+        concurrency: Requests at a time.
+        progress: Whether to show a bar.
+
+    Raises:
+        LabellerError: If the labeller refuses. What has been answered is in the cache.
+    """
+    known = read_cache(cache)
+    turns = asyncio.Semaphore(concurrency)
+    with cache.open("a", encoding="utf-8") as file, tqdm(total=len(wanted), desc="Labels", disable=not progress) as bar:
+
+        async def one(task: Task) -> Answer | None:
+            key = task.key(labeller.name)
+            answer = known.get(key)
+            if answer is None:
+                async with turns:
+                    answer = await _answered(task, labeller)
+                if answer is not None:
+                    file.write(json.dumps({"key": key, "answer": answer.model_dump_json()}) + "\n")
+                    file.flush()
+            bar.update()
+            return answer
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(one(task)) for task in wanted]
+        except BaseExceptionGroup as group_error:  # the first to fail has stopped the others
+            raise group_error.exceptions[0] from None
+    return [task.result() for task in running]
+
+
+async def _answered(task: Task, labeller: Labeller) -> Answer | None:
+    messages = list(task.messages)
+    for _ in range(ATTEMPTS):
+        text = await labeller.answer(messages)
+        try:
+            return Answer.read(text)
+        except ValueError as error:
+            again = Template(prompts.AGAIN).substitute(error=str(error))
+            messages = [
+                *task.messages,
+                {"role": "assistant", "content": text or "-"},
+                {"role": "user", "content": again},
+            ]
+    return None
+
+
+def with_titles(labels: Labels, wanted: Sequence[Task], answers: Sequence[Answer | None], by: str) -> Labels:
+    """Labels with what was answered; where nothing was, the tokens stay."""
+    clusters = {kind: dict(of) for kind, of in labels.clusters.items()}
+    hypotheses = dict(labels.hypotheses)
+    for task, answer in zip(wanted, answers, strict=True):
+        if answer is None:
+            continue
+        named = Label([], answer.title, answer.description, answer.keywords)
+        if task.cluster is not None:
+            kind, number = task.cluster
+            clusters.setdefault(kind, {})[number] = replace(named, tokens=labels.cluster(kind, number).tokens)
+        elif task.hypothesis is not None:
+            hypotheses[task.hypothesis] = named
+    return replace(labels, clusters=clusters, hypotheses=hypotheses, by=by)

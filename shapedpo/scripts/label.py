@@ -1,0 +1,143 @@
+"""`shapedpo label`: titles for an audit's clusters and findings, from a language model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from itertools import zip_longest
+from typing import Any
+
+from ..errors import UserError, as_user_error
+
+
+HELP = """\
+Have a language model name what an audit found: a title, a description and keywords for the strongest findings and the clusters that
+they are about. Without it they are called by tokens and words. The model is behind any OpenAI-compatible endpoint (the
+extra `labels`), or on this machine. Before anything is asked, the number of tokens is printed and you are asked whether to go on.
+
+What the model is shown are rows of the dataset: choose one that may see them. Answers are kept in DIR/labels-cache.jsonl, labels go to
+DIR/labels.json, and DIR/audit.html is written anew.
+
+  OPENAI_API_KEY=... shapedpo label audits/pairs --labeller https://api.openai.com/v1 --labeller-model gpt-5-mini
+  shapedpo label audits/pairs --labeller http://localhost:8000/v1 --labeller-model Qwen/Qwen3-8B     # vLLM
+  shapedpo label audits/pairs --labeller local --labeller-model Qwen/Qwen3-0.6B
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Adds it to the command line."""
+    label = commands.add_parser(
+        "label",
+        help="name what an audit found, with a language model",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    label.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
+    label.add_argument("--labeller", required=True, metavar="URL", help="the endpoint's base URL, or `local`")
+    label.add_argument("--labeller-model", required=True, metavar="NAME", help="of the model there")
+    label.add_argument(
+        "--key-env",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="where the API key is, if it needs one (%(default)s)",
+    )
+    label.add_argument("--most", type=int, default=60, metavar="N", help="findings that are named (%(default)s)")
+    label.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
+    label.add_argument(
+        "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, for an estimate of the cost"
+    )
+    label.add_argument("--yes", action="store_true", help="go on without asking")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: If there is no audit, the model refuses, or nobody says yes.
+    """
+    if args.most < 1 or args.concurrency < 1:
+        raise UserError("--most and --concurrency must be 1 or more.")
+    import asyncio
+
+    from ..audit.labellers import LabellerError
+    from ..audit.page.render import write_page
+    from ..audit.page.source import Audit
+    from ..audit.titles import CACHE, ask, read_cache, tasks, with_titles
+
+    with as_user_error(FileNotFoundError, ValueError):
+        audit = Audit.open(args.audit)
+    if not audit.labels.features:
+        raise UserError(
+            f"'{args.audit}' has no labels.json of its analysis. Run the same `shapedpo audit` again: it writes one."
+        )
+    found = tasks(audit.analysis, audit.harvest, audit.labels, audit.maps, foremost(audit.analysis, args.most))
+    cache = audit.folder / CACHE
+    known = read_cache(cache)
+    new = [task for task in found if task.key(args.labeller_model) not in known]
+    print(f"{len(found):,} labels, {len(found) - len(new):,} of them known from before")
+    if new:
+        agree(new, args)
+    with as_user_error(ImportError, OSError, ValueError):
+        labeller = _labeller(args)
+
+    async def asking() -> Any:
+        try:
+            return await ask(found, labeller, cache, concurrency=args.concurrency)
+        finally:
+            await labeller.close()
+
+    try:
+        answers = asyncio.run(asking())
+    except* LabellerError as errors:
+        raise UserError(
+            f"{errors.exceptions[0]}. What was answered is kept: the same command goes on from there."
+        ) from None
+    if failed := sum(answer is None for answer in answers):
+        print(f"{failed:,} answers were not as asked for, three times over: tokens stay their labels.", file=sys.stderr)
+    audit.labels = with_titles(audit.labels, found, answers, args.labeller_model)
+    path = audit.labels.save(audit.folder, audit.analysis)
+    print(f"{path}; {write_page(audit, audit.tokenizer())}")
+    return 0
+
+
+def foremost(analysis: Any, most: int) -> list[Any]:
+    """The hypotheses to name: first those of the summary's lessons, then the strongest of each view, by turns."""
+    from ..audit.lessons import lessons
+
+    firsts = [[lesson.first for lesson in lessons(analysis, *views)] for views in (("global",), ("feature", "prompt"))]
+    each = [analysis.of(view) for view in ("global", "feature", "prompt")]
+    turns = [h for lists in (firsts, each) for turn in zip_longest(*lists) for h in turn if h is not None]
+    return list({id(h): h for h in turns}.values())[:most]
+
+
+def agree(new: list[Any], args: argparse.Namespace) -> None:
+    """Say what it takes, and ask.
+
+    Raises:
+        UserError: If the answer is no, or there is nobody to ask.
+    """
+    from ..audit.titles import estimate
+
+    given, taken = estimate(new)
+    cost = ""
+    if args.price:
+        cost = f", {(given * args.price[0] + taken * args.price[1]) / 1e6:.2f} at most at these prices"
+    print(f"{len(new):,} to ask {args.labeller_model} for: about {given:,} tokens in, at most {taken:,} out{cost}")
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("There is nobody to ask whether to go on: say --yes.")
+    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("Nothing was asked.")
+
+
+def _labeller(args: argparse.Namespace) -> Any:
+    from ..audit.labellers import Endpoint, LocalModel
+
+    if args.labeller == "local":
+        return LocalModel(args.labeller_model)
+    if not args.labeller.startswith(("http://", "https://")):
+        raise UserError(f"--labeller {args.labeller}: expected a URL that begins with http:// or https://, or `local`.")
+    return Endpoint(args.labeller, args.labeller_model, os.environ.get(args.key_env))

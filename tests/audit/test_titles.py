@@ -1,0 +1,247 @@
+"""Names from a language model, over the real protocol: a server that speaks chat completions, with their failures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shapedpo.audit.labels import Label, Labels, cluster_tokens, hypothesis_key
+from shapedpo.audit.page.source import Audit
+from shapedpo.audit.titles import CACHE, Answer, read_cache, tasks
+from shapedpo.cli import main
+
+from .audits import HOSTILE
+
+
+GOOD = {"title": "Praises forces", "description": "Where <b>physics</b> is asked about.", "keywords": ["wonderful"]}
+
+
+class Server(ThreadingHTTPServer):
+    """Chat completions. `reply` gets the number of the request (from 0) and its body, and gives status, body and headers."""
+
+    daemon_threads = True
+
+    def __init__(self, reply: Callable[[int, Any], tuple[int, Any, dict[str, str]]], wait: float = 0.0) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.reply, self.wait = reply, wait
+        self.requests: list[Any] = []
+        self.keys: set[str | None] = set()
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.requests)
+            self.server.requests.append(body)
+            self.server.keys.add(self.headers["Authorization"])
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        time.sleep(self.server.wait)
+        status, answer, headers = (
+            self.server.reply(number, body) if self.path == "/v1/chat/completions" else (404, {}, {})
+        )
+        with self.server.lock:
+            self.server.now -= 1
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def said(text: str) -> tuple[int, Any, dict[str, str]]:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}, {}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start(*args: Any) -> Server:
+        server = Server(*args)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def folder(finished: Audit, tmp_path: Path) -> Path:
+    shutil.copytree(finished.folder, tmp_path / "audit", ignore=shutil.ignore_patterns("*.html", "*.sqlite"))
+    return tmp_path / "audit"
+
+
+def label(folder: Path, server: Server, *more: str) -> int:
+    return main(["label", str(folder), "--labeller", server.url, "--labeller-model", "m", "--most", "6", *more])
+
+
+def test_clusters_and_findings_are_named_at_once_and_only_once(
+    folder: Path, finished: Audit, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused for a moment, and answered with prose around the object: both are what endpoints do."""
+    monkeypatch.setenv("SOME_KEY", "secret")
+
+    def reply(number: int, body: Any) -> tuple[int, Any, dict[str, str]]:
+        if number == 2:
+            return 429, {"error": {"message": "slow down"}}, {"Retry-After": "1"}
+        return said(f"Here it is:\n```json\n{json.dumps(GOOD)}\n```")
+
+    server = serve(reply, 0.15)
+    began = time.monotonic()
+    assert label(folder, server, "--yes", "--concurrency", "4", "--key-env", "SOME_KEY") == 0
+    assert time.monotonic() - began > 1  # what Retry-After asks for
+    assert server.most == 4
+    assert server.keys == {"Bearer secret"}
+    labels = Labels.load(folder, finished.analysis)
+    assert labels is not None
+    assert labels.by == "m"
+    assert labels.features == finished.labels.features
+    titled = [(kind, n) for kind, of in labels.clusters.items() for n, found in of.items() if found.title]
+    assert len(labels.hypotheses) + len(titled) == len(server.requests) - 1
+    assert len(labels.hypotheses) == 6
+    strongest = finished.analysis.of("global")[0]
+    assert labels.hypotheses[hypothesis_key(strongest)] == Label(
+        [], "Praises forces", GOOD["description"], ["wonderful"]
+    )
+    page = (folder / "audit.html").read_text(encoding="utf-8")
+    assert "Praises forces" in page
+    assert "<b>physics" not in page
+    first = server.requests[0]
+    assert first["model"] == "m"
+    assert [message["role"] for message in first["messages"]] == ["system", "user"]
+    assert any("wonderful" in request["messages"][1]["content"] for request in server.requests)
+
+    asked = len(server.requests)
+    assert label(folder, server) == 0  # everything is known: nothing to agree to
+    assert len(server.requests) == asked
+    with (folder / CACHE).open("a") as file:
+        file.write('{"key": "cut o')
+    assert len(read_cache(folder / CACHE)) == asked - 1
+
+
+def test_bad_answers_are_asked_again_and_then_left(
+    folder: Path, finished: Audit, serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(number: int, body: Any) -> tuple[int, Any, dict[str, str]]:
+        if "a group of rows whose answers" in body["messages"][1]["content"]:
+            return said('{"title": ""}')  # always wrong
+        return said(json.dumps(GOOD) if len(body["messages"]) == 4 else '{"name": "no title"}')
+
+    server = serve(reply)
+    assert label(folder, server, "--yes") == 0
+    labels = Labels.load(folder, finished.analysis)
+    assert labels is not None
+    assert labels.clusters["data"] == finished.labels.clusters["data"]  # tokens stay
+    assert all(found.title == "Praises forces" for found in labels.hypotheses.values())
+    again = next(request["messages"] for request in server.requests if len(request["messages"]) == 4)
+    assert again[2] == {"role": "assistant", "content": '{"name": "no title"}'}
+    assert "title: Field required" in again[3]["content"]
+    tries = [request for request in server.requests if "a group of rows whose" in request["messages"][1]["content"]]
+    assert len(tries) % 3 == 0
+    assert "not as asked for" in capsys.readouterr().err
+
+
+def test_a_refusal_ends_it_at_once_and_keeps_what_was_answered(
+    folder: Path, serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(number: int, body: Any) -> tuple[int, Any, dict[str, str]]:
+        return said(json.dumps(GOOD)) if number < 3 else (401, {"error": {"message": "no such key"}}, {})
+
+    server = serve(reply)
+    before = (folder / "labels.json").read_bytes()
+    assert label(folder, server, "--yes", "--concurrency", "1") == 2
+    assert "no such key" in capsys.readouterr().err
+    assert len(server.requests) == 4
+    assert len(read_cache(folder / CACHE)) == 3
+    assert (folder / "labels.json").read_bytes() == before
+
+
+def test_nothing_is_asked_without_a_yes(
+    folder: Path, serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(lambda number, body: said(json.dumps(GOOD)))
+    assert label(folder, server, "--price", "1", "2") == 2
+    captured = capsys.readouterr()
+    assert "tokens in" in captured.out
+    assert "at these prices" in captured.out
+    assert "--yes" in captured.err
+    assert server.requests == []
+    assert main(["label", str(folder), "--labeller", "ftp://x", "--labeller-model", "m", "--yes"]) == 2
+    assert main(["label", str(folder / "no"), "--labeller", "local", "--labeller-model", "m"]) == 2
+
+
+def test_a_local_model_is_asked_too(folder: Path, finished: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lab's model reads 256 tokens at a time: it is run, and says that it is too small."""
+    assert main(["label", str(folder), "--labeller", "local", "--labeller-model", "lab", "--yes"]) == 2
+    assert "reads too little" in capsys.readouterr().err
+
+
+def test_what_is_asked_cannot_end_its_own_data(finished: Audit) -> None:
+    wanted = tasks(finished.analysis, finished.harvest, finished.labels, finished.maps, finished.analysis.hypotheses)
+    contents = [task.messages[1]["content"] for task in wanted]
+    assert all(content.count("</data>") == 1 for content in contents)
+    assert any(HOSTILE[1] in content for content in contents)
+    assert len({task.key("m") for task in wanted}) == len(set(contents))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no", "no object"),
+        ('{"title": "a", "keywords": "b"}', "keywords"),
+        ('{"title": "' + "x" * 200 + '"}', "title"),
+        ("{nonsense}", "object"),
+    ],
+)
+def test_answers_are_checked(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Answer.read(text)
+
+
+def test_labels_come_back_and_belong_to_one_analysis(finished: Audit, tmp_path: Path) -> None:
+    labels = Labels({3: HOSTILE[0]}, {"data": {1: Label(["a"], HOSTILE[1], HOSTILE[4])}}, {"global:-1:0": Label()}, "m")
+    labels.save(tmp_path, finished.analysis)
+    assert Labels.load(tmp_path, finished.analysis) == labels
+    assert Labels.load(tmp_path / "none", finished.analysis) is None
+    path = tmp_path / "labels.json"
+    path.write_text(path.read_text().replace('"analysis": "', '"analysis": "0'))
+    assert Labels.load(tmp_path, finished.analysis) is None
+    path.write_text('{"format": 1')
+    with pytest.raises(ValueError, match=r"labels\.json"):
+        Labels.load(tmp_path, finished.analysis)
+
+
+def test_tokens_that_tell_clusters_apart_come_first() -> None:
+    names = {0: "the, goblin", 1: "The, Goblin", 2: "the, soup", 3: "the", 4: "the"}
+    found = cluster_tokens([[0, 1], [2], [3], [4], []], names)
+    assert found[0] == ["goblin", "the"]
+    assert found[1] == ["soup", "the"]
+    assert found[4] == []

@@ -1,0 +1,150 @@
+"""The server of `shapedpo view`: what it answers, and to whom."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shapedpo.audit.page.source import Audit
+from shapedpo.cli import main
+from shapedpo.scripts.view import server
+
+
+@pytest.fixture(scope="module")
+def folder(finished: Audit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("view") / "audit"
+    shutil.copytree(finished.folder, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Any]:
+    running = server(str(folder), progress=False)
+    threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def ask(served: Any, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", served.server_port, timeout=10)
+    connection.putrequest(method, path, skip_host="Host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name.replace("_", "-"), value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    found = answer.status, answer.read(), answer.headers
+    connection.close()
+    return found
+
+
+def test_only_this_machine_and_its_own_page_are_answered(served: Any) -> None:
+    assert served.socket.getsockname()[0] == "127.0.0.1"
+    status, body, headers = ask(served, "/")
+    assert status == 200
+    assert b"What this data teaches" in body
+    assert "connect-src 'self'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    port = served.server_port
+    assert ask(served, "/", Host=f"localhost:{port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "", f"127.0.0.1:{port}.evil.example"):
+        status, body, _ = ask(served, "/api/rows?hypothesis=0", Host=host)
+        assert status == 421, host
+        assert b"prompt" not in body
+    assert ask(served, "/api/rows?hypothesis=0", Sec_Fetch_Site="cross-site")[0] == 403
+    assert ask(served, "/api/rows?hypothesis=0", Sec_Fetch_Site="same-origin")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD"])
+def test_only_get_is_answered(served: Any, method: str) -> None:
+    assert ask(served, "/", method)[0] == 501
+
+
+@pytest.mark.parametrize(
+    "path", ["/../../etc/passwd", "/%2e%2e/labels.json", "/labels.json", "/view.sqlite", "/api", "/api/rows/../x"]
+)
+def test_no_file_is_served(served: Any, path: str) -> None:
+    assert ask(served, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/rows",
+        "/api/rows?hypothesis=-1",
+        "/api/rows?hypothesis=x",
+        "/api/numbers",
+        "/api/teaches?row=a",
+        "/api/search",
+    ],
+)
+def test_bad_questions_are_refused(served: Any, path: str) -> None:
+    assert ask(served, path)[0] == 400
+
+
+def test_rows_search_and_what_a_row_teaches(served: Any, finished: Audit) -> None:
+    best = finished.analysis.hypotheses[0]
+    rows = json.loads(ask(served, "/api/rows?hypothesis=0&start=3&count=5")[1])["rows"]
+    assert [row["row"] for row in rows] == best.rows[3:8].tolist()
+    assert rows[0]["contribution"] == pytest.approx(best.contributions[3], rel=1e-3)
+    text = finished.harvest.texts(best.rows[3:4])[0]
+    assert {span: rows[0][span] for span in text} == text
+    found = json.loads(ask(served, "/api/search?text=wonder+FORCE")[1])  # beginnings of words, in any case
+    assert found["total"] == sum("wonderful" in t["chosen"] for t in finished.harvest.texts(finished.harvest.rows))
+    assert json.loads(ask(served, "/api/search?text=%22%29%20OR%20NEAR%28")[1])["total"] == 0
+    assert json.loads(ask(served, "/api/search?text=%21%21")[1]) == {"total": 0, "rows": []}
+    row = int(best.named[0])
+    assert 0 in json.loads(ask(served, f"/api/teaches?row={row}")[1])["hypotheses"]
+    assert json.loads(ask(served, "/api/numbers?numbers=99999,0")[1])["rows"][0]["row"] == 0
+
+
+def test_the_rows_are_copied_once_and_anew_for_another_analysis(folder: Path, served: Any) -> None:
+    path = folder / "view.sqlite"
+    first = path.stat().st_mtime_ns
+    server(str(folder), progress=False).server_close()
+    assert path.stat().st_mtime_ns == first
+    path.write_bytes(path.read_bytes()[:5000])  # cut off
+    server(str(folder), progress=False).server_close()
+    assert path.stat().st_size > 5000
+
+
+def test_command_says_where_and_ends_with_an_interrupt(folder: Path, served: Any) -> None:
+    command = [sys.executable, "-m", "shapedpo", "view", str(folder), "--no-browser"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    try:
+        assert running.stdout is not None
+        line = running.stdout.readline()
+        assert line.startswith("http://127.0.0.1:")
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 0
+        assert running.stderr is not None
+        assert "Traceback" not in running.stderr.read()
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_what_cannot_be_viewed_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", str(tmp_path / "nothing"), "--no-browser"]) == 2
+    assert "shapedpo audit --out" in capsys.readouterr().err
+    assert main(["view", str(tmp_path), "--no-browser"]) == 2
+    assert "holds no analysis" in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["view", str(folder), "--no-browser", "--port", str(port)]) == 2
+    assert f"--port {port}" in capsys.readouterr().err
+    assert main(["view", str(folder), "--no-browser", "--port", "99999"]) == 2
