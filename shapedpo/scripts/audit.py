@@ -109,7 +109,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from transformers import AutoTokenizer
 
     from ..audit.analysis import analyse
-    from ..audit.labels import token_labels
+    from ..audit.labels import Labels, token_labels
     from ..audit.maps import cluster_maps
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
@@ -126,8 +126,11 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     prediction.save(out / ANALYSIS_FOLDER)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
     maps = cluster_maps(analysis, harvest)
-    labels = token_labels(analysis, harvest, maps, partial(tokenizer.decode, skip_special_tokens=True))
-    labels.save(out, analysis)
+    with as_user_error(ValueError):
+        labels = Labels.load(out, analysis)  # the titles of an earlier `shapedpo label`, too
+    if labels is None:
+        labels = token_labels(analysis, harvest, maps, partial(tokenizer.decode, skip_special_tokens=True))
+        labels.save(out, analysis)
     summary = summarise(analysis, harvest, labels.features, prediction=prediction)
     Console().print(summary)
     with (out / SUMMARY).open("w", encoding="utf-8") as file:
