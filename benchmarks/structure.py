@@ -3,10 +3,9 @@
     python -m benchmarks.structure [--quick] [--seed 0]
 
 The lab teaches five formats at once, each in 30 % of the pairs independently, so that a pair that teaches bold teaches each other one as often
-as any pair. Bold is suppressed by reward shaping, read by the lab's SAE features or by a coarse direction (difference of means of
-answers with bold or two
-other formats and answers with none), with and without what it is `given`. Recovery is
-100 % x (DPO - shaped) / (DPO - before), of bold on target, of the others off target.
+as any pair. Bold is suppressed by reward shaping, read by the lab's SAE features or by a coarse direction (difference of means of answers with bold
+or two other formats and answers with none), with and without what it is `given`. Recovery is 100 % x (DPO - shaped) / (DPO - before), of bold on
+target, of the others off target.
 """
 
 from __future__ import annotations
@@ -28,16 +27,14 @@ def coarse(seed: int) -> Any:
     from shapedpo import Direction, lab
     from shapedpo.lab.text import dialogues
 
-    sides: tuple[list[Any], list[Any]] = ([], [])
+    sides: dict[bool, list[Any]] = {True: [], False: []}
     for question, answer, traits in dialogues(1500, seed + 5, "train"):
         shown = traits & set(FORMATS)
-        if TARGET in shown or not shown:
-            prompt = [{"role": "user", "content": question.text}]
-            sides[TARGET not in shown].append((prompt, [{"role": "assistant", "content": answer}]))
-        elif len(shown) > 1:
-            prompt = [{"role": "user", "content": question.text}]
-            sides[0].append((prompt, [{"role": "assistant", "content": answer}]))
-    return Direction.from_contrast(lab.load_model(), lab.load_tokenizer(), *sides, layer=2, batch_size=64)
+        if not shown or TARGET in shown or len(shown) > 1:
+            response = [{"role": "user", "content": question.text}], [{"role": "assistant", "content": answer}]
+            sides[bool(shown)].append(response)
+    model, tokenizer = lab.load_model(), lab.load_tokenizer()
+    return Direction.from_contrast(model, tokenizer, sides[True], sides[False], layer=2, batch_size=64)
 
 
 def runs(strengths: list[float], seed: int) -> dict[str, list[Any]]:
@@ -84,17 +81,17 @@ def train(concepts: list[Any], pairs: int, seed: int) -> Any:
         )
         trainer = ShapedDPOTrainer(model=model, args=args, train_dataset=data, processing_class=lab.load_tokenizer())
         trainer.train()
-        if concepts and concepts[0].given:
+        if trainer._calibration is not None and concepts[0].given:
             print("coefficients", trainer._calibration.statistics.given[0].tolist(), flush=True)
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the pairs, one strength, results not kept")
+    parser.add_argument("--quick", action="store_true", help="a seventh of the pairs, results not kept")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pairs, rollouts, strengths = (150, 64, [2.0]) if args.quick else (1500, 1000, [1.0, 2.0])
+    pairs, rollouts, strengths = (150, 64, [2.0]) if args.quick else (1000, 600, [2.0])
     from shapedpo import lab
 
     rows: list[dict[str, Any]] = [{"run": "before", **measure(lab.load_model(), rollouts, args.seed)}]

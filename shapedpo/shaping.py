@@ -257,7 +257,7 @@ def check_methods(
             reader = readers[index]
             if not isinstance(reader, ActivationReader):
                 raise ValueError(
-                    f"{owner} in the residual stream needs a readout with a direction (SAEFeatures or Direction); a readout of "
+                    f"{owner} in the residual stream needs a readout with a direction (SAEFeatures, Direction or LinearProbe); a readout of "
                     "text has none. Use space: pair."
                 )
             if concept.gate is not None:

@@ -89,7 +89,7 @@ class Steering:
     def _hook(self, concept: int, edit: Edit, module: nn.Module, side: Side) -> Any:
         def changed(x: Tensor) -> Tensor:
             amount = self._amounts[concept]
-            return edit(x, F.pad(amount, (0, 0, x.shape[1] - amount.shape[1], 0)))
+            return edit(x, F.pad(amount.to(x.device), (0, 0, x.shape[1] - amount.shape[1], 0)))
 
         if side == "output":
 
@@ -183,6 +183,6 @@ def check_steering(concepts: Sequence[Concept], readers: Sequence[LoadedReadout]
         steers = isinstance(shaper, ForwardEdit) or (isinstance(shaper, Residual) and shaper.steer is not None)
         if concept.shapes and steers and not isinstance(reader, ActivationReader):
             raise ValueError(
-                f"Concept {concept.name!r}: method {concept.shaper.name!r} needs a readout with a direction (SAEFeatures or Direction); "
+                f"Concept {concept.name!r}: method {concept.shaper.name!r} needs a readout with a direction (SAEFeatures, Direction or LinearProbe); "
                 "a readout of text has none."
             )

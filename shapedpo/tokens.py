@@ -252,7 +252,7 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, read: Concep
             labelled(shaper.contrast, owner)
     elif not isinstance(concept.readout, Regex):
         raise ValueError(
-            f"{owner} needs a readout that says where in the text it fires: SAEFeatures, Direction or Regex. A function of the whole "
+            f"{owner} needs a readout that says where in the text it fires: SAEFeatures, Direction, a probe or Regex. A function of the whole "
             "text does not."
         )
     elif concept.given:

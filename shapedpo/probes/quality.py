@@ -82,7 +82,7 @@ def steering_effect(
     """What adding a direction does to what the model would say: nats a token.
 
     The mean log-probability of a token, of the responses that show the concept less that of those that do not, with the direction added to the
-    states that predict the response, less the same without. Above 0 the direction makes the model likelier to show the concept; a
+    states that predict the response, less the same with it subtracted, halved: so what any push at all does, which is harm, cancels. Above 0 the direction makes the model likelier to show the concept; a
     readout whose direction does nothing here reads the concept without being what brings it about.
 
     Args:
@@ -107,11 +107,11 @@ def steering_effect(
             rows = order[first : first + batch_size]
             ids, attention, mask = pad_examples([examples[row] for row in rows], model.device)
             means = []
-            for amount in (0.0, size):
+            for amount in (-size, size):
                 with Steering({0: edit}) as steering:
                     steering.aim({0: torch.full((len(rows),), amount, device=ids.device)}, _predicting(mask))
                     means.append(_mean_logps(model, ids, attention, mask))
-            change[rows] = (means[1] - means[0]).double().cpu().numpy()
+            change[rows] = (means[1] - means[0]).double().cpu().numpy() / 2
     finally:
         model.train(was_training)
     kept = np.array([start < len(ids) for ids, start in examples])

@@ -25,12 +25,12 @@ def show(file: str, *, load: bool = False) -> int:
         UserError: If the file, a concept or a readout is at fault.
     """
     concepts = concepts_from(file)
-    table = Table("name", "reads", "action", "method", "strength", "gate", title=file)
+    table = Table("name", "reads", "action", "method", "strength", "gate", "given", title=file)
     for concept in concepts:
         if load:
             with as_user_error(ValueError, OSError, ImportError, prefix=f"Concept {concept.name!r}: "):
                 _readout(concept).load()
-        table.add_row(concept.name, _reads(concept), concept.action, *_shaping(concept))
+        table.add_row(concept.name, _reads(concept), concept.action, *_shaping(concept), ", ".join(concept.given))
     Console().print(table)
     return 0
 

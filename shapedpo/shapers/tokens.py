@@ -27,7 +27,7 @@ class Tokens(Shaper):
         threshold: In standard deviations of the concept's score.
         quantile: The threshold as a quantile, between 0 and 1, of the tokens of that side of the calibration sample: 0.99 leaves out the
             top 1 %, or fewer where many tokens score alike.
-        contrast: The threshold that best tells the responses of a labelled set apart, by F1: the path of a JSON Lines file, each with
+        contrast: The threshold that best tells the responses of a labelled set apart, by F1: the path of a JSON Lines, CSV or Parquet file of
             `prompt`, `response` (two strings, or two lists of messages) and `label` (whether the response shows the concept). A response
             counts as showing it where one of its tokens passes. Give one of the three.
         whole_words: Whether a word leaves as a whole as soon as one of its tokens does. A word is a run of letters and digits.

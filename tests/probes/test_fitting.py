@@ -109,7 +109,7 @@ def test_steering_effect_against_a_loop():
     for prompt, answer, _ in RESPONSES:
         ids = tokenizer()(prompt + answer + "<eos>")["input_ids"]
         start, logps = len(tokenizer()(prompt)["input_ids"]), []
-        for amount in (0.0, 3.0):
+        for amount in (-3.0, 3.0):
 
             def add(module, args, output, amount=amount, start=start):
                 output = output.clone()
@@ -120,7 +120,7 @@ def test_steering_effect_against_a_loop():
             log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
             handle.remove()
             logps.append(np.mean([float(log_p[t - 1, ids[t]]) for t in range(start, len(ids))]))
-        changes.append(logps[1] - logps[0])
+        changes.append((logps[1] - logps[0]) / 2)
     assert found == pytest.approx(np.mean(changes[:2]) - np.mean(changes[2:]), abs=1e-5)
     assert abs(found) > 1e-3
 
