@@ -116,9 +116,13 @@ def endpoint():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, body))
+            if self.path.startswith("/nowhere"):
+                self.send_error(404)
+                return
             said = "Yes." if "goblin" in body["messages"][0]["content"].split("<response>")[1] else "No"
             said = "maybe" if "unsure" in body["messages"][0]["content"] else said
             self.send_response(200)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
 
@@ -142,6 +146,6 @@ def test_judges(endpoint):
         judge([("unsure", "")])
     with pytest.raises(ValueError, match="names no model"):
         judge_from(address, "x")
-    with pytest.raises(ValueError, match="gave no answer"):
-        judge_from(f"{address.replace('/v1', '')[:-2]}1/v1#m", "x")([("a", "b")])
+    with pytest.raises(ValueError, match="nowhere/v1, model m: "):
+        judge_from(f"{address.replace('/v1', '')}/nowhere/v1#m", "x", retries=0)([("a", "b")])
     assert judge_from("builtins:bool", "x")([("a", "b"), ("a", "")]) == [True, False]
