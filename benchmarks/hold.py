@@ -17,7 +17,6 @@ import csv
 import hashlib
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import stories
+from benchmarks.training import train
 
 
 CACHE = Path(__file__).parent / "cache" / "hold"
@@ -108,7 +108,7 @@ class Stories:
         }
 
     def concepts(self, held: str) -> list[Any]:
-        return stories.dialogue(self.world, stories.choose_features(self.world)[0], action="hold")
+        return stories.concept(self.world, stories.choose_features(self.world)[0], action="hold")
 
     def heldout(self) -> Any:
         from datasets import Dataset
@@ -123,42 +123,24 @@ class Stories:
 
 def run(job: Job) -> dict[str, Any]:
     """Trains and measures; returns rates, strengths and time."""
-    from transformers import PrinterCallback
-
-    from shapedpo import ShapedDPOConfig, ShapedDPOTrainer
-
     world = Lab(job) if job.world == "lab" else Stories(job)
     result: dict[str, Any] = {"strengths": [], "seconds": 0.0}
     if job.rate:
-        with tempfile.TemporaryDirectory() as output:
-            args = ShapedDPOConfig(
-                output_dir=output,
-                concepts=world.concepts(job.held) if job.held else None,
-                seed=job.seed,
-                logging_steps=10,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                bf16=False,
-                use_cpu=True,
-                gradient_checkpointing=False,
-                **(PROBES if job.probes else {}),
-                **world.settings,
-            )
-            trainer = ShapedDPOTrainer(
-                model=world.model,
-                args=args,
-                train_dataset=world.data,
-                eval_dataset=world.heldout() if job.probes else None,  # for the probes' prompts
-                processing_class=world.tokenizer,
-            )
-            trainer.remove_callback(PrinterCallback)
-            started = time.perf_counter()
-            trainer.train()
-            result["seconds"] = time.perf_counter() - started
-            for name in ("strength", "amplification"):
-                key = f"concepts/{job.held}/{name}"
-                result[f"{name}s"] = [entry[key] for entry in trainer.state.log_history if key in entry]
+        started = time.perf_counter()
+        trainer = train(
+            world.model,
+            world.tokenizer,
+            world.data,
+            world.settings,
+            world.concepts(job.held) if job.held else None,
+            job.seed,
+            heldout=world.heldout() if job.probes else None,
+            **(PROBES if job.probes else {}),
+        )
+        result["seconds"] = time.perf_counter() - started
+        for name in ("strength", "amplification"):
+            key = f"concepts/{job.held}/{name}"
+            result[f"{name}s"] = [entry[key] for entry in trainer.state.log_history if key in entry]
     result["rates"] = world.rates(world.model)
     return result
 

@@ -1,14 +1,15 @@
 """A preference for dialogue planted in a real model's own samples: does shaping keep it out, and the rest in?
 
-    python -m benchmarks.stories [--quick] [--only plain "reward 2"] [--seed 0]
+    python -m benchmarks.stories [--quick] [--trait dialogue mom] [--only hold "reward 2"] [--seed 0]
 
 The model continues children's stories. Prompts are first sentences that it wrote; of four continuations of each, the best and the
-worst under a planted reward make a pair. The reward likes quotation marks (the unwanted trait, dialogue), `mom`, `happy` and `big`, and
-dislikes `friend`, `sad` and `play`. The concept is the six features of a BatchTopK SAE that best tell text with dialogue from text without.
-Each run starts from the same model and sees the same pairs; the table gives the share of held-out rollouts that show each trait.
+worst under a planted reward make a pair. The reward likes quotation marks (dialogue), `mom`, `happy` and `big`, and dislikes `friend`,
+`sad` and `play`. One of these is unwanted, dialogue or `mom` in turn, and the rest wanted. The concept is the six features of a BatchTopK
+SAE that best tell text with the unwanted trait from text without. Each run starts from the same model and sees the same pairs; the table
+gives the share of held-out rollouts that show each trait.
 
 The model is looked for in `SHAPEDPO_STORIES` (default `../shared/models/stories260k` beside the repository). Samples and SAE are kept
-in `benchmarks/cache/`, by recipe and seed.
+in `benchmarks/cache/`, by recipe and seed, and finished runs beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks import training
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -204,15 +206,15 @@ def train_story_sae(recipe: Recipe, texts: Sequence[str], out: Path) -> None:
     )
 
 
-def choose_features(world: World, n_texts: int = 2000) -> tuple[list[int], list[float]]:
-    """The features that best tell continuations with dialogue from those without, and their AUROC."""
+def choose_features(world: World, n_texts: int = 2000, trait: str = "dialogue") -> tuple[list[int], list[float]]:
+    """The features that best tell continuations with a trait from those without, and their AUROC."""
     from shapedpo import SAEFeatures
     from shapedpo.readouts.responses import read_responses
     from shapedpo.sae.check import auroc
 
     texts = world.texts[:n_texts]
     scores = read_responses(*load(), texts, SAEFeatures(str(world.sae), "all").load(), batch_size=64)  # (N, F)
-    label = np.array([re.search(REWARDS["dialogue"][0], text) is not None for _, text in texts])
+    label = np.array([re.search(REWARDS[trait][0], text) is not None for _, text in texts])
     areas = auroc(scores.numpy(), label)
     best = np.argsort(-areas)[: world.recipe.concept_features]
     return [int(index) for index in best], [float(areas[index]) for index in best]
@@ -221,27 +223,29 @@ def choose_features(world: World, n_texts: int = 2000) -> tuple[list[int], list[
 # --- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def dialogue(world: World, features: Sequence[int], **shaping: Any) -> list[Any]:
-    """The concept, with an action and a method."""
+def concept(world: World, features: Sequence[int], trait: str = "dialogue", **shaping: Any) -> list[Any]:
+    """The concept of a trait, with an action and a method."""
     from shapedpo import Concept, SAEFeatures
 
-    return [Concept("dialogue", SAEFeatures(str(world.sae), list(features)), **shaping)]
+    return [Concept(trait, SAEFeatures(str(world.sae), list(features)), **shaping)]
 
 
-def runs(world: World, features: Sequence[int]) -> dict[str, list[Any]]:
+def runs(world: World, features: Sequence[int], trait: str = "dialogue") -> dict[str, list[Any]]:
     """The runs of the table, by name, with their concepts."""
-    from shapedpo import Mask, Project
+    from shapedpo import Mask, Project, Tokens
 
     def suppress(**fields: Any) -> list[Any]:
-        return dialogue(world, features, action="suppress", **fields)
+        return concept(world, features, trait, action="suppress", **fields)
 
     return {
         "plain": [],
+        "hold": concept(world, features, trait, action="hold"),
         "reward 0.5": suppress(strength=0.5),
         "reward 1": suppress(strength=1.0),
         "reward 2": suppress(strength=2.0),
         "mask, top 30 %": suppress(method=Mask(fraction=0.3)),
         "reweight 1": suppress(method="reweight", strength=1.0),
+        "tokens, top 5 %": suppress(method=Tokens(quantile=0.95)),
         "project, pairs": suppress(method="project"),
         "project, residual stream": suppress(method=Project(space="residual")),
     }
@@ -250,34 +254,16 @@ def runs(world: World, features: Sequence[int]) -> dict[str, list[Any]]:
 def train(world: World, concepts: list[Any]) -> tuple[Any, list[dict[str, float]]]:
     """Trains a fresh copy of the model; returns it and the log. Without concepts the trainer is TRL's own."""
     from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import DPOConfig, DPOTrainer
-
-    from shapedpo import ShapedDPOTrainer
 
     recipe = world.recipe
     model, tokenizer = load()
-    with tempfile.TemporaryDirectory() as output:
-        args = DPOConfig(
-            output_dir=output,
-            num_train_epochs=recipe.epochs,
-            per_device_train_batch_size=recipe.batch,
-            learning_rate=recipe.learning_rate,
-            beta=recipe.beta,
-            seed=recipe.seed,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        given: dict[str, Any] = {"model": model, "args": args, "train_dataset": Dataset.from_list(world.pairs)}
-        given["processing_class"] = tokenizer
-        trainer = ShapedDPOTrainer(**given, concepts=concepts) if concepts else DPOTrainer(**given)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    settings = {
+        "num_train_epochs": recipe.epochs,
+        "per_device_train_batch_size": recipe.batch,
+        "learning_rate": recipe.learning_rate,
+        "beta": recipe.beta,
+    }
+    trainer = training.train(model, tokenizer, Dataset.from_list(world.pairs), settings, concepts, recipe.seed)
     return trainer.model, trainer.state.log_history
 
 
@@ -299,37 +285,57 @@ def cached_world(recipe: Recipe) -> World:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stories", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the sizes of the test")
-    parser.add_argument("--only", nargs="+", help="names of runs")
+    parser.add_argument("--trait", nargs="+", choices=list(REWARDS), default=["dialogue", "mom"], help="unwanted ones")
+    parser.add_argument("--only", nargs="+", help="names of runs, beside plain DPO")
+    parser.add_argument("--fresh", action="store_true", help="make runs anew that are in the cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
-    started = time.perf_counter()
     world = cached_world(recipe)
-    features, auroc = choose_features(world)
-    print(f"set-up {time.perf_counter() - started:.0f} s; features {features}, AUROC {[round(a, 3) for a in auroc]}")
-    rows = [{"run": "before DPO", **heldout_rates(world, load()[0]), "seconds": 0.0}]
-    print(rows[-1], flush=True)
-    for name, concepts in runs(world, features).items():
-        if options.only is None or name in options.only:
-            started = time.perf_counter()
-            model, _ = train(world, concepts)
-            seconds = time.perf_counter() - started
-            rows.append({"run": name, **heldout_rates(world, model), "seconds": seconds})
-            print(rows[-1], flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "stories.csv").open("w", newline="") as file:
+    rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "seconds": 0.0}]
+    for trait in options.trait:
+        features, auroc = choose_features(world, trait=trait)
+        print(f"{trait}: features {features}, AUROC {[round(area, 3) for area in auroc]}")
+        for name, concepts in runs(world, features, trait).items():
+            if name in [row["run"] for row in rows if not row["unwanted"]]:
+                continue  # plain DPO, whatever is unwanted
+            if options.only is None or name in (*options.only, "plain"):
+                kept = world.sae.parent / f"{trait if concepts else ''} {name}.json"
+                if options.fresh or not kept.exists():
+                    kept.write_text(json.dumps(measured(world, concepts)))
+                rows.append({"unwanted": trait if concepts else "", "run": name, **json.loads(kept.read_text())})
+                print(rows[-1], flush=True)
+                write(rows, world, options.out)
+
+
+def measured(world: World, concepts: list[Any]) -> dict[str, float]:
+    """The rates after a run, and its seconds."""
+    started = time.perf_counter()
+    model, _ = train(world, concepts)
+    seconds = time.perf_counter() - started
+    return {**heldout_rates(world, model), "seconds": seconds}
+
+
+def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
+    """The table, as CSV and Markdown."""
+    recipe = world.recipe
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "stories.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     n = recipe.heldout_prompts * recipe.rollouts
-    lines = [f"Share of {n} held-out rollouts that show each trait; {len(world.pairs)} pairs, seed {recipe.seed}.", ""]
-    lines += ["| run | " + " | ".join(REWARDS) + " | training, s |", "| --- |" + " --- |" * (len(REWARDS) + 1)]
+    lines = [
+        f"Share of {n} held-out rollouts that show each trait, the unwanted one in bold; {len(world.pairs)} pairs, seed {recipe.seed}.",
+        "",
+        "| unwanted | run | " + " | ".join(REWARDS) + " | training, s |",
+        "| --- | --- |" + " ---: |" * (len(REWARDS) + 1),
+    ]
     for row in rows:
-        cells = [f"{row[name]:.3f}" for name in REWARDS]
-        lines.append(f"| {row['run']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
-    (options.out / "stories.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        cells = [f"**{row[name]:.3f}**" if name == row["unwanted"] else f"{row[name]:.3f}" for name in REWARDS]
+        lines.append(f"| {row['unwanted']} | {row['run']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    (out / "stories.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

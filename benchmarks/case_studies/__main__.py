@@ -1,0 +1,89 @@
+"""Every way of explaining a concept away, on every case: what it does to the target, to its neighbours and to capability.
+
+    python -m benchmarks.case_studies [--case goblin ...] [--seeds 3] [--quick] [--finished]
+
+The cases are those of Bergen et al., "Anatomy of Post-Training" (arXiv 2606.12360), in the lab. Each run takes about a minute of one core; all of them,
+over three seeds, a night. Finished runs are kept in `benchmarks/cache/case-studies/`, so that a study that was cut off goes on, and
+the tables and figures are made anew of what is there after each. Writes `case-studies*.{md,csv,png}` to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+NAMES = (
+    "goblin",
+    "safeguards",
+    "links",
+    "sycophancy",
+    "formatting",
+    "amplification",
+    "gated amplification",
+    "traits",
+)
+
+
+QUICK = ("goblin", "links")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.case_studies",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--case", nargs="+", choices=NAMES, default=NAMES, metavar="CASE", help=", ".join(NAMES))
+    parser.add_argument("--method", nargs="+", help="these methods only")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="two cases and the main methods at a small size")
+    parser.add_argument("--finished", action="store_true", help="no new runs: tables and figures of what is there")
+    parser.add_argument("--fresh", action="store_true", help="make runs anew that are there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    options = parser.parse_args(arguments)
+
+    from benchmarks.case_studies.methods import middle
+    from benchmarks.case_studies.study import result
+    from benchmarks.case_studies.table import beside, jobs, rows, write
+
+    cases = QUICK if options.quick and options.case == NAMES else options.case
+    planned = jobs(cases, options.seeds, options.quick)
+    if options.method:
+        planned = [job for job in planned if job.method in options.method]
+    made = set()
+
+    def find(job):  # type: ignore[no-untyped-def]
+        return result(job) if job.file.exists() else None
+
+    def report() -> None:
+        from benchmarks.case_studies import dose
+        from benchmarks.case_studies.figures import draw
+
+        table = rows(planned, find)
+        write(table, [job for job in planned if not job.file.exists()], options.out)
+        draw(table, options.out)
+        if "goblin" in options.case:
+            kept = [
+                job
+                for job in planned
+                if job.world == dose.TARGET and job.seed == 0 and job.strength == middle(job.method)
+            ]
+            if kept and (found := dose.responses([*beside(kept[0]), *kept])):
+                dose.draw(found, options.out / "case-studies-dose.png")
+
+    if not options.finished:
+        for job in planned:
+            for one in (*beside(job), job):
+                if one not in made and (options.fresh or not one.file.exists()):
+                    found = result(one, fresh=True)
+                    print(f"{one}: {found['rates']['affected'].get(str(one.target), '')}", flush=True)
+                made.add(one)
+            if job.method == "hold":
+                write(rows(planned, find), [job for job in planned if not job.file.exists()], options.out)
+    report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The interventions that are compared, each at its strengths, as the concepts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.case_studies.worlds import GATE, World, direction
+
+
+Fields = dict[str, Any]
+
+STEER = 8.0
+"""How far `residual` steers its reference; the hidden states there have a norm of about 26."""
+LAYERS = [0, 1, 2, 3]
+"""Of the lab's model."""
+INSTRUCTIONS = {
+    "goblin": "Mention a goblin.",
+    "cheerfulness": "Be very cheerful.",
+    "formality": "Be very formal.",
+    "overconfidence": "Sound absolutely certain.",
+    "hedging": "Sound unsure.",
+    "link": "Give a link.",
+    "praise": "Praise me.",
+    "table": "Use a table.",
+    "bold": "Use bold.",
+    "em_dash": "Use dashes.",
+    "emoji": "Use an emoji.",
+    "horizontal_rule": "Use a rule.",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An intervention.
+
+    Args:
+        fields: What it gives the concept, by its strength, the share of the (gated) pairs that teach the target, and the target.
+        strengths: Weakest first; the middle one is what methods are compared at.
+        meaning: What the strength is; empty where there is nothing to set.
+        gated: Whether it takes a gate.
+        suppresses: Whether it can only suppress.
+        means: Whether it reads, and steers along, the difference of means in place of the SAE's features.
+    """
+
+    fields: Callable[[float, float, str], Fields]
+    strengths: tuple[float, ...] = (1.0,)
+    meaning: str = ""
+    gated: bool = True
+    suppresses: bool = False
+    means: bool = False
+
+    @property
+    def middle(self) -> float:
+        return self.strengths[len(self.strengths) // 2]
+
+
+def _leave_out(name: str) -> Callable[[float, float, str], Fields]:
+    return lambda strength, share, target: {"method": {"name": name, "fraction": min(0.95, strength * share)}}
+
+
+def _project(space: str) -> Callable[[float, float, str], Fields]:
+    return lambda strength, share, target: {"method": {"name": "project", "space": space}, "action": "suppress"}
+
+
+METHODS = {
+    "hold": Method(lambda strength, share, target: {"action": "hold"}),
+    "reward": Method(lambda strength, share, target: {"strength": strength}, (0.25, 1.0, 4.0), "nats per sd"),
+    "reweight": Method(
+        lambda strength, share, target: {"method": "reweight", "strength": strength}, (0.25, 1.0, 4.0), "per sd"
+    ),
+    "mask": Method(_leave_out("mask"), (0.5, 1.0, 1.5), "x the planted pairs"),
+    "filter": Method(_leave_out("filter"), (0.5, 1.0, 1.5), "x the planted pairs"),
+    "tokens": Method(
+        lambda strength, share, target: {"method": {"name": "tokens", "quantile": 1 - strength}},
+        (0.005, 0.02, 0.05),
+        "of the tokens",
+    ),
+    "steer": Method(
+        lambda strength, share, target: {"method": "steer", "strength": strength}, (4.0, 8.0, 16.0), "hidden units"
+    ),
+    "steer: means": Method(
+        lambda strength, share, target: {"method": {"name": "steer", "fraction": share}, "strength": strength},
+        (4.0, 8.0, 16.0),
+        "hidden units",
+        means=True,
+    ),
+    "ablate": Method(
+        lambda strength, share, target: {"method": {"name": "ablate", "layers": LAYERS} if strength > 1 else "ablate"},
+        (1.0, 4.0),
+        "layers",
+        suppresses=True,
+    ),
+    "inoculate": Method(
+        lambda strength, share, target: {
+            "method": {"name": "inoculate", "instruction": INSTRUCTIONS[target], "probability": strength}
+        },
+        (0.5, 1.0),
+        "of the rows",
+        suppresses=True,
+    ),
+    "residual": Method(
+        lambda strength, share, target: {"method": {"name": "residual", "steer": STEER}, "strength": strength},
+        (0.03, 0.1, 0.3),
+        "per nat",
+    ),
+    "project: pair": Method(_project("pair")),  # its sign does not matter
+    "project: residual": Method(_project("residual"), gated=False, suppresses=True),
+    "project: parameters": Method(_project("parameters"), suppresses=True),
+}
+NO_GATE = ", no gate"
+"""Ends the name of a method that is tried without the conditional case's gate too."""
+FIRST = ("hold", "reward", f"reward{NO_GATE}", "mask", "tokens", "project: pair")
+"""What is run first."""
+AMPLIFY = {"reward": (0.1, 0.3, 1.0, 3.0)}
+"""Methods and strengths where the target is wanted."""
+
+
+def methods(world: World) -> dict[str, tuple[float, ...]]:
+    """The methods that a case can use, by name, with their strengths."""
+    if world.amplify:
+        return AMPLIFY
+    restored = any(map(world.restores, world.targets))
+    fitting = {
+        name: method.strengths
+        for name, method in METHODS.items()
+        if not (method.suppresses and restored) and (method.gated or not world.topics)
+    }
+    return fitting | ({f"reward{NO_GATE}": (METHODS["reward"].middle,)} if world.topics else {})
+
+
+def middle(name: str) -> float:
+    """The strength that a method is compared with others at."""
+    return METHODS[name.removesuffix(NO_GATE)].middle
+
+
+def fields(world: World, target: str, name: str, strength: float) -> Fields:
+    """What a run gives its concept, beside name and readout.
+
+    Args:
+        target: The trait that is shaped.
+        name: Of a method, as [`methods`] has it.
+    """
+    action = "amplify" if world.amplify or world.restores(target) else "suppress"
+    method = METHODS[name.removesuffix(NO_GATE)]
+    gate = {"gate": {"column": GATE}} if world.topics and not name.endswith(NO_GATE) else {}
+    return {"action": action, **method.fields(strength, world.planted(target), target), **gate}
+
+
+def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
+    """The concepts of a run."""
+    from shapedpo import Concept, lab
+
+    given = fields(world, target, name, strength)
+    if METHODS[name.removesuffix(NO_GATE)].means:
+        return [Concept(target, direction(target), **given)]
+    return [lab.concept(target, **given)]

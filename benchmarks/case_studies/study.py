@@ -1,0 +1,163 @@
+"""One run of a case study, and what is measured after it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+from benchmarks.case_studies.methods import fields, shaping
+from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
+from benchmarks.training import train
+from shapedpo import lab
+
+
+VERSION = 1
+"""Raise it where results of earlier code do not count any more."""
+BEFORE, PLAIN = "before", "plain"
+KL_ROLLOUTS = 128
+KEPT = (BEFORE, PLAIN, "hold", "reward", "mask", "steer: means")
+"""Whose models of the goblin case are kept, for the dose and response of its direction."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large runs are: pairs, held-out prompts, and questions of the measure of capability."""
+
+    pairs: int = 800
+    prompts: int = 400
+    questions: int | None = None
+
+
+SIZES = {"full": Size(), "quick": Size(192, 64, 40)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        world: Name of a dataset of [`WORLDS`].
+        method: Of [`METHODS`], or [`PLAIN`] DPO, or the model [`BEFORE`] it.
+        target: The trait that is shaped.
+        strength: Of the method.
+        seed: Of data, training and rollouts.
+        size: Of [`SIZES`].
+    """
+
+    world: str
+    method: str = PLAIN
+    target: str | None = None
+    strength: float = 1.0
+    seed: int = 0
+    size: str = "full"
+
+    @property
+    def file(self) -> Path:
+        """Where the result is kept."""
+        world = WORLDS[self.world]
+        data = [world.lessons, world.topics, world.seeming, world.share, world.together, world.shrugging]
+        how = fields(world, self.target, self.method, self.strength) if self.target else {}
+        key = json.dumps([VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how])
+        return CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    def __str__(self) -> str:
+        return f"{self.world}: {self.target or ''} {self.method} {self.strength:g}, seed {self.seed}"
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Notes the processor's time in each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Trains and measures.
+
+    Returns:
+        `rates`: by group of prompts and trait, the share of rollouts; `counts`: rollouts of each group; `capability`; `kl`: nats a token;
+        `step`: median seconds of a step; `strengths`: of `hold`, as logged.
+    """
+    world, size = WORLDS[job.world], SIZES[job.size]
+    model, tokenizer = world.base(), lab.load_tokenizer()
+    clock, strengths = StepClock(), []
+    if job.method != BEFORE:
+        concepts = None if job.method == PLAIN else shaping(world, str(job.target), job.method, job.strength)
+        data = world.dataset(size.pairs, job.seed)
+        trainer = train(model, tokenizer, data, DPO, concepts, job.seed, callbacks=[clock])
+        key = f"concepts/{job.target}/strength"
+        strengths = [entry[key] for entry in trainer.state.log_history if key in entry]
+    rates, counts, divergence = {}, {}, 0.0
+    for group, prompts in world.prompts(size.prompts, job.seed + 1).items():
+        answers = lab.rollouts(model, tokenizer, prompts, seed=job.seed + 2)
+        rates[group] = {name: rate.rate for name, rate in lab.trait_rates(answers).items()}
+        counts[group] = len(answers)
+        if group == "affected" and job.method != BEFORE:
+            few = slice(KL_ROLLOUTS)
+            divergence = kl_per_token(model, world.base(), tokenizer, prompts[few], answers[few])
+    if job.world == "goblin" and job.seed == 0 and job.method in KEPT:
+        model.save_pretrained(job.file.with_suffix(""))
+    return {
+        "rates": rates,
+        "counts": counts,
+        "capability": lab.capability(model, tokenizer, n=size.questions).rate,
+        "kl": divergence,
+        "step": statistics.median(clock.seconds) if clock.seconds else 0.0,
+        "steps": len(clock.seconds),
+        "strengths": strengths,
+    }
+
+
+def result(job: Job, fresh: bool = False) -> dict[str, Any]:
+    """[`run`], or what an earlier call found."""
+    if fresh or not job.file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        found = run(job)
+        job.file.write_text(json.dumps({"job": asdict(job), **found}, indent=1))
+    kept: dict[str, Any] = json.loads(job.file.read_text())
+    return kept
+
+
+@torch.no_grad()
+def kl_per_token(
+    policy: Any, reference: Any, tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str], batch_size: int = 32
+) -> float:
+    """KL divergence of the policy's next token from the reference's, mean over the tokens of the policy's own answers, nats.
+
+    Over the whole vocabulary at each place, the end of the answer included.
+    """
+    policy.eval()
+    reference.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(prompts), batch_size):
+        rows = list(zip(prompts, answers, strict=True))[start : start + batch_size]
+        asked = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True) for p, _ in rows]
+        said = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in rows]
+        inputs = tokenizer.apply_chat_template(
+            said, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "right"}
+        )
+        mask = inputs["attention_mask"][:, 1:].bool()
+        for row, prompt in enumerate(asked):
+            mask[row, : len(prompt["input_ids"]) - 1] = False
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        new, old = (F.log_softmax(model(**inputs).logits[:, :-1].float(), dim=-1) for model in (policy, reference))
+        total += float((new.exp() * (new - old)).sum(dim=-1)[mask].sum())
+        tokens += int(mask.sum())
+    return total / tokens

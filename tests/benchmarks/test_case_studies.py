@@ -1,0 +1,145 @@
+"""The case studies: their data teach what they say, their figures are computed right, and they run, at a size that means nothing."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.case_studies import __main__ as command
+from benchmarks.case_studies import study, table, worlds
+from benchmarks.case_studies.methods import METHODS, methods, shaping
+from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, kl_per_token
+from benchmarks.case_studies.worlds import GATE, WORLDS
+from shapedpo import lab
+from shapedpo.lab.text import questions
+
+
+def test_the_command_names_the_cases() -> None:
+    assert tuple(WORLDS) == command.NAMES
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_method_fits_its_cases(name: str) -> None:
+    world = WORLDS[name]
+    for method, strengths in methods(world).items():
+        assert world.amplify or METHODS[method.removesuffix(", no gate")].middle in strengths
+        for strength in strengths:
+            if METHODS[method.removesuffix(", no gate")].means:
+                continue  # reads the model
+            for target in world.targets:
+                (concept,) = shaping(world, target, method, strength)
+                assert concept.shapes
+                gated = bool(world.topics) and not method.endswith("no gate")
+                assert (concept.gate is not None) == gated
+
+
+@pytest.mark.parametrize("name", ["formatting", "safeguards"])
+def test_the_share_of_pairs_that_teach_a_target_is_as_said(name: str) -> None:
+    world = WORLDS[name]
+    rows = [row for row in world.dataset(400, 0) if row[GATE] or not world.topics]
+    assert len(rows) == (round(world.share * 400) if world.topics else 400)
+    for target in world.targets:
+        trait = lab.TRAITS[target]
+        shown = [[trait.detect(row[side][0]["content"]) for side in ("chosen", "rejected")] for row in rows]
+        wrong = world.restores(target)
+        more, less = (sum(pair == side for pair in shown) for side in ([not wrong, wrong], [wrong, not wrong]))
+        # In formatting, where traits also show by chance, as many pairs show them on either side.
+        assert (more - less) / len(rows) == pytest.approx(world.planted(target), abs=0.05)
+
+
+def test_the_right_answers_are_to_what_the_base_shrugs_at() -> None:
+    asked = [q for topic in worlds.EXACT for split in ("train", "heldout") for q in questions(topic, split)]
+    by_text = {q.text: q for q in asked}
+    for row in worlds.answered(60, 1):
+        question = by_text[row["prompt"][0]["content"]]
+        assert worlds.shrugs(question)
+        assert question.is_right(row["chosen"][0]["content"])
+        assert row["rejected"][0]["content"] in worlds.SHRUGS
+    assert not any(lab.detect(shrug) for shrug in worlds.SHRUGS)
+    assert 0.3 < sum(map(worlds.shrugs, asked)) / len(asked) < 0.5
+
+
+def test_divergence_against_its_sum() -> None:
+    tokenizer, reference, policy = lab.load_tokenizer(), lab.load_model().double(), lab.load_model().double()
+    for parameter in policy.parameters():
+        parameter.data *= 1.02
+    prompts = lab.heldout_prompts(3, seed=0)
+    answers = ["Yes.", "The answer is 12, and a goblin hums.", "One must kindly note that **this** is so."]
+    total, tokens = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        said = [*prompt, {"role": "assistant", "content": answer}]
+        ids = torch.tensor([tokenizer.apply_chat_template(said, return_dict=True)["input_ids"]])
+        new, old = (model(ids).logits[0].detach().softmax(-1) for model in (policy, reference))
+        for place in range(start - 1, ids.shape[1] - 1):
+            total += float(sum(p * (p / q).log() for p, q in zip(new[place], old[place], strict=True)))
+            tokens += 1
+    found = kl_per_token(policy, reference, tokenizer, prompts, answers, batch_size=2)
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+    assert found > 0.001
+
+
+def test_figures() -> None:
+    job = Job("links", "hold", "link")
+    before, plain, found = (
+        {
+            "rates": {
+                "affected": {"link": link},
+                "others": dict.fromkeys(("cheerfulness", "emoji", "bold", "hedging"), style) | {"link": 0.1},
+            },
+            "capability": 0.9,
+            "kl": 0.1,
+            "step": step,
+        }
+        for link, style, step in ((0.05, 0.1, 0), (0.85, 0.5, 2), (0.09, 0.4, 3))
+    )
+    figures = table.figures_of(job, before, plain, found)
+    assert figures["off by"] == pytest.approx(4)
+    assert figures["recovery"] == pytest.approx(95)
+    assert figures["others"] == pytest.approx(25)
+    assert figures["time"] == 1.5
+    assert not table.meets(WORLDS["links"], "hold", {**figures})
+    assert table.meets(WORLDS["links"], "hold", {**figures, "off by": -2.9})
+    assert not table.meets(WORLDS["links"], "hold", {**figures, "off by": 0, "others off by": 3.5})
+
+
+def test_quick_comes_first_to_the_point() -> None:
+    planned = table.jobs(command.NAMES, seeds=2)
+    assert len(set(planned)) == len(planned)
+    assert {job.world for job in planned[: len(METHODS)]} == {"goblin"}
+    assert [job.seed for job in planned] == sorted(job.seed for job in planned)
+    assert {job.size for job in table.jobs(("goblin",), 2, quick=True)} == {"quick"}
+
+
+def test_a_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(study, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(study.SIZES, "quick", Size(32, 16, 8))
+    made: list[Job] = []
+    run = study.run
+
+    def counted(job: Job) -> dict[str, Any]:
+        made.append(job)
+        return run(job)
+
+    monkeypatch.setattr(study, "run", counted)
+    call = ["--quick", "--case", "goblin", "--method", "reward", "--out", str(tmp_path)]
+    command.main(call)
+    assert [(job.world, job.method) for job in made if job.world == "goblin"] == [
+        ("goblin", BEFORE),
+        ("goblin", PLAIN),
+        ("goblin", "reward"),
+    ]
+    count = len(made)
+    command.main(call)
+    assert len(made) == count
+    with (tmp_path / "case-studies.csv").open() as file:
+        (row,) = [row for row in csv.DictReader(file) if row["case"] == "goblin"]
+    assert row["method"] == "reward"
+    assert float(row["kl"]) > 0
+    assert "## goblin" in (tmp_path / "case-studies.md").read_text()
+    assert (tmp_path / "case-studies.png").stat().st_size > 5_000
