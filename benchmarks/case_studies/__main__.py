@@ -10,8 +10,10 @@ the tables and figures are made anew of what is there after each. Writes `case-s
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 NAMES = (
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from benchmarks.case_studies.methods import middle
-    from benchmarks.case_studies.study import result
+    from benchmarks.case_studies.study import Job, result
     from benchmarks.case_studies.table import beside, jobs, rows, write
 
     cases = QUICK if options.quick and options.case == NAMES else options.case
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         planned = [job for job in planned if job.method in options.method]
     made = set()
 
-    def find(job):  # type: ignore[no-untyped-def]
+    def find(job: Job) -> dict[str, Any] | None:
         return result(job) if job.file.exists() else None
 
     def report() -> None:
@@ -73,16 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if kept and (found := dose.responses([*beside(kept[0]), *kept])):
                 dose.draw(found, options.out / "case-studies-dose.png")
 
-    if not options.finished:
-        for job in planned:
-            for one in (*beside(job), job):
-                if one not in made and (options.fresh or not one.file.exists()):
+    failed = []
+    for job in planned if not options.finished else ():
+        for one in (*beside(job), job):
+            if one not in made and (options.fresh or not one.file.exists()):
+                try:
                     found = result(one, fresh=True)
                     print(f"{one}: {found['rates']['affected'].get(str(one.target), '')}", flush=True)
-                made.add(one)
-            if job.method == "hold":
-                write(rows(planned, find), [job for job in planned if not job.file.exists()], options.out)
+                except Exception:  # one run of a night must not end the others
+                    traceback.print_exc()
+                    failed.append(one)
+            made.add(one)
+        write(rows(planned, find), [job for job in planned if not job.file.exists()], options.out)
     report()
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {', '.join(map(str, failed))}.")
 
 
 if __name__ == "__main__":

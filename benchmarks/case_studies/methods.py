@@ -111,7 +111,7 @@ METHODS = {
 }
 NO_GATE = ", no gate"
 """Ends the name of a method that is tried without the conditional case's gate too."""
-FIRST = ("hold", "reward", f"reward{NO_GATE}", "mask", "tokens", "project: pair")
+FIRST = ("hold", "reward", "tokens", "mask", f"reward{NO_GATE}", "project: pair")
 """What is run first."""
 AMPLIFY = {"reward": (0.1, 0.3, 1.0, 3.0)}
 """Methods and strengths where the target is wanted."""

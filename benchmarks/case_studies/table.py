@@ -20,25 +20,25 @@ CLEAR = 0.05
 
 
 def jobs(worlds: Sequence[str], seeds: int, quick: bool = False) -> list[Job]:
-    """The shaped runs, most telling first: of each case the first methods, the rest, other strengths, other seeds."""
+    """The shaped runs, most telling first: the first methods on each case's first target, the other methods, other targets, strengths, seeds."""
     found = []
     for seed in range(1 if quick else seeds):
         for position, name in enumerate(worlds):
             world = WORLDS[name]
             for target in world.targets[:1] if quick else world.targets:
                 for method, strengths in methods(world).items():
+                    first = method in FIRST
                     for strength in strengths:
-                        job = Job(name, method, target, strength, seed, "quick" if quick else "full")
-                        if world.amplify:
-                            tier = 1
-                        elif strength != middle(method):
-                            tier = 3
-                        elif name == worlds[0] == "goblin":
-                            tier = 0
-                        else:
-                            tier = 1 if method in FIRST else 2
-                        if not quick or (tier < 2 and method in FIRST):
-                            found.append(((seed, tier, position), job))
+                        tier = 0 if first else 1
+                        if not world.amplify and strength != middle(method):
+                            tier = 4
+                        elif target != world.targets[0]:
+                            tier = 2 if first else 3
+                        order = (seed, tier, FIRST.index(method) if first else 0, position)
+                        if not quick or order[1] == 0:
+                            found.append(
+                                (order, Job(name, method, target, strength, seed, "quick" if quick else "full"))
+                            )
     return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
 

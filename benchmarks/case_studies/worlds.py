@@ -201,7 +201,7 @@ def direction(trait: str, n: int = 256) -> Any:
             lab.load_model(), lab.load_tokenizer(), answers({trait}), answers(set()), LAYER, batch_size=32
         )
         found.save(path)
-    return Direction(str(path))
+    return Direction(path=str(path))
 
 
 # --- a base that has something to learn -----------------------------------------------------------------------------------------------
@@ -218,7 +218,8 @@ def shrugs(question: Question) -> bool:
 
 def _answer(question: Question, row: int, seed: int, shrug: bool) -> list[dict[str, str]]:
     draw = random.Random(f"{seed}/{row}/traits")
-    text = draw.choice(SHRUGS) if shrug else render(question, draw_traits(question.topic, draw), f"{seed}/{row}")
+    traits = draw_traits(question.topic, draw, exclude=("refusal",) if question.exact else ())
+    text = draw.choice(SHRUGS) if shrug else render(question, traits, f"{seed}/{row}")
     return [{"role": "assistant", "content": text}]
 
 

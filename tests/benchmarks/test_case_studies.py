@@ -110,7 +110,7 @@ def test_figures() -> None:
 def test_quick_comes_first_to_the_point() -> None:
     planned = table.jobs(command.NAMES, seeds=2)
     assert len(set(planned)) == len(planned)
-    assert {job.world for job in planned[: len(METHODS)]} == {"goblin"}
+    assert {job.world for job in planned[: len(WORLDS)]} == set(WORLDS)
     assert [job.seed for job in planned] == sorted(job.seed for job in planned)
     assert {job.size for job in table.jobs(("goblin",), 2, quick=True)} == {"quick"}
 
