@@ -111,7 +111,9 @@ METHODS = {
 }
 NO_GATE = ", no gate"
 """Ends the name of a method that is tried without the conditional case's gate too."""
-FIRST = ("hold", "reward", "tokens", "mask", f"reward{NO_GATE}", "project: pair")
+GIVEN = ", given the rest"
+"""Ends the name of one that reads the target without what it shares with the other taught traits (`Concept.given`)."""
+FIRST = ("hold", "reward", "tokens", "mask", f"reward{NO_GATE}", f"hold{GIVEN}", f"reward{GIVEN}", "project: pair")
 """What is run first."""
 AMPLIFY = {"reward": (0.1, 0.3, 1.0, 3.0)}
 """Methods and strengths where the target is wanted."""
@@ -123,16 +125,25 @@ def methods(world: World) -> dict[str, tuple[float, ...]]:
         return AMPLIFY
     restored = any(map(world.restores, world.targets))
     fitting = {
-        name: method.strengths
-        for name, method in METHODS.items()
-        if not (method.suppresses and restored) and (method.gated or not world.topics)
+        name: one.strengths
+        for name, one in METHODS.items()
+        if not (one.suppresses and restored) and (one.gated or not world.topics)
     }
-    return fitting | ({f"reward{NO_GATE}": (METHODS["reward"].middle,)} if world.topics else {})
+    if world.topics:
+        fitting[f"reward{NO_GATE}"] = (middle("reward"),)
+    if world.together < 1:
+        fitting |= {f"hold{GIVEN}": METHODS["hold"].strengths, f"reward{GIVEN}": METHODS["reward"].strengths}
+    return fitting
+
+
+def method(name: str) -> Method:
+    """A method by its name, whatever that ends in."""
+    return METHODS[name.removesuffix(NO_GATE).removesuffix(GIVEN)]
 
 
 def middle(name: str) -> float:
     """The strength that a method is compared with others at."""
-    return METHODS[name.removesuffix(NO_GATE)].middle
+    return method(name).middle
 
 
 def fields(world: World, target: str, name: str, strength: float) -> Fields:
@@ -143,16 +154,17 @@ def fields(world: World, target: str, name: str, strength: float) -> Fields:
         name: Of a method, as [`methods`] has it.
     """
     action = "amplify" if world.amplify or world.restores(target) else "suppress"
-    method = METHODS[name.removesuffix(NO_GATE)]
     gate = {"gate": {"column": GATE}} if world.topics and not name.endswith(NO_GATE) else {}
-    return {"action": action, **method.fields(strength, world.planted(target), target), **gate}
+    given = {"given": [trait for trait in world.taught if trait != target]} if name.endswith(GIVEN) else {}
+    return {"action": action, **method(name).fields(strength, world.planted(target), target), **gate, **given}
 
 
 def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
     """The concepts of a run."""
     from shapedpo import Concept, lab
 
-    given = fields(world, target, name, strength)
-    if METHODS[name.removesuffix(NO_GATE)].means:
-        return [Concept(target, direction(target), **given)]
-    return [lab.concept(target, **given)]
+    how = fields(world, target, name, strength)
+    watched = [lab.concept(trait) for trait in how.get("given", ())]
+    if method(name).means:
+        return [Concept(target, direction(target), **how), *watched]
+    return [lab.concept(target, **how), *watched]

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case_studies.methods import FIRST, METHODS, NO_GATE, methods, middle
+from benchmarks.case_studies.methods import FIRST, GIVEN, METHODS, NO_GATE, methods, middle
+from benchmarks.case_studies.methods import method as method_of
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job
 from benchmarks.case_studies.worlds import WORLDS, World
 
@@ -67,8 +68,8 @@ def rows(done: Sequence[Job], find: Find) -> list[Row]:
     return sorted(table, key=lambda row: (row["case"], row["target"], _place(row["method"]), row["strength"]))
 
 
-def _place(method: str) -> tuple[int, str]:
-    return list(METHODS).index(method.removesuffix(NO_GATE)), method
+def _place(name: str) -> tuple[int, str]:
+    return list(METHODS.values()).index(method_of(name)), name
 
 
 def figures_of(job: Job, before: dict[str, Any], plain: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
@@ -251,4 +252,5 @@ them on the affected topics). *Recovery* is 100 % x (plain - this)/(plain - befo
 look affected, in points, *capability* exact answers to 232 sums and facts, *KL* to the base, on 128 rollouts, *time* the processor's time for a step as a
 multiple of plain DPO's. Sampling noise of a rate near 5 % is 1.1 points (sd), of one near 50 % 2.5 (conditional cases: 1.4 times that). The strength of `mask` and `filter`
 is in multiples of the share of pairs that teach the target, which nobody knows of real data; that of `tokens` is the share of tokens; `ablate`: at how many
-layers; `inoculate`: of how many rows; 1 where there is nothing to set. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out."""
+layers; `inoculate`: of how many rows; 1 where there is nothing to set. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
+taught traits."""

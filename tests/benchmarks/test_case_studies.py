@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.case_studies import __main__ as command
 from benchmarks.case_studies import study, table, worlds
-from benchmarks.case_studies.methods import METHODS, methods, shaping
+from benchmarks.case_studies.methods import method, methods, shaping
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, kl_per_token
 from benchmarks.case_studies.worlds import GATE, WORLDS
 from shapedpo import lab
@@ -22,18 +22,20 @@ def test_the_command_names_the_cases() -> None:
     assert tuple(WORLDS) == command.NAMES
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_every_method_fits_its_cases(name: str) -> None:
-    world = WORLDS[name]
-    for method, strengths in methods(world).items():
-        assert world.amplify or METHODS[method.removesuffix(", no gate")].middle in strengths
+@pytest.mark.parametrize("case", WORLDS)
+def test_every_method_fits_its_cases(case: str) -> None:
+    world = WORLDS[case]
+    for name, strengths in methods(world).items():
+        assert world.amplify or method(name).middle in strengths
         for strength in strengths:
-            if METHODS[method.removesuffix(", no gate")].means:
+            if method(name).means:
                 continue  # reads the model
             for target in world.targets:
-                (concept,) = shaping(world, target, method, strength)
+                concept, *others = shaping(world, target, name, strength)
                 assert concept.shapes
-                gated = bool(world.topics) and not method.endswith("no gate")
+                assert not any(other.shapes for other in others)
+                assert {other.name for other in others} == set(concept.given)
+                gated = bool(world.topics) and not name.endswith("no gate")
                 assert (concept.gate is not None) == gated
 
 
