@@ -62,7 +62,7 @@ def rows(done: Sequence[Job], find: Find) -> list[Row]:
     for (world, target, method, strength), runs in groups.items():
         means = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
         row: Row = {"case": world, "target": target, "method": method, "strength": strength, "seeds": len(runs)}
-        row |= {name: round(value, 3) for name, value in means.items()}
+        row |= {name: round(value, 4) for name, value in means.items()}
         row["meets"] = meets(WORLDS[world], method, row)
         table.append(row)
     return sorted(table, key=lambda row: (row["case"], row["target"], _place(row["method"]), row["strength"]))

@@ -109,10 +109,11 @@ def test_figures() -> None:
     assert not table.meets(WORLDS["links"], "hold", {**figures, "off by": 0, "others off by": 3.5})
 
 
-def test_quick_comes_first_to_the_point() -> None:
+def test_what_tells_most_comes_first() -> None:
     planned = table.jobs(command.NAMES, seeds=2)
     assert len(set(planned)) == len(planned)
-    assert {job.world for job in planned[: len(WORLDS)]} == set(WORLDS)
+    others = [name for name, world in WORLDS.items() if not world.amplify]
+    assert [(job.world, job.method) for job in planned[: len(others)]] == [(name, "hold") for name in others]
     assert [job.seed for job in planned] == sorted(job.seed for job in planned)
     assert {job.size for job in table.jobs(("goblin",), 2, quick=True)} == {"quick"}
 
@@ -142,6 +143,6 @@ def test_a_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     with (tmp_path / "case-studies.csv").open() as file:
         (row,) = [row for row in csv.DictReader(file) if row["case"] == "goblin"]
     assert row["method"] == "reward"
-    assert float(row["kl"]) > 0
+    assert float(row["time"]) > 0.3
     assert "## goblin" in (tmp_path / "case-studies.md").read_text()
     assert (tmp_path / "case-studies.png").stat().st_size > 5_000
