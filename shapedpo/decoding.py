@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_LONGEST = 8  # tokens of one character
+
+
 class TokenTexts:
     """Splits texts into those of their tokens.
 
@@ -23,9 +27,19 @@ class TokenTexts:
         Args:
             ids: The tokens of one text. Special tokens have an empty text.
         """
-        texts = [self._decode([ids[0]]), *map(self._inside, ids[1:])] if len(ids) else []
-        # Not where a character has several tokens, or a token's text depends on more than whether it is the first.
-        return texts if "".join(texts) == self._decode(ids) else self._one_by_one(ids)
+        texts = self._one_after_the_other(ids)
+        # Not where a token's text depends on more than whether it is the first.
+        return texts if "".join(texts) == self._decode(ids) else self._ever_longer(ids)
+
+    def _one_after_the_other(self, ids: Sequence[int]) -> list[str]:
+        texts: list[str] = []
+        while (at := len(texts)) < len(ids):
+            text, end = self._inside(ids[at]) if at else self._decode(ids[:1]), at + 1
+            while _BROKEN in text and end < min(len(ids), at + _LONGEST):
+                end += 1
+                text = self._decode(ids[at:end])
+            texts += [""] * (end - at - 1) + [text]
+        return texts
 
     def _inside(self, token: int) -> str:
         """A token's text behind another one: some tokenizers drop the space before a text's first word."""
@@ -35,11 +49,12 @@ class TokenTexts:
             self._alone[token] = twice[len(once) :] if twice.startswith(once) else once
         return self._alone[token]
 
-    def _one_by_one(self, ids: Sequence[int]) -> list[str]:
+    def _ever_longer(self, ids: Sequence[int]) -> list[str]:
+        """The slow way that is always right: its time goes with the square of the length."""
         tokens, before = [], ""
         for end in range(1, len(ids) + 1):
             text = self._decode(ids[:end])
-            whole = text.startswith(before) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+            whole = text.startswith(before) and not text.endswith(_BROKEN)
             tokens.append(text[len(before) :] if whole else "")
             before = text if whole else before
         return tokens

@@ -17,7 +17,8 @@ const svgElement = (tag, attributes) => {
   return made;
 };
 
-const ofView = (view) => H.view.flatMap((of, h) => (of === view ? [h] : []));
+const byView = H.view.reduce((found, view, h) => ((found[view] ??= []).push(h), found), {});
+const ofView = (view) => byView[view] ?? [];
 const significant = (h) => H.q[h] !== null && H.q[h] < 0.05;
 
 /** By number, which way each cluster of a map leans, and the hypothesis that says so. */
@@ -61,24 +62,31 @@ function drawMap(role) {
     svg.append(circle);
   }
   nameSome(svg, kind, places, values, order, mapState[role]);
-  const caption = element("figcaption");
-  const select = element("select");
-  select.id = `select-${role}`;
-  const label = element("label", "", role === "condition" ? (kind === "data" ? "kinds of answer " : "what prompts say ") : "what answers show ");
-  select.append(new Option(`all ${whole(of.rows.length)}`, ""));
-  select.append(...order.map((number) => new Option(clusterName(kind, number), String(number))));
-  select.value = mapState[role] === null ? "" : String(mapState[role]);
-  select.addEventListener("change", () => choose(role, select.value === "" ? null : Number(select.value)));
-  label.append(select);
-  caption.append(label);
-  if (!of.rows.length) caption.append(element("p", "empty", "There are no such clusters: the data is too small or too uniform."));
-  box.replaceChildren(caption, svg);
+  if (box.dataset.view !== mapState.view) box.replaceChildren(mapCaption(role, kind, order));
+  box.dataset.view = mapState.view;
+  byId(`select-${role}`).value = mapState[role] === null ? "" : String(mapState[role]);
+  box.querySelector("svg")?.remove();
+  box.append(svg);
   svg.addEventListener("click", (event) => {
     const number = event.target.dataset?.number;
     choose(role, number === undefined || Number(number) === mapState[role] ? null : Number(number));
   });
   svg.addEventListener("pointermove", (event) => tip(event, kind, values));
   svg.addEventListener("pointerleave", () => (byId("tip").hidden = true));
+}
+
+/** The list of a map's clusters, the largest first: for the keyboard, and for small ones. */
+function mapCaption(role, kind, order) {
+  const caption = element("figcaption");
+  const label = element("label", "", { data: "kinds of answer ", prompt: "what prompts say " }[kind] ?? "what answers show ");
+  const select = element("select");
+  select.id = `select-${role}`;
+  select.append(new Option(`all ${whole(order.length)}`, ""), ...order.map((number) => new Option(clusterName(kind, number), String(number))));
+  select.addEventListener("change", () => choose(role, select.value === "" ? null : Number(select.value)));
+  label.append(select);
+  caption.append(label);
+  if (!order.length) caption.append(element("p", "empty", "There are no such clusters: the data is too small or too uniform."));
+  return caption;
 }
 
 /** Names where there is room: the chosen one, then those that lean most. */
