@@ -103,13 +103,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def foremost(analysis: Any, most: int) -> list[Any]:
-    """The hypotheses to name: first those of the summary's lessons, then the strongest of each view, by turns."""
+    """The hypotheses to name: first those that stand for lessons, then the strongest of each view, by turns."""
     from ..audit.lessons import lessons
 
-    firsts = [[lesson.first for lesson in lessons(analysis, *views)] for views in (("global",), ("feature", "prompt"))]
-    each = [analysis.of(view) for view in ("global", "feature", "prompt")]
-    turns = [h for lists in (firsts, each) for turn in zip_longest(*lists) for h in turn if h is not None]
-    return list({id(h): h for h in turns}.values())[:most]
+    first = [lesson.first for lesson in lessons(analysis)]
+    turns = zip_longest(*(analysis.of(view) for view in ("global", "feature", "prompt")))
+    found = [*first, *(h for turn in turns for h in turn if h is not None)]
+    return list({id(h): h for h in found}.values())[:most]
 
 
 def agree(new: list[Any], args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shapedpo.audit.labels import Label, Labels, hypothesis_key
+from shapedpo.audit.lessons import lessons
 from shapedpo.audit.page.render import render, write_page
 from shapedpo.audit.page.rows import RowStore
 from shapedpo.audit.page.server import ViewServer
@@ -86,13 +87,12 @@ def test_first_screen_says_what_is_taught_and_leads_to_the_rows(
     first = page.locator("#lesson-groups .lesson >> nth=0")
     assert first.bounding_box()["y"] < 450
     assert PRAISE in first.inner_text()
-    assert "everywhere" in first.inner_text()
     assert f"{finished.analysis.n_rows} pairs" in page.inner_text("#facts")
     first.click()
     page.wait_for_selector("#detail article.row")
-    assert page.evaluate("location.hash").startswith("#h=")
-    best = finished.analysis.of("global")[0]
-    assert texts(page, "#detail .row-head b") == [f"row {row}" for row in best.rows[:8]]
+    number = page.evaluate("location.hash").removeprefix("#l=")
+    lesson = lessons(finished.analysis)[int(number)]
+    assert texts(page, "#detail .row-head b") == [f"row {row}" for row in lesson.rows[:8]]
     assert PRAISE in texts(page, "#detail article.row >> nth=0 >> .chosen mark")
     assert PRAISE not in texts(page, "#detail article.row >> nth=0 >> .rejected mark")
     page.click("#detail .row-list > button")
@@ -175,15 +175,20 @@ def test_filters_ranking_pages_and_export(opened: Open, page_file: Path, finishe
     assert "Nothing fits" in page.inner_text("#body")
 
 
-def test_rows_of_a_hypothesis_are_exported(opened: Open, either: Path | str, finished: Audit) -> None:
+def test_rows_behind_something_are_exported(opened: Open, either: Path | str, finished: Audit) -> None:
     page = opened(either).page
-    page.evaluate("openHypothesis(0)")
-    with page.expect_download() as saved:
-        page.click("text=row numbers, CSV")
-    rows = table(saved)
     best = finished.analysis.hypotheses[0]
-    assert [int(row["row"]) for row in rows] == best.rows.tolist()
-    assert sum(int(row["named"]) for row in rows) == best.n_named
+    lesson = lessons(finished.analysis)[0]
+    for act, wanted, named in (
+        ("openHypothesis(0)", best.rows, best.n_named),
+        ("openLesson(0)", lesson.rows, len(lesson.rows)),
+    ):
+        page.evaluate(act)
+        with page.expect_download() as saved:
+            page.click("text=row numbers, CSV")
+        rows = table(saved)
+        assert [int(row["row"]) for row in rows] == wanted.tolist()
+        assert sum(int(row["named"]) for row in rows) == named
 
 
 def test_maps_show_clusters_and_their_partners(opened: Open, either: Path | str, finished: Audit) -> None:

@@ -85,6 +85,7 @@ def test_no_file_is_served(served: Any, path: str) -> None:
         "/api/rows",
         "/api/rows?hypothesis=-1",
         "/api/rows?hypothesis=x",
+        "/api/rows?lesson=999",
         "/api/numbers",
         "/api/teaches?row=a",
         "/api/search",
@@ -98,7 +99,7 @@ def test_rows_search_and_what_a_row_teaches(served: Any, finished: Audit) -> Non
     best = finished.analysis.hypotheses[0]
     rows = json.loads(ask(served, "/api/rows?hypothesis=0&start=3&count=5")[1])["rows"]
     assert [row["row"] for row in rows] == best.rows[3:8].tolist()
-    assert rows[0]["contribution"] == pytest.approx(best.contributions[3], rel=1e-3)
+    assert rows[0]["value"] == pytest.approx(best.contributions[3], rel=1e-3)
     text = finished.harvest.texts(best.rows[3:4])[0]
     assert {span: rows[0][span] for span in text} == text
     found = json.loads(ask(served, "/api/search?text=wonder+FORCE")[1])  # beginnings of words, in any case

@@ -62,7 +62,9 @@ def overview(
         "rare": RARE,
         "max_rows": analysis.settings.max_rows,
         "labelled_by": clean(labels.by, 200),
-        "lessons": {kind: [_lesson(finding, number_of) for finding in found] for kind, found in groups.items()},
+        "lessons": {
+            kind: [_lesson(finding, analysis, number_of) for finding in found] for kind, found in groups.items()
+        },
         "hypotheses": _columns(analysis, labels, predicted(prediction) if prediction else {}),
         "clusters": {kind: _clusters(analysis, kind, labels, of) for kind, of in maps.items()},
         "features": {
@@ -90,15 +92,17 @@ def _sae_name(sae: Any) -> str:
     return " ".join(_last_part(str(sae[key])) for key in ("sae", "source", "release", "path", "sae_id") if sae.get(key))
 
 
-def _lesson(finding: Finding, number_of: Mapping[int, int]) -> dict[str, Any]:
-    first = finding.lesson.first
+def _lesson(finding: Finding, analysis: Analysis, number_of: Mapping[int, int]) -> dict[str, Any]:
+    numbers = [number_of[id(hypothesis)] for hypothesis in finding.lesson.hypotheses]
     return {
-        "hypotheses": [number_of[id(hypothesis)] for hypothesis in finding.lesson.hypotheses],
+        # a hypothesis belongs to one lesson only
+        "lesson": next(place for place, one in enumerate(analysis.attributions) if numbers[0] in one.hypotheses),
+        "hypotheses": numbers,
         "where": clean(finding.where, 300),
         "more": [clean(word, 60) for word in finding.more],
         "less": [clean(word, 60) for word in finding.less],
-        "rows": len(finding.lesson.rows) or len(first.evidence),
-        "row": int(first.evidence[0]),
+        "n_named": len(finding.lesson.rows),
+        "n_rows": len(finding.lesson.evidence),
         "example": {span: clean(text[:_SNIPPET]) for span, text in finding.example.items()},
     }
 

@@ -11,9 +11,10 @@ import jinja2
 
 from ...pages import json_for_script, template, write_whole
 from ..hypotheses import Analysis
+from ..lessons import lessons
 from .marks import marked_rows
 from .overview import EXEMPLARS, rounded
-from .rows import plain, wanted_rows
+from .rows import Subject, hypothesis_subject, lesson_subject, plain, wanted_rows
 from .source import Audit
 
 
@@ -79,28 +80,44 @@ def _embedded(audit: Audit, tokenizer: Any | None) -> dict[str, Any]:
         shown |= {span: text[:TEXT] for span, text in row.texts.items()}
         shown["cut"] = {span: len(text) - TEXT for span, text in row.texts.items() if len(text) > TEXT}
         rows[row.row] = shown
-    most = max(SHOWN, NUMBERS // max(1, len(analysis.hypotheses)))
+    taught = list(map(lesson_subject, lessons(analysis)))
+    found = list(map(hypothesis_subject, analysis.hypotheses))
+    most = max(SHOWN, NUMBERS // max(1, len(taught) + len(found)))
     return {
         "rows": rows,
-        "shown": [
-            [
-                [int(row), rounded(value, 3)]
-                for row, value in zip(h.rows[:SHOWN].tolist(), h.contributions.tolist(), strict=False)
-                if row in kept
-            ]
-            for h in analysis.hypotheses
-        ],
-        "numbers": [h.rows[:most].tolist() for h in analysis.hypotheses],
+        "shown": {"lesson": _shown(taught, kept), "hypothesis": _shown(found, kept)},
+        "numbers": {
+            kind: [subject.rows[:most].tolist() for subject in subjects]
+            for kind, subjects in (("lesson", taught), ("hypothesis", found))
+        },
     }
 
 
+def _shown(subjects: list[Subject], kept: set[int]) -> list[list[list[float | None]]]:
+    """Of each the rows whose texts the page holds, with how responsible each is."""
+    return [
+        [
+            [row, rounded(value, 3)]
+            for row, value in zip(s.rows[:SHOWN].tolist(), s.values[:SHOWN].tolist(), strict=True)
+            if row in kept
+        ]
+        for s in subjects
+    ]
+
+
 def _kept(analysis: Analysis, exemplars: set[int]) -> set[int]:
-    """Which rows' texts the page holds: first the foremost row of each hypothesis, the strongest hypotheses first, then the second ones, ..."""
-    turns = sorted(range(len(analysis.hypotheses)), key=_turn(analysis))
+    """Which rows' texts the page holds.
+
+    Some that exemplify clusters and those of lessons, then the foremost row of each hypothesis, the strongest hypotheses first, then the
+    second ones, and so on.
+    """
+    strongest = sorted(range(len(analysis.hypotheses)), key=_turn(analysis))
+    turns = [lesson.evidence for lesson in lessons(analysis)] + [
+        analysis.hypotheses[number].rows for number in strongest
+    ]
     kept: set[int] = set(sorted(exemplars)[: ROWS // 3])
     for rank in range(SHOWN):
-        for number in turns:
-            rows = analysis.hypotheses[number].rows
+        for rows in turns:
             if rank < len(rows):
                 if len(kept) >= ROWS:
                     return kept

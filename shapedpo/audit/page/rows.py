@@ -8,11 +8,15 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...files import replacing
 from ..hypotheses import Analysis, Hypothesis
 from ..labels import analysis_hash
+from ..lessons import Lesson, lessons
 from ..maps import ClusterMap
 from ..store import SPANS
 from .marks import Cluster, Row, marked_rows
@@ -34,19 +38,50 @@ create virtual table words using fts5 (prompt, chosen, rejected, content='texts'
 """
 
 
-def clusters_of(hypothesis: Hypothesis) -> list[Cluster]:
-    """The clusters of features that a hypothesis is about."""
-    response = ("response" if hypothesis.view == "prompt" else "feature", hypothesis.response)
-    return [response, ("prompt", hypothesis.condition)] if hypothesis.view == "prompt" else [response]
+class Subject(NamedTuple):
+    """Something that rows are behind: a hypothesis or a lesson.
+
+    Attributes:
+        hypothesis: It, or the one that stands for the lesson.
+        rows: The rows, the most responsible first.
+        values: How much each is.
+        n_named: How many of them are more than chance.
+    """
+
+    hypothesis: Hypothesis
+    rows: NDArray[np.int64]
+    values: NDArray[np.float32]
+    n_named: int
+
+    @property
+    def clusters(self) -> list[Cluster]:
+        """The clusters of features that it is about."""
+        h = self.hypothesis
+        return [("response", h.response), ("prompt", h.condition)] if h.view == "prompt" else [("feature", h.response)]
+
+
+def hypothesis_subject(hypothesis: Hypothesis) -> Subject:
+    """Of a hypothesis."""
+    return Subject(hypothesis, hypothesis.rows, hypothesis.contributions, hypothesis.n_named)
+
+
+def lesson_subject(lesson: Lesson) -> Subject:
+    """Of a lesson; where no row of its own stands out, its first hypothesis' rows."""
+    if not len(lesson.rows):
+        return hypothesis_subject(lesson.first)
+    return Subject(lesson.first, lesson.rows, lesson.log_odds, len(lesson.rows))
 
 
 def wanted_rows(analysis: Analysis, maps: Mapping[str, ClusterMap], most: int = MARKED) -> dict[int, set[Cluster]]:
-    """By row, which clusters to mark in it: those of the hypotheses that it is among the first rows of, and of the clusters that it exemplifies."""
+    """By row, which clusters to mark in it.
+
+    Those of the hypotheses and lessons that it is among the first rows of, and those that it exemplifies.
+    """
     wanted: dict[int, set[Cluster]] = {}
-    for hypothesis in analysis.hypotheses:
-        clusters = clusters_of(hypothesis)
-        for row in hypothesis.rows[:most].tolist():
-            wanted.setdefault(row, set()).update(clusters)
+    subjects = [*map(lesson_subject, lessons(analysis)), *map(hypothesis_subject, analysis.hypotheses)]
+    for subject in subjects:
+        for row in subject.rows[:most].tolist():
+            wanted.setdefault(row, set()).update(subject.clusters)
     for kind, shown in maps.items():
         for number, rows in enumerate(shown.exemplars):
             for row in rows[:EXEMPLARS]:
@@ -101,22 +136,22 @@ class RowStore:
         connection.execute("insert into about values ('print', ?)", (print_,))
         connection.commit()
 
-    def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """Some rows, in this order; those that are not there are left out."""
+    def rows(self, numbers: Sequence[int], clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
+        """Some rows, in this order, with the marks of some clusters; rows that are not there are left out."""
         found = []
         for number in numbers:
             texts = self._connection.execute(
                 "select prompt, chosen, rejected from texts where row = ?", (number,)
             ).fetchone()
-            if texts is not None:
-                marks = self._connection.execute("select cluster, marks from marks where row = ?", (number,)).fetchall()
-                found.append(
-                    {
-                        "row": number,
-                        **dict(zip(SPANS, texts, strict=True)),
-                        "marks": {cluster: json.loads(places) for cluster, places in marks},
-                    }
-                )
+            if texts is None:
+                continue
+            marks = {}
+            for kind, cluster in clusters:
+                name = f"{kind}:{cluster}"
+                of = self._connection.execute("select marks from marks where row = ? and cluster = ?", (number, name))
+                if (stored := of.fetchone()) is not None:
+                    marks[name] = json.loads(stored[0])
+            found.append({"row": number, **dict(zip(SPANS, texts, strict=True)), "marks": marks})
         return found
 
     def search(self, text: str, most: int = 50) -> tuple[int, list[int]]:

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,9 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 
 from ..hypotheses import Analysis
+from ..lessons import lessons
 from .overview import rounded
 from .render import policy
-from .rows import RowStore
+from .rows import RowStore, Subject, hypothesis_subject, lesson_subject
 
 
 HOST = "127.0.0.1"
@@ -42,6 +43,7 @@ class ViewServer(ThreadingHTTPServer):
 
     def __init__(self, page: str, analysis: Analysis, rows: RowStore, port: int = 0) -> None:
         self.page, self.analysis, self.rows = page.encode("utf-8"), analysis, rows
+        self.lessons = lessons(analysis)
         self.lock = threading.Lock()
         super().__init__((HOST, port), _Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
@@ -53,21 +55,27 @@ class ViewServer(ThreadingHTTPServer):
     # What is asked: each takes the query, one value a name, and gives plain data.
 
     def rows_of(self, query: dict[str, str]) -> dict[str, Any]:
-        """Rows of a hypothesis, the most responsible first, with their texts and marks."""
-        hypothesis = self.analysis.hypotheses[self._number(query)]
+        """Rows of a hypothesis or lesson, the most responsible first, with their texts and marks."""
+        subject = self._subject(query)
         start = max(0, int(query.get("start", 0)))
         part = slice(start, start + min(MOST, max(1, int(query.get("count", 10)))))
-        values = dict(zip(hypothesis.rows[part].tolist(), hypothesis.contributions[part].tolist(), strict=True))
-        return {"rows": [{**row, "contribution": rounded(values[row["row"]])} for row in self.rows.rows(list(values))]}
+        values = dict(zip(subject.rows[part].tolist(), subject.values[part].tolist(), strict=True))
+        return {
+            "rows": [
+                {**row, "value": rounded(values[row["row"]])} for row in self.rows.rows(list(values), subject.clusters)
+            ]
+        }
 
     def rows_by_number(self, query: dict[str, str]) -> dict[str, Any]:
-        """Some rows by their numbers."""
-        return {"rows": self.rows.rows([int(number) for number in query["numbers"].split(",")[:MOST] if number])}
+        """Some rows by their numbers, with the marks of a cluster."""
+        kind, _, number = query.get("cluster", "").partition(":")
+        numbers = [int(number) for number in query["numbers"].split(",")[:MOST] if number]
+        return {"rows": self.rows.rows(numbers, [(kind, int(number))] if kind else [])}
 
     def search(self, query: dict[str, str]) -> dict[str, Any]:
         """Rows with all words of a text."""
         total, numbers = self.rows.search(query["text"])
-        return {"total": total, "rows": self.rows.rows(numbers)}
+        return {"total": total, "rows": self.rows.rows(numbers, [])}
 
     def teaches(self, query: dict[str, str]) -> dict[str, Any]:
         """The hypotheses that hold a row responsible."""
@@ -76,22 +84,22 @@ class ViewServer(ThreadingHTTPServer):
         return {"hypotheses": found}
 
     def export(self, query: dict[str, str]) -> str:
-        """All rows of a hypothesis as CSV."""
-        hypothesis = self.analysis.hypotheses[self._number(query)]
+        """All rows of a hypothesis or lesson as CSV."""
+        subject = self._subject(query)
         file = io.StringIO()
         writer = csv.writer(file)
-        writer.writerow(["row", "contribution", "named"])
-        for place, (row, value) in enumerate(
-            zip(hypothesis.rows.tolist(), hypothesis.contributions.tolist(), strict=True)
-        ):
-            writer.writerow([row, f"{value:.6g}", int(place < hypothesis.n_named)])
+        writer.writerow(["row", "value", "named"])
+        for place, (row, value) in enumerate(zip(subject.rows.tolist(), subject.values.tolist(), strict=True)):
+            writer.writerow([row, f"{value:.6g}", int(place < subject.n_named)])
         return file.getvalue()
 
-    def _number(self, query: dict[str, str]) -> int:
-        number = int(query["hypothesis"])
-        if not 0 <= number < len(self.analysis.hypotheses):
-            raise ValueError(f"there is no hypothesis {number}")
-        return number
+    def _subject(self, query: dict[str, str]) -> Subject:
+        kind = "lesson" if "lesson" in query else "hypothesis"
+        subjects: Sequence[Any] = self.lessons if kind == "lesson" else self.analysis.hypotheses
+        number = int(query[kind])
+        if not 0 <= number < len(subjects):
+            raise ValueError(f"there is no {kind} {number}")
+        return lesson_subject(subjects[number]) if kind == "lesson" else hypothesis_subject(subjects[number])
 
 
 _ANSWERS: dict[str, Callable[[ViewServer, dict[str, str]], Any]] = {

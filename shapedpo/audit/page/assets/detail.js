@@ -1,15 +1,20 @@
-// One hypothesis: what it says, its figures, its clusters, and its rows. Its address ends with #h=NUMBER.
+// One hypothesis or lesson: what it says, its figures, its clusters, and its rows. Its address ends with #h=NUMBER or #l=NUMBER.
 "use strict";
 
 const ROWS = 8;
+const AGREE = 8; // hypotheses of a lesson that are listed
 let asked = 0; // so that a late answer does not draw into another hypothesis
 
 const dialog = byId("detail");
 
-function openHypothesis(h) {
-  if (location.hash === `#h=${h}`) showHypothesis(h);
-  else location.hash = `#h=${h}`;
+const taught = new Map(Object.values(data.lessons).flat().map((lesson) => [lesson.lesson, lesson]));
+
+function go(address) {
+  if (location.hash === address) follow();
+  else location.hash = address;
 }
+const openHypothesis = (h) => go(`#h=${h}`);
+const openLesson = (number) => go(`#l=${number}`);
 
 /** A hypothesis in a line, as a button that opens it. */
 function partner(h, name = null) {
@@ -54,9 +59,13 @@ function clusterBox(kind, number, title) {
   return box;
 }
 
-function showHypothesis(h) {
+/** A hypothesis, or the lesson that it stands for. */
+function show(h, lesson = null) {
   const turn = ++asked;
   const view = H.view[h];
+  const subject = lesson
+    ? { kind: "lesson", number: lesson.lesson, n_rows: lesson.n_rows, n_named: lesson.n_named }
+    : { kind: "hypothesis", number: h, n_rows: H.n_rows[h], n_named: H.n_named[h] };
   const head = element("header", "detail-head");
   const title = element("h2");
   title.id = "detail-title";
@@ -96,28 +105,43 @@ function showHypothesis(h) {
   if (view !== "global") boxes.append(clusterBox(conditionKind(view), H.condition[h], view === "prompt" ? "Where the prompt says" : "Where answers are about"));
   boxes.append(clusterBox(responseKind(view), H.response[h], rises(h) ? "chosen shows more of" : "chosen shows less of"));
   body.append(boxes);
-  body.append(rowList(h, turn));
+  if (lesson?.hypotheses.length > 1) body.append(agreeing(lesson.hypotheses));
+  body.append(rowList(h, subject, turn));
   dialog.replaceChildren(head, body);
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
   close.focus({ preventScroll: true });
 }
 
-function rowList(h, turn) {
+/** The other hypotheses that a lesson explains. */
+function agreeing(hypotheses) {
+  const part = element("details");
+  part.append(element("summary", "", `${whole(hypotheses.length)} findings rest on these rows`));
+  const list = element("ul", "partners");
+  list.append(...hypotheses.slice(0, AGREE).map((h) => partner(h)));
+  part.append(list);
+  if (hypotheses.length > AGREE) part.append(element("p", "muted", `and ${whole(hypotheses.length - AGREE)} more`));
+  return part;
+}
+
+function rowList(h, subject, turn) {
   const view = H.view[h];
   const clusters = [`${responseKind(view)}:${H.response[h]}`, ...(view === "prompt" ? [`prompt:${H.condition[h]}`] : [])];
   const part = element("section", "row-list");
   const head = element("div", "section-head");
   head.append(element("h3", "", "The rows behind it"));
-  const named = H.n_named[h]
-    ? `${whole(H.n_named[h])} rows are held responsible beyond chance, of ${whole(H.n_rows[h])} that go this way`
-    : `${whole(H.n_rows[h])} rows go this way; none stands out from chance`;
+  const { n_rows, n_named } = subject;
+  const named = !n_named
+    ? `${whole(n_rows)} rows go this way; none stands out from chance`
+    : n_named < n_rows
+      ? `${whole(n_named)} rows are held responsible beyond chance, of ${whole(n_rows)} that go this way`
+      : `${whole(n_named)} rows are held responsible`;
   head.append(element("span", "muted", named));
   const csv = element("button", "", "row numbers, CSV");
   csv.type = "button";
-  csv.addEventListener("click", async () => download(`rows-${view}-${H.condition[h]}-${H.response[h]}.csv`, "text/csv", await source.numbers(h)));
+  csv.addEventListener("click", async () => download(`rows-${subject.kind}-${subject.number}.csv`, "text/csv", await source.numbers(subject)));
   head.append(csv);
-  if (source.numbersNote(h)) head.append(element("span", "muted", source.numbersNote(h)));
+  head.append(element("span", "muted", source.numbersNote(subject)));
   const note = element("p", "note", "Marked: the token of a text at which a feature of the cluster is largest; the darker, the more of its features peak there. Where else they are active is not stored.");
   const list = element("div", "row-cards");
   const more = element("button", "", "more rows");
@@ -126,18 +150,18 @@ function rowList(h, turn) {
   async function next() {
     more.disabled = true;
     try {
-      const rows = await source.rowsOf(h, shown, ROWS);
+      const rows = await source.rowsOf(subject, shown, ROWS);
       if (turn !== asked) return;
-      list.append(...rows.map((row) => rowCard(row, clusters)));
+      list.append(...rows.map((row) => rowCard(row, clusters, { measure: subject.kind === "lesson" ? "log-odds" : "score" })));
       shown += ROWS;
     } catch (error) {
       list.append(element("p", "empty", `The rows could not be had: ${error.message}`));
     }
-    const left = source.shown(h) - shown;
+    const left = source.shown(subject) - shown;
     more.hidden = left <= 0;
     more.disabled = false;
-    more.textContent = `${whole(Math.min(left, ROWS))} more of ${whole(source.shown(h))}`;
-    if (left <= 0 && source.shown(h) < H.n_rows[h]) list.append(element("p", "muted", `This page holds ${whole(source.shown(h))} of ${whole(H.n_rows[h])} rows; “shapedpo view” shows all.`));
+    more.textContent = `${whole(Math.min(left, ROWS))} more of ${whole(source.shown(subject))}`;
+    if (left <= 0 && source.shown(subject) < n_rows) list.append(element("p", "muted", `This page holds ${whole(source.shown(subject))} of ${whole(n_rows)} rows; “shapedpo view” shows all.`));
   }
   more.addEventListener("click", next);
   part.append(head, note, list, more);
@@ -146,14 +170,15 @@ function rowList(h, turn) {
 }
 
 function follow() {
-  const found = location.hash.match(/^#h=(\d+)$/);
-  if (found && Number(found[1]) < COUNT) showHypothesis(Number(found[1]));
+  const [, kind, number] = location.hash.match(/^#([hl])=(\d+)$/) ?? [];
+  if (kind === "h" && Number(number) < COUNT) show(Number(number));
+  else if (kind === "l" && taught.has(Number(number))) show(taught.get(Number(number)).hypotheses[0], taught.get(Number(number)));
   else if (dialog.open) dialog.close();
 }
 addEventListener("hashchange", follow);
 dialog.addEventListener("close", () => {
   asked += 1;
-  if (location.hash.startsWith("#h=")) history.replaceState(null, "", location.pathname + location.search);
+  if (/^#[hl]=/.test(location.hash)) history.replaceState(null, "", location.pathname + location.search);
 });
 dialog.addEventListener("click", (event) => {
   if (event.target === dialog) dialog.close(); // beside it

@@ -15,16 +15,16 @@ function wordList(words) {
   return holder;
 }
 
-function lessonCard(lesson, rank, group) {
+function lessonCard(lesson, rank, group, strongest) {
   const h = lesson.hypotheses[0];
   const card = element("button", `lesson ${side(H.delta[h])}`);
   card.type = "button";
   const head = element("span", "lesson-head");
   head.append(element("span", "rank", String(rank)));
   const where = element("span", "lesson-where");
-  if (group === "everywhere") where.append("everywhere");
+  if (H.view[h] === "global") where.append("everywhere");
   else where.append(H.view[h] === "prompt" ? "prompts: " : "rows: ", element("bdi", "data", conditionTitle(h) || lesson.where));
-  head.append(where, element("span", "muted lesson-rows", `${whole(lesson.rows)} rows`));
+  head.append(where, element("span", "muted lesson-rows", lesson.n_named ? `${whole(lesson.n_named)} rows` : "no rows stand out"));
   card.append(head);
   if (H.label[h]) card.append(element("bdi", "data lesson-title", H.label[h][0]));
   const gain = element("span", "lesson-line");
@@ -54,10 +54,9 @@ function lessonCard(lesson, rank, group) {
   else if (guess && known(guess.score)) foot.append(` · predicted ${signed(guess.score)}`);
   if (lesson.hypotheses.length > 1) foot.append(` · ${whole(lesson.hypotheses.length)} findings agree`);
   card.append(foot);
-  card.addEventListener("click", () => openHypothesis(h));
+  card.addEventListener("click", () => openLesson(lesson.lesson));
   return card;
 }
-const strongest = Math.max(0.1, ...Object.values(data.lessons).flat().map((lesson) => Math.abs(H.d[lesson.hypotheses[0]])));
 const conditionTitle = (h) => data.clusters[conditionKind(H.view[h])]?.title[H.condition[h]];
 
 /** Some of a text around the first of these words, which are marked. */
@@ -94,14 +93,15 @@ function drawLessons() {
     const head = element("div", "section-head");
     head.append(element("h3", "", title), element("span", "muted", about));
     part.append(head);
+    const strongest = Math.max(0.1, ...lessons.map((lesson) => Math.abs(H.d[lesson.hypotheses[0]])));
     const cards = element("div", "cards-grid");
-    cards.append(...lessons.slice(0, FIRST).map((lesson, place) => lessonCard(lesson, place + 1, name)));
+    cards.append(...lessons.slice(0, FIRST).map((lesson, place) => lessonCard(lesson, place + 1, name, strongest)));
     part.append(lessons.length ? cards : element("p", "empty", "Nothing found."));
     if (lessons.length > FIRST) {
       const more = element("button", "all", `show all ${lessons.length}`);
       more.type = "button";
       more.addEventListener("click", () => {
-        cards.append(...lessons.slice(FIRST).map((lesson, place) => lessonCard(lesson, FIRST + place + 1, name)));
+        cards.append(...lessons.slice(FIRST).map((lesson, place) => lessonCard(lesson, FIRST + place + 1, name, strongest)));
         more.remove();
       });
       part.append(more);

@@ -1,8 +1,6 @@
 // The two maps of a view: its conditions, and what answers show in them. A cluster that is chosen on one colours the other.
 "use strict";
 
-const SIZE = 1000; // units of a map's drawing, across
-const TALL = 640;
 const NAMED = 16; // clusters with their name on a map
 const PARTNERS = 6;
 const NOTES = {
@@ -46,11 +44,12 @@ function drawMap(role) {
   });
   const reach = Math.max(0.3, ...values.map(Math.abs));
   const most = Math.max(1, ...of.rows);
-  const svg = svgElement("svg", { viewBox: `0 0 ${SIZE} ${TALL}`, role: "img", class: "clusters", "aria-label": `Map: ${KINDS[kind]}` });
+  const [wide, tall] = box.clientWidth < 500 ? [560, 460] : [1000, 640]; // units of the drawing: text keeps its size
+  const svg = svgElement("svg", { viewBox: `0 0 ${wide} ${tall}`, role: "img", class: "clusters", "aria-label": `Map: ${KINDS[kind]}` });
   const places = of.x.map((x, number) => [
-    SIZE / 2 + x * (SIZE / 2 - 70),
-    TALL / 2 + of.y[number] * (TALL / 2 - 50),
-    5 + 30 * Math.sqrt(of.rows[number] / most),
+    wide / 2 + x * (wide / 2 - 60),
+    tall / 2 + of.y[number] * (tall / 2 - 45),
+    5 + (wide / 33) * Math.sqrt(of.rows[number] / most),
   ]);
   const order = places.map((_, number) => number).sort((a, b) => of.rows[b] - of.rows[a]);
   for (const number of order) {
@@ -61,7 +60,7 @@ function drawMap(role) {
     if (number === mapState[role]) circle.classList.add("selected");
     svg.append(circle);
   }
-  nameSome(svg, kind, places, values, order, mapState[role]);
+  nameSome(svg, kind, places, values, order, mapState[role], wide);
   if (box.dataset.view !== mapState.view) box.replaceChildren(mapCaption(role, kind, order));
   box.dataset.view = mapState.view;
   byId(`select-${role}`).value = mapState[role] === null ? "" : String(mapState[role]);
@@ -90,17 +89,17 @@ function mapCaption(role, kind, order) {
 }
 
 /** Names where there is room: the chosen one, then those that lean most. */
-function nameSome(svg, kind, places, values, order, chosen) {
+function nameSome(svg, kind, places, values, order, chosen, wide) {
   const taken = [];
   const weight = (number) => (number === chosen ? Infinity : Math.abs(values[number]) * Math.sqrt(places[number][2]));
   const ranked = [...order].sort((a, b) => weight(b) - weight(a)).filter((number) => weight(number) > 0);
   for (const number of ranked) {
-    if (taken.length >= NAMED) break;
+    if (taken.length >= (wide * NAMED) / 1000) break;
     const name = clusterName(kind, number, 2);
     const text = name.length > 26 ? `${name.slice(0, 25)}…` : name;
     const [x, y, r] = places[number];
     const width = text.length * 11.5;
-    const left = Math.min(Math.max(4, x - width / 2), SIZE - width - 4);
+    const left = Math.min(Math.max(4, x - width / 2), wide - width - 4);
     const top = y - r - 8 < 22 ? y + r + 20 : y - r - 8;
     const box = [left, top - 20, left + width, top + 4];
     if (taken.some((b) => box[0] < b[2] && b[0] < box[2] && box[1] < b[3] && b[1] < box[3])) continue;
@@ -160,7 +159,7 @@ async function drawCluster(role, number) {
   }
   const rows = element("div", "exemplars");
   box.replaceChildren(about, lists, rows);
-  const exemplars = await source.byNumber(data.clusters[kind].exemplars[number].slice(0, 3));
+  const exemplars = await source.byNumber(data.clusters[kind].exemplars[number], `${kind}:${number}`);
   if (mapState[role] !== number) return;
   rows.append(element("h3", "", kind === "prompt" ? "Prompts that show it" : "Rows that show it"));
   for (const row of exemplars) {

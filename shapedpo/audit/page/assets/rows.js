@@ -63,11 +63,11 @@ function marksOf(row, clusters, span) {
 }
 
 /** A row: its prompt, and chosen and rejected side by side. */
-function rowCard(row, clusters, { teaches = false } = {}) {
+function rowCard(row, clusters, { teaches = false, measure = "score" } = {}) {
   const card = element("article", "row");
   const head = element("p", "row-head");
   head.append(element("b", "", `row ${row.row}`));
-  if (known(row.contribution)) head.append(element("span", `muted`, `score ${signed(row.contribution)}`));
+  if (known(row.value)) head.append(element("span", "muted", `${measure} ${signed(row.value)}`));
   if (teaches) {
     const button = element("button", "more-text", "what it teaches");
     button.type = "button";

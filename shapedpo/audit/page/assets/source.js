@@ -10,35 +10,37 @@ async function ask(path, query) {
   return answer;
 }
 
+// A subject is what rows are behind: `{ kind, number }`, kind "hypothesis" or "lesson".
 const served = {
-  /** Rows of a hypothesis, the most responsible first. */
-  async rowsOf(h, start, count) {
-    return (await (await ask("rows", { hypothesis: h, start, count })).json()).rows;
+  /** Rows of a subject, the most responsible first. */
+  async rowsOf(subject, start, count) {
+    return (await (await ask("rows", { [subject.kind]: subject.number, start, count })).json()).rows;
   },
-  /** How many rows of a hypothesis can be shown. */
-  shown: (h) => H.n_rows[h],
-  async byNumber(numbers) {
-    return numbers.length ? (await (await ask("numbers", { numbers: numbers.join(",") })).json()).rows : [];
+  /** How many rows of a subject can be shown. */
+  shown: (subject) => subject.n_rows,
+  async byNumber(numbers, cluster) {
+    return numbers.length ? (await (await ask("numbers", { numbers: numbers.join(","), cluster })).json()).rows : [];
   },
   /** Rows with all words of a text: how many there are, and the first of them. */
   async search(text) {
     return (await ask("search", { text })).json();
   },
+  /** The hypotheses that hold a row responsible. */
   async teaches(row) {
     return (await (await ask("teaches", { row })).json()).hypotheses;
   },
-  /** The numbers of a hypothesis' rows as CSV. */
-  async numbers(h) {
-    return (await ask("export", { hypothesis: h })).text();
+  /** The numbers of a subject's rows as CSV. */
+  async numbers(subject) {
+    return (await ask("export", { [subject.kind]: subject.number })).text();
   },
   numbersNote: () => "",
 };
 
 const embedded = {
-  async rowsOf(h, start, count) {
-    return data.shown[h].slice(start, start + count).map(([row, contribution]) => ({ ...data.rows[row], contribution }));
+  async rowsOf({ kind, number }, start, count) {
+    return data.shown[kind][number].slice(start, start + count).map(([row, value]) => ({ ...data.rows[row], value }));
   },
-  shown: (h) => data.shown[h].length,
+  shown: ({ kind, number }) => data.shown[kind][number].length,
   async byNumber(numbers) {
     return numbers.filter((row) => row in data.rows).map((row) => data.rows[row]);
   },
@@ -51,12 +53,15 @@ const embedded = {
     return { total: found.length, rows: found.slice(0, 50) };
   },
   async teaches(row) {
-    return data.numbers.flatMap((rows, h) => (rows.slice(0, H.n_named[h]).includes(row) ? [h] : []));
+    return data.numbers.hypothesis.flatMap((rows, h) => (rows.slice(0, H.n_named[h]).includes(row) ? [h] : []));
   },
-  async numbers(h) {
-    return `row,named\n${data.numbers[h].map((row, place) => `${row},${Number(place < H.n_named[h])}\n`).join("")}`;
+  async numbers({ kind, number, n_named }) {
+    return `row,named\n${data.numbers[kind][number].map((row, place) => `${row},${Number(place < n_named)}\n`).join("")}`;
   },
-  numbersNote: (h) => (data.numbers[h].length < H.n_rows[h] ? `the first ${whole(data.numbers[h].length)} of ${whole(H.n_rows[h])}; the server that “shapedpo view” starts has all` : ""),
+  numbersNote({ kind, number, n_rows }) {
+    const held = data.numbers[kind][number].length;
+    return held < n_rows ? `the first ${whole(held)} of ${whole(n_rows)}; “shapedpo view” has all` : "";
+  },
 };
 
 const source = data.served ? served : embedded;
