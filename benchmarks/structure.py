@@ -3,51 +3,42 @@
     python -m benchmarks.structure [--quick] [--seed 0]
 
 The lab teaches five formats at once, each in 30 % of the pairs independently, so that a pair that teaches bold teaches each other one as often
-as any pair. Bold is suppressed by reward shaping, read by the lab's SAE features or by a coarse direction (difference of means of answers with bold
-or two other formats and answers with none), with and without what it is `given`. Recovery is 100 % x (DPO - shaped) / (DPO - before), of bold on
-target, of the others off target.
+as any pair. Bold is suppressed by reward shaping, read by its own SAE feature, or by features of bold, table and em-dash together (someone looked
+for formatting), with and without what it is `given`. Recovery is 100 % x (DPO - shaped) / (DPO - before), of bold on target, of the others off
+target. Finished runs are kept in `benchmarks/cache/structure/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 
+CACHE = Path(__file__).parent / "cache" / "structure"
 RESULTS = Path(__file__).parent / "results"
 FORMATS = ("bold", "emoji", "table", "horizontal_rule", "em_dash")
 TARGET, OTHERS = FORMATS[0], FORMATS[1:]
+STRENGTH = 2.0
 
 
-def coarse(seed: int) -> Any:
-    """A readout of formatting at large: what a user gets who asks for bold with examples that have other formats too."""
-    from shapedpo import Direction, lab
-    from shapedpo.lab.text import dialogues
-
-    sides: dict[bool, list[Any]] = {True: [], False: []}
-    for question, answer, traits in dialogues(1500, seed + 5, "train"):
-        shown = traits & set(FORMATS)
-        if not shown or TARGET in shown or len(shown) > 1:
-            response = [{"role": "user", "content": question.text}], [{"role": "assistant", "content": answer}]
-            sides[bool(shown)].append(response)
-    model, tokenizer = lab.load_model(), lab.load_tokenizer()
-    return Direction.from_contrast(model, tokenizer, sides[True], sides[False], layer=2, batch_size=64)
-
-
-def runs(strengths: list[float], seed: int) -> dict[str, list[Any]]:
+def runs() -> dict[str, list[Any]]:
     """The concepts of each run, by its name."""
-    from shapedpo import Concept, lab
+    from shapedpo import Concept, SAEFeatures, lab
+    from shapedpo.lab.features import shipped_features
 
+    features = shipped_features()
+    mixed = [features[name][0] for name in ("bold", "table", "em_dash")]
     others = [lab.concept(name) for name in OTHERS]
     found: dict[str, list[Any]] = {"plain DPO": []}
-    for kind, readout in (("SAE features", lab.concept(TARGET).readout), ("coarse direction", coarse(seed))):
-        for strength in strengths:
-            for given in ((), OTHERS):
-                concept = Concept(TARGET, readout, "suppress", strength=strength, given=given)
-                found[f"{kind}, strength {strength:g}{', given the others' if given else ''}"] = [concept, *others]
+    for name, chosen in (("its own feature", features[TARGET]), ("features of three formats", mixed)):
+        readout = SAEFeatures(str(lab.sae_path()), chosen)
+        for given in ((), OTHERS):
+            concept = Concept(TARGET, readout, "suppress", strength=STRENGTH, given=given)
+            found[f"{name}{', given the others' if given else ''}"] = [concept, *others]
     return found
 
 
@@ -79,11 +70,21 @@ def train(concepts: list[Any], pairs: int, seed: int) -> Any:
             gradient_checkpointing=False,
             **lab.goblin_world().dpo,
         )
-        trainer = ShapedDPOTrainer(model=model, args=args, train_dataset=data, processing_class=lab.load_tokenizer())
-        trainer.train()
-        if trainer._calibration is not None and concepts[0].given:
-            print("coefficients", trainer._calibration.statistics.given[0].tolist(), flush=True)
+        ShapedDPOTrainer(model=model, args=args, train_dataset=data, processing_class=lab.load_tokenizer()).train()
     return model
+
+
+def cached(name: str, concepts: list[Any] | None, pairs: int, rollouts: int, seed: int) -> dict[str, float]:
+    """What [`measure`] finds after a run, or of the model before training."""
+    from shapedpo import lab
+
+    path = CACHE / f"{name.replace(' ', '-').replace(',', '')}-{pairs}-{rollouts}-{seed}.json"
+    if not path.is_file():
+        model = lab.load_model() if concepts is None else train(concepts, pairs, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measure(model, rollouts, seed)))
+    found: dict[str, float] = json.loads(path.read_text())
+    return found
 
 
 def main() -> None:
@@ -91,20 +92,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a seventh of the pairs, results not kept")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pairs, rollouts, strengths = (150, 64, [2.0]) if args.quick else (1000, 600, [2.0])
-    from shapedpo import lab
-
-    rows: list[dict[str, Any]] = [{"run": "before", **measure(lab.load_model(), rollouts, args.seed)}]
-    for name, concepts in runs(strengths, args.seed).items():
-        rows.append({"run": name, **measure(train(concepts, pairs, args.seed), rollouts, args.seed)})
+    size = (150, 64, args.seed) if args.quick else (1000, 600, args.seed)
+    rows: list[dict[str, Any]] = [{"run": "before", **cached("before", None, *size)}]
+    for name, concepts in runs().items():
+        rows.append({"run": name, **cached(name, concepts, *size)})
         before, plain, found = rows[0], rows[1], rows[-1]
-        if found is not plain:
-            for trait in FORMATS:
-                gap = plain[trait] - before[trait]
-                found[f"recovery of {trait}"] = 100 * (plain[trait] - found[trait]) / gap if gap else float("nan")
-        print(
-            {key: value if isinstance(value, str) else round(value, 1) for key, value in rows[-1].items()}, flush=True
-        )
+        for trait in FORMATS if concepts else ():
+            gap = plain[trait] - before[trait]
+            found[f"recovery of {trait}"] = 100 * (plain[trait] - found[trait]) / gap if gap else float("nan")
+        print({key: value if isinstance(value, str) else round(value, 1) for key, value in found.items()}, flush=True)
     if args.quick:
         return
     with (RESULTS / "structure.csv").open("w", newline="", encoding="utf-8") as file:

@@ -108,7 +108,7 @@ def calibrate(
     statistics = Statistics(rows.mean(dim=0), _or_one(std), raw.prompt.mean(dim=0), _or_one(prompt_std), none)
     signals = reader.signals(raw, statistics, valid, gates)
     if reader.given:
-        given, more = fit_given(reader.concepts, signals)
+        given, more = fit_given(reader.concepts, signals, valid)
         statistics = statistics._replace(given=given)
         warnings += more
         signals = reader.signals(raw, statistics, valid, gates)

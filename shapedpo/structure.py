@@ -5,10 +5,12 @@ then suppresses some of the rest. A concept with `given` is read without what it
 
 \\( s'_c = s_c - \sum_p b_{cp}\, s_p \\),
 
-the standardised score less its best linear prediction from theirs. The coefficients are found once, on the calibration sample, so that
-over its pairs (those of the concept's gate) the deltas' products vanish: \\( \overline{d'_c\, d_p} = 0 \\). They are products, not covariances,
-because that is what shaping acts by: an offset \\( \lambda d'_c \\) of the margin changes the pressure on p by
-\\( -\lambda\, \overline{\sigma'(-m)\, d'_c\, d_p} \\), which at the start of training is 0 then, where both are taught independently too.
+the standardised score less its best linear prediction from theirs. The coefficients are found once, on the calibration sample: there (on the
+pairs of the concept's gate) the delta that is left is uncorrelated with each of theirs.
+
+They are correlations about the mean. Were the mean products \\( \overline{d'_c\, d_p} \\) made to vanish, an offset by \\( d'_c \\) would leave the
+pressure on p as it is to first order; but where the data teach both, pairs that teach p alone then get a negative score, a bonus in effect, and p
+was learned well beyond plain DPO (`benchmarks/structure.py`).
 
 Source: ours. The paper (arXiv 2606.12360) notes that its methods leak to related attributes and leaves structure open.
 """
@@ -28,7 +30,7 @@ from .shapers.projection import orthonormal_basis
 
 
 LITTLE = 0.1
-"""Share of a concept's own below which a warning is due."""
+"""Share of a delta's variance that is left, below which a warning is due."""
 
 
 def given_indices(concepts: Sequence[Concept]) -> dict[int, list[int]]:
@@ -59,12 +61,13 @@ def without_given(scores: Tensor, coefficients: Tensor, given: dict[int, list[in
     return torch.stack(columns, dim=-1)
 
 
-def fit_given(concepts: Sequence[Concept], signals: Sequence[ConceptSignal]) -> tuple[Tensor, list[str]]:
+def fit_given(concepts: Sequence[Concept], signals: Sequence[ConceptSignal], valid: Tensor) -> tuple[Tensor, list[str]]:
     """Find the coefficients on a sample, by least squares in float64.
 
     Args:
         concepts: All concepts.
         signals: Their own scores on the sample's pairs, the same on all processes.
+        valid: `(N,)` bool, the pairs that count.
 
     Returns:
         `(C, C)` float32, 0 where nothing is given; and warnings, one for each concept that has next to nothing of its own.
@@ -72,7 +75,9 @@ def fit_given(concepts: Sequence[Concept], signals: Sequence[ConceptSignal]) -> 
     deltas = torch.stack([signal.delta for signal in signals], dim=1).double()  # (N, C)
     found, warnings = torch.zeros(len(concepts), len(concepts), dtype=torch.float64, device=deltas.device), []
     for index, others in given_indices(concepts).items():
-        gated = deltas * signals[index].gate.double().sqrt()[:, None]
+        weights = signals[index].gate.double()[:, None] * valid[:, None]
+        apart = deltas - (weights * deltas).sum(dim=0) / weights.sum().clamp(min=1e-12)
+        gated = apart * weights.sqrt()
         moments = gated.T @ gated
         inverse = torch.linalg.pinv(moments[others][:, others], hermitian=True, rtol=1e-9)
         found[index, others] = inverse @ moments[others, index]
@@ -80,8 +85,8 @@ def fit_given(concepts: Sequence[Concept], signals: Sequence[ConceptSignal]) -> 
         if float(own) < LITTLE * float(moments[index, index]):
             share = float(own / moments[index, index])
             warnings.append(
-                f"Concept {concepts[index].name!r}: given {', '.join(concepts[index].given)}, {share:.1%} of its deltas (sum of squares) is "
-                "left on the calibration sample. Its readout, or the data, tells it apart too little for it to be shaped by itself."
+                f"Concept {concepts[index].name!r}: given {', '.join(concepts[index].given)}, {share:.1%} of its deltas' variance is left "
+                "on the calibration sample. Its readout, or the data, tells it apart too little for it to be shaped by itself."
             )
     return found.float(), warnings
 

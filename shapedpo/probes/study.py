@@ -81,7 +81,7 @@ def fit_readouts(
 ) -> list[Fitted]:
     """Fit each kind at each layer on a part of a contrast set, and judge it on the rest.
 
-    An attention probe needs the states of all tokens, which are held for one layer at a time, float32: tokens x width x 4 bytes.
+    An attention probe needs the states of all tokens, which are held for one layer at a time: tokens x width x 12 bytes.
 
     Raises:
         ValueError: If there is no such layer, or the set cannot be split or has no pairs.
@@ -89,23 +89,9 @@ def fit_readouts(
     layers = list(range(len(decoder_layers(model)))) if options.layers is None else list(options.layers)
     for layer in layers:
         resolve_site(model, residual(layer))  # an error now rather than after the first pass
-    fit, held = contrast.split(options.heldout, options.seed)
-    pairs = contrast.take(fit).pairs()
-    if options.objective == "pairs" and not len(pairs):
-        raise ValueError(
-            "The objective 'pairs' needs prompts with a response of either kind, and there is none. Use 'bce'."
-        )
-    means = _means(model, tokenizer, contrast, layers, options)
-    found = []
-    for layer in tqdm(layers, desc="Fitting"):
-        for kind in options.kinds:
-            tensors, scores = _fit(model, tokenizer, contrast, kind, layer, means[layer], (fit, held), pairs, options)
-            quality = judge_scores(scores.double().numpy(), contrast.labels, fit, held)
-            effect = float("nan")
-            if kind != "attention_probe":
-                effect = _effect(model, tokenizer, contrast, layer, tensors, means[layer], (fit, held), options)
-            found.append(Fitted(kind, layer, tensors, quality, effect))
-    return found
+    study = _Study(model, tokenizer, contrast, options)
+    means = study.means(layers)
+    return [study.fitted(kind, layer, means[layer]) for layer in tqdm(layers, desc="Fitting") for kind in options.kinds]
 
 
 def best(fitted: Sequence[Fitted]) -> dict[str, Fitted]:
@@ -144,95 +130,78 @@ def model_fingerprint(model: Any) -> str:
     return fingerprint([name for name, _ in small], *(p for _, p in small))[:16]
 
 
-def _fit(
-    model: Any,
-    tokenizer: Any,
-    contrast: Contrast,
-    kind: str,
-    layer: int,
-    means: Tensor,
-    parts: tuple[np.ndarray, np.ndarray],
-    pairs: np.ndarray,
-    options: Options,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors of one readout, and its scores of all responses, `(N,)`."""
-    fit, labels = parts[0], contrast.labels[parts[0]]
-    if kind == "attention_probe":
-        states = _tokens(model, tokenizer, contrast, layer, options)
-        counts = torch.tensor([len(states[index]) for index in fit])
-        chosen = torch.cat([states[index] for index in fit])
+class _Study:
+    """A contrast set, split, and the model that reads it."""
+
+    def __init__(self, model: Any, tokenizer: Any, contrast: Contrast, options: Options) -> None:
+        self.model, self.tokenizer, self.contrast, self.options = model, tokenizer, contrast, options
+        self.fit, self.held = contrast.split(options.heldout, options.seed)
+        self.labels = contrast.labels[self.fit]
+        self.pairs = contrast.take(self.fit).pairs()
+        self.sizes: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
+        if options.objective == "pairs" and not len(self.pairs):
+            raise ValueError(
+                "The objective 'pairs' needs prompts with a response of either kind, and there is none. Use 'bce'."
+            )
+
+    def means(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        """For each layer the mean states over each response's tokens, `(N, d)` float32 on the CPU, of one pass."""
+        readers = [ActivationMean(residual(layer), resolve_site(self.model, residual(layer)).width) for layer in layers]
+        found = {
+            layer: torch.zeros(len(self.contrast.labels), reader.d_in)
+            for layer, reader in zip(layers, readers, strict=True)
+        }
+        for rows, scores in self._passes(readers, f"{len(layers)} layers"):
+            for layer, part in zip(layers, scores, strict=True):
+                found[layer][rows] = part.cpu()
+        return found
+
+    def fitted(self, kind: str, layer: int, means: Tensor) -> Fitted:
+        """One readout, of mean states `(N, d)` at its layer."""
+        options, effect = self.options, float("nan")
+        if kind == "attention_probe":
+            tensors, scores = self._attention(layer)
+        elif kind == "linear_probe":
+            tensors = fit_linear(means[self.fit], self.labels, self.pairs, options.objective, options.l2)
+            reader = LinearProbeReader(tensors["weight"], tensors["bias"], "mean", residual(layer))
+            scores, effect = reader.encode(means)[:, 0], self._effect(layer, tensors["weight"], means)
+        else:
+            tensors = {"direction": difference_of_means(means[self.fit], self.labels).float()}
+            scores = DirectionReader(tensors["direction"], "mean", residual(layer)).encode(means)[:, 0]
+            effect = self._effect(layer, tensors["direction"], means)
+        quality = judge_scores(scores.double().numpy(), self.contrast.labels, self.fit, self.held)
+        return Fitted(kind, layer, tensors, quality, effect)
+
+    def _attention(self, layer: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensors of an attention probe, and its scores of all responses, `(N,)`."""
+        options, states = self.options, self._tokens(layer)
+        counts = torch.tensor([len(states[index]) for index in self.fit])
+        chosen = torch.cat([states[index] for index in self.fit])
         tensors = fit_attention(
-            chosen, counts, labels, pairs, options.objective, options.l2, options.heads, options.seed
+            chosen, counts, self.labels, self.pairs, options.objective, options.l2, options.heads, options.seed
         )
         query, value, bias = (tensors[name] for name in ATTENTION)
-        reader: ActivationReader = AttentionProbeReader(query, value, bias, residual(layer))
-        return tensors, torch.cat([_score(reader, state) for state in states])
-    if kind == "linear_probe":
-        tensors = fit_linear(means[fit], labels, pairs, options.objective, options.l2)
-        reader = LinearProbeReader(tensors["weight"], tensors["bias"], "mean", residual(layer))
-    else:
-        tensors = {"direction": difference_of_means(means[fit], labels).float()}
-        reader = DirectionReader(tensors["direction"], "mean", residual(layer))
-    return tensors, reader.encode(means)[:, 0]
+        reader = AttentionProbeReader(query, value, bias, residual(layer))
+        scores = [reader.pooled(part[None], torch.ones(1, len(part), dtype=torch.bool))[0] for part in states]
+        return tensors, torch.cat(scores)
 
+    def _tokens(self, layer: int) -> list[Tensor]:
+        """Each response's states, `(T_i, d)` float32 on the CPU."""
+        reader = ActivationTokens(residual(layer), resolve_site(self.model, residual(layer)).width)
+        found = [torch.empty(0)] * len(self.contrast.labels)
+        for rows, (scores,) in self._passes([reader], f"layer {layer}"):
+            for row, states in zip(rows, scores, strict=True):
+                found[row] = states[states[:, 0] > 0, 1:].cpu()
+        return found
 
-def _score(reader: ActivationReader, states: Tensor) -> Tensor:
-    return reader.pooled(states[None], torch.ones(1, len(states), dtype=torch.bool))[:, 0]
+    def _effect(self, layer: int, vector: Tensor, means: Tensor) -> float:
+        """Of adding a direction, on some of the held-out responses."""
+        unit = torch.nn.functional.normalize(vector.double(), dim=0)
+        along, shown = means[self.fit].double() @ unit, torch.from_numpy(self.labels)
+        size = float(along[shown].mean() - along[~shown].mean())
+        few = [self.held[self.contrast.labels[self.held] == kind][: STEERED // 2] for kind in (True, False)]
+        some = self.contrast.take(np.concatenate(few))
+        return steering_effect(self.model, self.tokenizer, some, residual(layer), unit, size, **self.sizes)
 
-
-def _effect(
-    model: Any,
-    tokenizer: Any,
-    contrast: Contrast,
-    layer: int,
-    tensors: dict[str, Tensor],
-    means: Tensor,
-    parts: tuple[np.ndarray, np.ndarray],
-    options: Options,
-) -> float:
-    fit, held = parts
-    unit = torch.nn.functional.normalize(tensors.get("direction", tensors.get("weight", means[0])).double(), dim=0)
-    along = (means[fit].double() @ unit).numpy()
-    labels = contrast.labels[fit]
-    few = [held[contrast.labels[held] == kind][: STEERED // 2] for kind in (True, False)]
-    return steering_effect(
-        model,
-        tokenizer,
-        contrast.take(np.concatenate(few)),
-        residual(layer),
-        unit,
-        float(along[labels].mean() - along[~labels].mean()),
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-    )
-
-
-def _means(
-    model: Any, tokenizer: Any, contrast: Contrast, layers: Sequence[int], options: Options
-) -> dict[int, Tensor]:
-    """For each layer the mean states over each response's tokens, `(N, d)` float32 on the CPU, of one pass."""
-    readers = [ActivationMean(residual(layer), resolve_site(model, residual(layer)).width) for layer in layers]
-    found = {
-        layer: torch.zeros(len(contrast.labels), reader.d_in) for layer, reader in zip(layers, readers, strict=True)
-    }
-    for rows, scores in _passes(model, tokenizer, contrast, readers, options, f"{len(layers)} layers"):
-        for layer, part in zip(layers, scores, strict=True):
-            found[layer][rows] = part.cpu()
-    return found
-
-
-def _tokens(model: Any, tokenizer: Any, contrast: Contrast, layer: int, options: Options) -> list[Tensor]:
-    """Each response's states, `(T_i, d)` float32 on the CPU."""
-    reader = ActivationTokens(residual(layer), resolve_site(model, residual(layer)).width)
-    found = [torch.empty(0)] * len(contrast.labels)
-    for rows, (scores,) in _passes(model, tokenizer, contrast, [reader], options, f"layer {layer}"):
-        for row, states in zip(rows, scores, strict=True):
-            found[row] = states[states[:, 0] > 0, 1:].cpu()
-    return found
-
-
-def _passes(
-    model: Any, tokenizer: Any, contrast: Contrast, readers: Sequence[ActivationReader], options: Options, name: str
-) -> Iterator[tuple[list[int], list[Tensor]]]:
-    sizes: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
-    return read_batches(model, tokenizer, contrast.responses, readers, **sizes, name=name)
+    def _passes(self, readers: Sequence[ActivationReader], name: str) -> Iterator[tuple[list[int], list[Tensor]]]:
+        return read_batches(self.model, self.tokenizer, self.contrast.responses, readers, **self.sizes, name=name)
