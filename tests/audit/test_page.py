@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from shapedpo.audit.analysis import analyse
 from shapedpo.audit.labels import Label, Labels, hypothesis_key
 from shapedpo.audit.lessons import lessons
+from shapedpo.audit.maps import cluster_maps
 from shapedpo.audit.page.render import render, write_page
 from shapedpo.audit.page.rows import RowStore
 from shapedpo.audit.page.server import ViewServer
@@ -21,6 +23,7 @@ from shapedpo.audit.page.source import Audit
 from tests.monitor.browser import Opened, browser, missing
 
 from .audits import HOSTILE, PRAISE, tokenizer
+from .worlds import World
 
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no browser for the page: {missing()}")
@@ -264,6 +267,22 @@ def test_hostile_text_does_nothing(opened: Open, finished: Audit, tmp_path: Path
     assert table(saved)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, iframe, a[href^=javascript]").count() == 0
+
+
+def test_a_world_that_teaches_nothing_says_so(opened: Open, tmp_path: Path) -> None:
+    """Neither hypotheses nor clusters, labels or predictions: the least that an audit can be."""
+    harvest = World(40, topics=2, groups=1).harvest(tmp_path / "harvest")
+    analysis = analyse(harvest, out=tmp_path / "analysis", progress=False)
+    audit = Audit.open(tmp_path)
+    assert audit.tokenizer() is None  # the harvest does not say which model
+    page = opened(write_page(audit, None), width=400)
+    assert page.page.inner_text("#lesson-groups").count("Nothing found.") == 3
+    assert "none differs more than chance" in page.page.inner_text("#facts")
+    assert page.page.locator("#map-condition circle").count() == len(cluster_maps(analysis, harvest)["data"].rows)
+    page.page.click("[data-view=prompt]")
+    page.page.fill("#search", "chosen 7")
+    page.page.locator("#found", has_text="Found:").wait_for()
+    assert page.overflow() == 0
 
 
 def test_marks_lie_on_the_words(finished: Audit) -> None:

@@ -31,7 +31,7 @@ TEXT = 1500
 """Characters of each text that it holds."""
 
 NUMBERS = 500_000
-"""Row numbers that it holds, for all hypotheses together."""
+"""Row numbers that it holds, for all hypotheses together; for each lesson a tenth of that."""
 
 
 def write_page(audit: Audit, tokenizer: Any | None = None, path: str | os.PathLike[str] | None = None) -> Path:
@@ -82,12 +82,12 @@ def _embedded(audit: Audit, tokenizer: Any | None) -> dict[str, Any]:
         rows[row.row] = shown
     taught = list(map(lesson_subject, lessons(analysis)))
     found = list(map(hypothesis_subject, analysis.hypotheses))
-    most = max(SHOWN, NUMBERS // max(1, len(taught) + len(found)))
+    most = {"lesson": NUMBERS // 10, "hypothesis": max(SHOWN, NUMBERS // max(1, len(found)))}
     return {
         "rows": rows,
         "shown": {"lesson": _shown(taught, kept), "hypothesis": _shown(found, kept)},
         "numbers": {
-            kind: [subject.rows[:most].tolist() for subject in subjects]
+            kind: [subject.rows[: most[kind]].tolist() for subject in subjects]
             for kind, subjects in (("lesson", taught), ("hypothesis", found))
         },
     }

@@ -69,7 +69,7 @@ function show(h, lesson = null) {
   const head = element("header", "detail-head");
   const title = element("h2");
   title.id = "detail-title";
-  title.append(H.label[h] ? element("bdi", "data", H.label[h][0]) : statement(h));
+  title.append(H.label[h] ? element("bdi", "data", H.label[h][0]) : lesson ? lessonStatement(lesson) : statement(h));
   const close = element("button", "close", "✕");
   close.type = "button";
   close.setAttribute("aria-label", "Close");
@@ -80,7 +80,7 @@ function show(h, lesson = null) {
     const said = element("p");
     said.append(H.label[h][1] ? element("bdi", "data", H.label[h][1]) : "");
     const plain = element("p", "muted");
-    plain.append(statement(h));
+    plain.append(lesson ? lessonStatement(lesson) : statement(h));
     body.append(said, plain);
   }
   const figures = element("dl", "facts figures");
@@ -88,7 +88,7 @@ function show(h, lesson = null) {
   if (guess) {
     const range = known(guess.low) ? ` [${signed(guess.low)}, ${signed(guess.high)}]` : "";
     const about = "change of the mean score that the audit predicts in rollouts after training, with its interval";
-    figures.append(figure("predicted change", `${signed(guess.score)}${range}`, about));
+    figures.append(figure("predicted change", `${signed(guess.score)} sd${range}`, about));
     if (guess.rates) {
       const [base, after, low, high] = guess.rates;
       figures.append(figure("in rollouts", `${percent(base)} → ${percent(after)} (${percent(low)} to ${percent(high)})`, "share of rollouts that show it, before and after"));
@@ -97,7 +97,8 @@ function show(h, lesson = null) {
   const given = view === "global" ? "chosen minus rejected, all rows" : "in the condition";
   figures.append(figure("mean score", `${signed(H.mean_in[h])}${view === "global" ? "" : ` in, ${signed(H.mean_out[h])} elsewhere`}`, `response score, chosen minus rejected, ${given}`));
   for (const [name, [short, about, value]] of Object.entries(STATISTICS)) {
-    if (name !== "predicted") figures.append(figure(short, shownStatistic(name, value(h)), about));
+    if (name === "predicted" || (lesson && (name === "n" || name === "named"))) continue; // a lesson has rows of its own
+    figures.append(figure(short, shownStatistic(name, value(h)), about));
   }
   figures.append(figure("halves", H.halves[h].map((half) => signed(half)).join(" / "), "Δ among rows of even and of odd number"));
   body.append(figures);

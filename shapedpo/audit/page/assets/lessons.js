@@ -15,15 +15,14 @@ function wordList(words) {
   return holder;
 }
 
-function lessonCard(lesson, rank, group, strongest) {
+function lessonCard(lesson, rank, strongest) {
   const h = lesson.hypotheses[0];
   const card = element("button", `lesson ${side(H.delta[h])}`);
   card.type = "button";
   const head = element("span", "lesson-head");
   head.append(element("span", "rank", String(rank)));
   const where = element("span", "lesson-where");
-  if (H.view[h] === "global") where.append("everywhere");
-  else where.append(H.view[h] === "prompt" ? "prompts: " : "rows: ", element("bdi", "data", conditionTitle(h) || lesson.where));
+  where.append(lessonWhere(lesson));
   head.append(where, element("span", "muted lesson-rows", lesson.n_named ? `${whole(lesson.n_named)} rows` : "no rows stand out"));
   card.append(head);
   if (H.label[h]) card.append(element("bdi", "data lesson-title", H.label[h][0]));
@@ -48,37 +47,37 @@ function lessonCard(lesson, rank, group, strongest) {
   fill.style.width = `${Math.round(100 * Math.min(1, Math.abs(H.d[h]) / strongest))}%`;
   bar.append(fill);
   bar.title = "Cohen's d";
-  foot.append(bar, `d ${signed(H.d[h])}`);
   const guess = prediction(h);
-  if (guess?.rates) foot.append(` · predicted ${percent(guess.rates[0])} → ${percent(guess.rates[1])} of rollouts`);
-  else if (guess && known(guess.score)) foot.append(` · predicted ${signed(guess.score)}`);
-  if (lesson.hypotheses.length > 1) foot.append(` · ${whole(lesson.hypotheses.length)} findings agree`);
+  const said = [`d ${signed(H.d[h])}`];
+  if (guess?.rates) said.push(`predicted in ${percent(guess.rates[0])} → ${percent(guess.rates[1])} of rollouts`);
+  else if (guess && known(guess.score)) said.push(`predicted ${signed(guess.score)} sd`);
+  if (lesson.hypotheses.length > 1) said.push(`${whole(lesson.hypotheses.length)} findings agree`);
+  foot.append(bar, element("span", "", said.join(" · ")));
   card.append(foot);
   card.addEventListener("click", () => openLesson(lesson.lesson));
   return card;
 }
-const conditionTitle = (h) => data.clusters[conditionKind(H.view[h])]?.title[H.condition[h]];
+
+/** A pattern of a word that is not within a longer one. */
+function wholeWord(word) {
+  const [before, after] = [/^\p{L}/u.test(word) ? "(?<!\\p{L})" : "", /\p{L}$/u.test(word) ? "(?!\\p{L})" : ""];
+  return before + word.replace(/[.*+?^${}()|[\]\\/]/g, "\\$&") + after;
+}
 
 /** Some of a text around the first of these words, which are marked. */
 function excerpt(text, words) {
   const holder = element("bdi", "data");
   holder.dir = "auto";
-  const lower = text.toLowerCase();
-  const exact = lower.length === text.length; // else a letter's lower case is longer, and places would be off
-  const places = exact ? words.map((word) => lower.indexOf(word.toLowerCase())).filter((place) => place >= 0) : [];
-  const from = boundary(text, Math.max(0, (places.length ? Math.min(...places) : 0) - 50));
+  const places = words.length ? [...text.matchAll(new RegExp(words.map(wholeWord).join("|"), "giu"))] : [];
+  const from = boundary(text, Math.max(0, (places[0]?.index ?? 0) - 50));
   const to = boundary(text, Math.min(text.length, from + 170));
   if (from > 0) holder.append("…");
   let at = from;
-  while (at < to) {
-    const next = words.flatMap((word) => {
-      const place = exact ? lower.indexOf(word.toLowerCase(), at) : -1;
-      return place >= 0 && place + word.length <= to ? [[place, word.length]] : [];
-    });
-    if (!next.length) break;
-    const [place, length] = next.sort((a, b) => a[0] - b[0])[0];
-    holder.append(text.slice(at, place), element("mark", "act lesson-mark", text.slice(place, place + length)));
-    at = place + length;
+  for (const found of places) {
+    const end = found.index + found[0].length;
+    if (end > to) break;
+    holder.append(text.slice(at, found.index), element("mark", "act lesson-mark", found[0]));
+    at = end;
   }
   holder.append(text.slice(at, to));
   if (to < text.length) holder.append("…");
@@ -95,13 +94,13 @@ function drawLessons() {
     part.append(head);
     const strongest = Math.max(0.1, ...lessons.map((lesson) => Math.abs(H.d[lesson.hypotheses[0]])));
     const cards = element("div", "cards-grid");
-    cards.append(...lessons.slice(0, FIRST).map((lesson, place) => lessonCard(lesson, place + 1, name, strongest)));
-    part.append(lessons.length ? cards : element("p", "empty", "Nothing found."));
+    cards.append(...lessons.slice(0, FIRST).map((lesson, place) => lessonCard(lesson, place + 1, strongest)));
+    part.append(lessons.length ? cards : element("p", "muted", "Nothing found."));
     if (lessons.length > FIRST) {
       const more = element("button", "all", `show all ${lessons.length}`);
       more.type = "button";
       more.addEventListener("click", () => {
-        cards.append(...lessons.slice(FIRST).map((lesson, place) => lessonCard(lesson, FIRST + place + 1, name, strongest)));
+        cards.append(...lessons.slice(FIRST).map((lesson, place) => lessonCard(lesson, FIRST + place + 1, strongest)));
         more.remove();
       });
       part.append(more);

@@ -44,6 +44,32 @@ function statement(h) {
   return holder;
 }
 
+/** Where a lesson holds: "everywhere", or words of its rows' prompts. */
+function lessonWhere(lesson) {
+  const [h] = lesson.hypotheses;
+  const title = data.clusters[conditionKind(H.view[h])]?.title[H.condition[h]];
+  const holder = element("span");
+  if (H.view[h] === "global") holder.append("everywhere");
+  else if (title) holder.append("where: ", element("bdi", "data", title));
+  else if (/^(data cluster|prompts with) /.test(lesson.where)) holder.append(element("bdi", "data", lesson.where));
+  else holder.append("prompts that say ", element("bdi", "data", lesson.where));
+  return holder;
+}
+
+/** A sentence of a lesson. */
+function lessonStatement(lesson) {
+  const [h] = lesson.hypotheses;
+  if (!lesson.more.length && !lesson.less.length) return statement(h);
+  const holder = element("span");
+  const words = (name, those) => [element("span", name === "chosen" ? "amplified" : "suppressed", name), " says ", element("bdi", "data", those.join(", "))];
+  const where = lessonWhere(lesson);
+  where.firstChild.textContent = where.firstChild.textContent.replace(/^./, (letter) => letter.toUpperCase());
+  holder.append(where, ": ");
+  if (lesson.more.length) holder.append(...words("chosen", lesson.more));
+  if (lesson.less.length) holder.append(lesson.more.length ? "; " : "", ...words("rejected", lesson.less));
+  return holder;
+}
+
 /** What the page can say of a predicted change: its score, or from which share of rollouts to which. */
 function prediction(h) {
   const values = H.predicted?.[h];
