@@ -5,6 +5,7 @@ Worlds were divided before any was looked at: estimators were designed on `DESIG
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -13,11 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import stories
 from benchmarks.estimates_runs import LAB_LESSONS, Ground, Setting, dpo_config, ground_of
 from shapedpo import SAEFeatures, lab
 from shapedpo.audit import Analysis, Harvest, HarvestSettings, analyse, harvest
-from shapedpo.audit.rollouts import Rollouts, RolloutSettings, roll_out
+from shapedpo.audit.rollouts import Rollouts, RolloutSettings, log_probs, roll_out
+from shapedpo.lab import measures, text
 
 
 LESSONS = LAB_LESSONS | {
@@ -53,6 +57,7 @@ LESSONS = LAB_LESSONS | {
 DESIGN = ("lab: goblin world", "lab: conditions", "stories: dialogue")
 HELD_OUT = ("lab: manners", "lab: topics", "lab: style", "lab: mixed", "stories: outdoors")
 
+PILOTS = (8, 4)  # after one part in so many of the steps
 FOLDER = stories.CACHE / "prediction"
 VIOLENT = (2e-4, 0.1)  # learning rate and beta
 GENTLE = (2e-5, 1.0)
@@ -86,7 +91,7 @@ def train(setting: Setting, folder: Path) -> Path:
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            for share in (8, 4, 2):
+            for share in PILOTS:
                 if state.global_step == state.max_steps // share:
                     safetensors.torch.save_model(model, folder / f"{setting.key}-1of{share}.safetensors")
 
@@ -133,6 +138,51 @@ def rollouts(setting: Setting, folder: Path) -> Rollouts:
     return roll_out(load(setting), trained, world.tokenizer, prompts, reader, kept, how)
 
 
+def answers(setting: Setting, folder: Path) -> Rollouts:
+    """Answers of the model before training to prompts of the kind that it is trained on, the same for all runs of a model."""
+    kept = folder / f"answers-{setting.world.split(':')[0]}"
+    try:
+        return Rollouts.open(kept)
+    except FileNotFoundError:
+        shutil.rmtree(kept, ignore_errors=True)
+    world, model = ground(setting), load(setting)
+    reader = SAEFeatures(world.sae, "all").load()
+    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch=128, seed=99)
+    return roll_out(model, model, world.tokenizer, asked(setting, world), reader, kept, how, both=False)
+
+
+def asked(setting: Setting, world: Ground) -> list[list[int]]:
+    """The prompts of [`answers`]: 512 of the lab's training questions, or of stories' beginnings."""
+    if setting.world in LESSONS:
+        questions = [measures.as_prompt(q) for q in text.draw_questions(512, 99, "train")]
+        return [world.tokenizer.apply_chat_template(q, add_generation_prompt=True)["input_ids"] for q in questions]
+    return world.tokenizer(world.rows["prompt"][:512], add_special_tokens=world.special_tokens)["input_ids"]
+
+
+def pilot(setting: Setting, share: int, folder: Path) -> Rollouts:
+    """The same answers, weighed by what the run was after a part of its steps."""
+    import safetensors.torch
+
+    given = answers(setting, folder)
+    kept = folder / f"{setting.key}-1of{share}-pilot.npy"
+    if not kept.exists():
+        world, model, trained = ground(setting), load(setting), load(setting)
+        safetensors.torch.load_model(trained, folder / f"{setting.key}-1of{share}.safetensors")
+        prompts = asked(setting, world)
+        ids = given.harvest.ids(range(given.harvest.n_rows))
+        rows = [
+            {"prompt_ids": prompt, "chosen_ids": row["chosen"], "rejected_ids": row["rejected"]}
+            for prompt, row in zip(prompts, ids, strict=True)
+        ]
+        found = []
+        for start in range(0, len(rows), 64):
+            some = rows[start : start + 64]
+            after, before = (log_probs(each, some, world.tokenizer.pad_token_id or 0) for each in (trained, model))
+            found.append((after - before).reshape(2, -1).T.numpy())
+        np.save(kept, np.concatenate(found).astype(np.float64))
+    return dataclasses.replace(given, log_ratios=np.load(kept))
+
+
 def model_of(setting: Setting) -> str:
     """Where the model that a run starts from is."""
     return str(lab.model_path() if setting.world in LESSONS else stories.MODEL)
@@ -151,9 +201,12 @@ def make(runs: Sequence[Setting], folder: Path) -> None:
         trained = time.process_time()
         audit(setting, folder)
         rollouts(setting, folder)
+        for share in PILOTS:
+            pilot(setting, share, folder)
         spent = trained - started, time.process_time() - trained
         print(f"{setting.key}: trained in {spent[0]:.0f} s, read in {spent[1]:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    make([run for run in settings((*DESIGN, *HELD_OUT)) if not sys.argv[1:] or run.key in sys.argv[1:]], FOLDER)
+    known = {run.key: run for run in settings((*DESIGN, *HELD_OUT))}
+    make([known[key] for key in sys.argv[1:] or known], FOLDER)

@@ -86,6 +86,7 @@ class Part:
         rate: Share of the (condition's) completions in which it appears.
         rate_delta, rate_se: Weighted mean difference of its appearing, and its standard error.
         sd: The score's standard deviation over all completions.
+        variance: The score's variance over the (condition's) completions, in these.
         held: `(n, H)`, the mean differences of the held features in the same pairs, in sd.
     """
 
@@ -99,6 +100,7 @@ class Part:
     rate_delta: Array
     rate_se: Array
     sd: Array
+    variance: Array
     held: Array
 
 
@@ -226,6 +228,7 @@ def _part(
         rate_delta=rate_delta.ravel(),
         rate_se=rate_se.ravel(),
         sd=np.broadcast_to(sd, delta.shape).ravel(),
+        variance=((tally.sd() / sd) ** 2)[large].ravel(),
         held=moved[condition],
     )
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from ..monitor.estimators import bridge_weights
 from .conditions import OBSERVED, Conditions, passes
 from .rollouts import Rollouts
 
@@ -29,6 +28,7 @@ class Observed:
         halves: `(2, groups, things)`, the change on rollouts of even and of odd number.
         log_odds, log_odds_se: Change of the log-odds of appearing.
         rate: Share of the base model's rollouts in which it appears.
+        variance: Of the score, over all rollouts.
     """
 
     n: Array
@@ -38,6 +38,7 @@ class Observed:
     log_odds: Array
     log_odds_se: Array
     rate: Array
+    variance: Array
 
 
 class _Sums:
@@ -45,7 +46,7 @@ class _Sums:
 
     def __init__(self, groups: int, things: int) -> None:
         self.n, self.c, self.cc = (np.zeros((groups, 1)) for _ in range(3))
-        self.r, self.rr, self.cr, self.level = (np.zeros((groups, things)) for _ in range(4))
+        self.r, self.rr, self.cr, self.level, self.square = (np.zeros((groups, things)) for _ in range(5))
         self.before, self.after = (np.zeros((groups, things)) for _ in range(2))
 
     def add(self, members: Any, weights: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
@@ -53,15 +54,15 @@ class _Sums:
         groups = sparse.csr_matrix(members.T, dtype=np.float64)
         c = weights.mean(axis=1)
         r = sum(sparse.diags(w / 2) @ side for w, side in zip(weights.T, scores, strict=True))
-        squared = r.multiply(r) if sparse.issparse(r) else np.square(r)
         self.n += groups.sum(axis=1)
         self.c += groups @ c[:, None]
         self.cc += groups @ (c**2)[:, None]
         for name, values in (
             ("r", r),
-            ("rr", squared),
+            ("rr", _squared(r)),
             ("cr", sparse.diags(c) @ r),
             ("level", (scores[0] + scores[1]) / 2),
+            ("square", (_squared(scores[0]) + _squared(scores[1])) / 2),
             ("after", shown[0]),
             ("before", shown[1]),
         ):
@@ -86,7 +87,12 @@ class _Sums:
             log_odds=(odds[0] - odds[1])[of],
             log_odds_se=odds_se[of],
             rate=(self.before / n)[of],
+            variance=np.maximum(self.square / n - level**2, 0)[of],
         )
+
+
+def _squared(values: Any) -> Any:
+    return values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=np.float64)
 
 
 def observe(
@@ -97,13 +103,11 @@ def observe(
     Args:
         rollouts: Answers of both.
         conditions: What the audit compares, and where.
-        bridge: Whether answers count by how much likelier they have become (bridge sampling, Meng and Wong 1996), which takes most of
-            the noise away while the models are near each other; otherwise it is the plain difference of means.
+        bridge: Whether answers count by how much likelier they have become, which takes most of the noise away while the models are
+            near each other; otherwise it is the plain difference of means.
         progress: Whether to show a progress bar.
     """
-    weights = np.broadcast_to([2.0, -2.0], rollouts.log_ratios.shape)
-    if bridge:
-        weights = bridge_weights(rollouts.log_ratios, 0.5)
+    weights = rollouts.weights if bridge else np.broadcast_to([2.0, -2.0], rollouts.log_ratios.shape)
     sums: dict[tuple[str, str], _Sums] = {}
     for place, shard in passes(rollouts.harvest, "Observing", progress):
         sides = [conditions.things.scores(span.freq) for span in (shard.chosen, shard.rejected)]

@@ -3,10 +3,10 @@ r"""How far DPO on a dataset will move each feature and cluster, before anything
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,11 +14,15 @@ from scipy.stats import norm
 
 from ..files import replacing
 from .conditions import Conditions
-from .effects import Effects, measure
+from .effects import Effects, Part, measure
 from .hypotheses import Analysis
 from .shrinkage import shrunk
 from .store import Harvest
 
+
+if TYPE_CHECKING:
+    from .observed import Observed
+    from .rollouts import Rollouts
 
 Array = NDArray[np.float64]
 
@@ -34,7 +38,11 @@ class PredictionSettings:
     Args:
         scale: The change of a score, in sd, that a mean delta of one sd brings. How far a run goes depends on its learning rate, beta and
             steps, which are not in the data: it is the same for all, and does not matter for ranks.
-        error: Standard error of a prediction as a share of the size of the prediction and of the usual one (their root mean square).
+        error: Standard error of a prediction as a share of its own size.
+        common_error: The error that all have, as a share of the usual prediction: what moves although the data does not ask for it.
+        prior_answers: Answers that the data's own completions count as, where the reference's answers say how much a score varies.
+        max_ratio: Largest factor by which a prediction grows for the reference's answers varying more than the data.
+        least_rate: Rates are taken as this at least, and at most as 1 less this, where log-odds are predicted.
         sample: Completions whose covariance says how features go together.
         min_condition_rows: Rows of a condition that predictions are made for.
 
@@ -44,6 +52,10 @@ class PredictionSettings:
 
     scale: float = 0.5
     error: float = 0.5
+    common_error: float = 0.5
+    prior_answers: float = 20.0
+    max_ratio: float = 4.0
+    least_rate: float = 1e-3
     sample: int = 20_000
     min_condition_rows: int = 10
 
@@ -146,6 +158,7 @@ def predict(
     *,
     weights: ArrayLike | None = None,
     held: Collection[int] = (),
+    rollouts: Rollouts | None = None,
     conditions: Conditions | None = None,
     progress: bool = True,
 ) -> Prediction:
@@ -157,6 +170,9 @@ def predict(
         settings: How.
         weights: `(n_rows,)`, not negative, what each pair counts, in the order of `analysis.rows`: 0 for a row that is dropped, 1 as it is.
         held: Features that are held: they will not change, and what goes with them changes less.
+        rollouts: Answers of the reference to some prompts, and if a pilot (a model trained on the data for a few steps) answered too, or weighs
+            them, its log-ratios. The answers say how much each score can move, the pilot how the model generalises. The pilot is left out
+            where features are held or pairs weighted: it was trained on the data as it is.
         conditions: The analysis' conditions, where they are at hand: saves a pass.
         progress: Whether to show progress bars.
 
@@ -166,9 +182,10 @@ def predict(
     settings = settings or PredictionSettings()
     found = _checked(harvest, analysis, weights, held)
     features = np.array(sorted(set(held)), np.int64)
+    conditions = conditions or Conditions.of(harvest, analysis, progress)
     effects = measure(
         harvest,
-        conditions or Conditions.of(harvest, analysis, progress),
+        conditions,
         found,
         features,
         analysis.settings,
@@ -176,7 +193,14 @@ def predict(
         settings.min_condition_rows,
         progress,
     )
-    return _table(effects.holding(), settings)
+    answers: dict[tuple[str, str], Observed] = {}
+    pilot = False
+    if rollouts is not None:
+        from .observed import observe  # needs torch
+
+        answers = observe(rollouts, conditions, progress=progress)
+        pilot = bool(rollouts.log_ratios.any()) and weights is None and not len(features)
+    return _table(effects.holding(), answers, pilot, settings)
 
 
 def _checked(
@@ -197,37 +221,75 @@ def _checked(
     return found
 
 
-def _table(effects: Effects, settings: PredictionSettings) -> Prediction:
-    half = float(norm.ppf(0.5 + LEVEL / 2))
+def _table(
+    effects: Effects, answers: Mapping[tuple[str, str], Observed], pilot: bool, settings: PredictionSettings
+) -> Prediction:
     columns: dict[str, list[Any]] = {f.name: [] for f in fields(Prediction)}
-    everywhere: dict[str, list[tuple[Array, Array]]] = {}
+    everywhere: dict[str, tuple[Array, Array]] = {}
     for part in sorted(effects.parts, key=lambda part: part.view != "global"):
-        # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate.
-        rate = np.clip(part.rate, 1e-4, 1 - 1e-4)
-        odds = 1 / (rate * (1 - rate))
-        scores = [(part.delta, part.se), (part.rate_delta * odds, part.rate_se * odds)]
+        value, se, rate = part.delta, part.se, part.rate
+        change = change_se = None
+        if (found := answers.get((part.kind, part.view))) is not None:
+            at = np.maximum(part.condition, 0), part.number
+            n = 2 * found.n[at[0], 0]
+            varies = found.variance[at] / part.sd**2
+            # A reward moves what the model's own answers vary in: covariance goes with variance
+            varies = (n * varies + settings.prior_answers * part.variance) / (n + settings.prior_answers)
+            ratio = np.minimum(varies / np.maximum(part.variance, 1e-9), settings.max_ratio)
+            value, se = value * ratio, se * ratio
+            rate = (n / 2 * found.rate[at] + part.rate) / (n / 2 + 1)
+            if pilot:
+                change, change_se = found.change[at] / part.sd, found.se[at] / part.sd
+        base = np.zeros(len(value)), np.zeros(len(value))
+        if part.view != "global":  # what a condition adds to what happens everywhere, which is little for most
+            base = everywhere[part.kind][0][part.number], everywhere[part.kind][1][part.number]
+            value = value - base[0]
+            if change is not None:
+                change = change - answers[part.kind, "global"].change[0, part.number] / part.sd
+        value, sd = shrunk(value, se)
+        if change is not None and change_se is not None:
+            value, sd = _with_pilot(value, sd, change, change_se)
+        value, sd = base[0] + value, np.hypot(base[1], sd)
         if part.view == "global":
-            found = everywhere[part.kind] = [shrunk(*score) for score in scores]
-        else:  # what a condition adds to what happens everywhere, which is little for most
-            found = []
-            for (value, se), (base, base_sd) in zip(scores, everywhere[part.kind], strict=True):
-                more, sd = shrunk(value - base[part.number], se)
-                found.append((base[part.number] + more, np.hypot(base_sd[part.number], sd)))
-        for name, (value, sd) in zip(("score", "log_odds"), found, strict=True):
-            usual = np.sqrt(np.mean(value**2)) if len(value) else 0.0
-            error = np.sqrt(sd**2 + settings.error**2 * (value**2 + usual**2))
-            for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
-                columns[name + suffix].append(settings.scale * (value + shift * error))
-        columns["kind"].append(np.full(len(part.number), part.kind))
-        columns["view"].append(np.full(len(part.number), part.view))
-        for name, values in (
-            ("number", part.number),
-            ("condition", part.condition),
-            ("base_rate", part.rate),
-            ("sd", part.sd),
-        ):
-            columns[name].append(values)
+            everywhere[part.kind] = value, sd
+        _add(columns, part, value, sd, rate, settings)
     types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
     return Prediction(
         **{name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}
     )
+
+
+def _with_pilot(value: Array, sd: Array, change: Array, se: Array) -> tuple[Array, Array]:
+    """What the data and a pilot say together, on the data's scale."""
+    from ..monitor.estimators import MIN_FEATURES, best_estimate
+
+    if len(value) < MIN_FEATURES or not value.any() or not change.any():
+        return value, sd
+    # what no answer shows has an error of 0 that means nothing
+    se = np.maximum(se, np.median(se[se > 0])) if (se > 0).any() else se
+    both = best_estimate(value, sd, (change, se))
+    slope = float(value @ both.value / (value @ value))
+    return (both.value / slope, both.se / slope) if slope > 0 else (value, sd)
+
+
+def _add(
+    columns: dict[str, list[Any]], part: Part, value: Array, sd: Array, rate: Array, settings: PredictionSettings
+) -> None:
+    """Add a part's lines."""
+    half = float(norm.ppf(0.5 + LEVEL / 2))
+    usual = np.sqrt(np.mean(value**2)) if len(value) else 0.0
+    error = np.sqrt(sd**2 + settings.error**2 * value**2 + (settings.common_error * usual) ** 2)
+    # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate; a score moves with its rate.
+    p = np.clip(rate, settings.least_rate, 1 - settings.least_rate)
+    moved = np.divide(
+        part.rate_delta, part.delta, out=np.zeros_like(part.delta), where=np.abs(part.delta) > 2 * part.se
+    )
+    usual_move = np.sqrt(p * (1 - p))  # of something that is on or off
+    per_score = np.where(moved > 0, np.clip(moved, usual_move / 4, 4 * usual_move), usual_move) / (p * (1 - p))
+    for name, scale in (("score", 1.0), ("log_odds", per_score)):
+        for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
+            columns[name + suffix].append(settings.scale * scale * (value + shift * error))
+    columns["kind"].append(np.full(len(part.number), part.kind))
+    columns["view"].append(np.full(len(part.number), part.view))
+    for name, values in (("number", part.number), ("condition", part.condition), ("base_rate", rate), ("sd", part.sd)):
+        columns[name].append(values)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..collator import ROW
 from ..files import replacing
+from ..monitor.estimators import bridge_weights
 from ..monitor.probe.rollouts import Probe, Reading, Readings, Rows
 from ..readouts.sae_reader import SAEReader
 from . import store
@@ -28,6 +29,7 @@ from .store import Harvest
 
 
 FILE = "log_ratios.parquet"
+_LARGEST_RATIO = 5.0  # nats: one answer must not outweigh all others
 _LOGITS = 2**26  # at once: 256 MB
 
 
@@ -58,16 +60,25 @@ class RolloutSettings:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Answers of two models to the same prompts.
+    """Pairs of answers to the same prompts.
 
     Attributes:
-        harvest: A row for each pair of answers: `chosen` is the trained model's and `rejected` the base model's.
-        log_ratios: `(n, 2)` float64, log-probability of the trained model's and of the base model's answer under the trained model minus that
-            under the base model, nats.
+        harvest: A row for each pair of answers: `rejected` is the base model's, `chosen` the trained model's, or also the base model's.
+        log_ratios: `(n, 2)` float64, log-probability of either answer under the trained model minus that under the base model, nats.
+        both: Whether both models answered. Otherwise the base model did, and the trained one is only known by its log-ratios.
     """
 
     harvest: Harvest
     log_ratios: NDArray[np.float64]
+    both: bool = True
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        r"""`(n, 2)`, by which scores are multiplied so that their mean is the change of the mean score: \( (\pi - \text{ref})/q \), with `q`
+        what the answers were drawn from, both models (bridge sampling, Meng and Wong 1996) or the base model."""
+        return (
+            bridge_weights(self.log_ratios, 0.5) if self.both else np.expm1(np.minimum(self.log_ratios, _LARGEST_RATIO))
+        )
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Rollouts:
@@ -83,7 +94,8 @@ class Rollouts:
             raise FileNotFoundError(f"There are no rollouts in '{folder}': it has no {FILE}.")
         table = pq.ParquetFile(path).read()
         ratios = np.stack([table[name].to_numpy() for name in ("chosen", "rejected")], axis=1)
-        return cls(Harvest.open(folder), ratios)
+        harvest = Harvest.open(folder)
+        return cls(harvest, ratios, harvest.settings.get("both", True))
 
 
 class _Answers(Pairs):
@@ -105,17 +117,21 @@ def roll_out(
     reader: SAEReader,
     folder: str | os.PathLike[str],
     settings: RolloutSettings | None = None,
+    *,
+    both: bool = True,
 ) -> Rollouts:
-    """Answer prompts with both models, at temperature 1, and read the answers with the base model.
+    """Answer prompts at temperature 1, and read the answers with the base model.
 
     Args:
         base: The model before training, which is the reference.
-        trained: The model after it.
+        trained: The model after it, or after a few steps of it; the base model itself where only its answers are wanted.
         tokenizer: Of both.
         prompts: Tokens of each prompt, as the models see them.
         reader: Reads all features of the SAE.
         folder: Where the answers go; an empty one.
         settings: How.
+        both: Whether both models answer. Otherwise the base model does, and the trained one only weighs its answers: enough while it is
+            near, and half the work.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -128,18 +144,21 @@ def roll_out(
     probe = Probe(prompts, Accelerator(), settings.max_new_tokens, pad, settings.seed, settings.batch)
 
     def read(model: Any, rows: Rows) -> Reading:
-        """Of the rollouts of either model, log-probabilities under both."""
-        before, after = (_log_probs(each, rows, pad) for each in (base, trained))
+        """Log-probabilities of the answers under both models."""
+        before = log_probs(base, rows, pad)
+        after = before if trained is base else log_probs(trained, rows, pad)
         return Reading(before.new_zeros(len(before), 0), None, before, after)
 
     modes = base.training, trained.training
     base.eval()
     trained.eval()
-    found = {"chosen": probe.run(trained, read, settings.draws), "rejected": probe.run(base, read, settings.draws)}
+    answers = probe.run(base, read, settings.draws)
+    sides = _sides(answers) if not both else (_flat(probe.run(trained, read, settings.draws)), _flat(answers))
+    order = np.arange(len(prompts)).repeat(2 if both else 1)
     rows = [
         {"prompt_ids": prompts[prompt], "chosen_ids": chosen, "rejected_ids": rejected}
-        for (_, prompt, _), chosen, rejected in zip(
-            np.ndindex(*found["chosen"].ids.shape[:3]), *(map(_ids, _flat(found[side])) for side in found), strict=True
+        for prompt, chosen, rejected in zip(
+            np.tile(order, settings.draws).tolist(), *(ids for ids, _ in sides), strict=True
         )
     ]
     pairs = _Answers(rows, tokenizer)
@@ -150,19 +169,31 @@ def roll_out(
         d_sae=reader.n_features,
         n_rows=len(pairs),
         shard_rows=harvesting.shard_rows,
-        settings={"rollouts": vars(settings)},
+        settings={"rollouts": vars(settings), "both": both},
     )
     harvester.write(folder, list(range(store.n_shards(len(pairs), harvesting.shard_rows))))
     base.train(modes[0])
     trained.train(modes[1])
-    ratios = {side: (r.policy - r.reference).flatten().double().cpu().numpy() for side, r in found.items()}
     with replacing(folder / FILE) as partial:
-        pq.write_table(pa.table(ratios), partial)
+        pq.write_table(
+            pa.table({name: ratios for name, (_, ratios) in zip(("chosen", "rejected"), sides, strict=True)}), partial
+        )
     return Rollouts.open(folder)
 
 
-def _flat(readings: Readings) -> list[Tensor]:
-    return list(readings.ids.flatten(0, 2))
+_Side = tuple[list[list[int]], NDArray[np.float64]]
+
+
+def _flat(readings: Readings) -> _Side:
+    """All answers, draw after draw and prompt after prompt: tokens and log-ratios."""
+    ids = [_ids(padded) for padded in readings.ids.flatten(0, 2)]
+    return ids, (readings.policy - readings.reference).flatten().double().cpu().numpy()
+
+
+def _sides(readings: Readings) -> tuple[_Side, _Side]:
+    """The first and the second answer to each prompt."""
+    ids, ratios = _flat(readings)
+    return (ids[::2], ratios[::2]), (ids[1::2], ratios[1::2])
 
 
 def _ids(padded: Tensor) -> list[int]:
@@ -170,7 +201,7 @@ def _ids(padded: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _log_probs(model: Any, rows: Rows, pad: int) -> Tensor:
+def log_probs(model: Any, rows: Rows, pad: int) -> Tensor:
     """`(2B,)` float32, of the completions given their prompts, chosen ones first."""
     sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
     width = max(len(prompt) + len(written) for prompt, written in sides)
