@@ -29,13 +29,14 @@ from benchmarks.prediction_runs import (
     VIOLENT,
     answers,
     audit,
+    learnt,
     make,
     pilot,
     rollouts,
     settings,
 )
 from benchmarks.stories import RESULTS
-from shapedpo.audit import Analysis, Harvest, Prediction, predict
+from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, predict
 from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.effects import measure
 from shapedpo.audit.observed import observe
@@ -44,12 +45,17 @@ from shapedpo.audit.verify import Figures, Outcome, compare, figures
 
 
 PLAIN, ANSWERS, PILOT = "plain mean delta", "and the reference's answers", "and a pilot of 1/{}"
-SHRUNK = "mean delta, shrunk"
+SHRUNK = "mean delta, conditions shrunk"
 BEST = PILOT.format(PILOTS[0])
 
 
 def predictions(
-    harvest: Harvest, analysis: Analysis, conditions: Conditions, given: Rollouts | None, pilots: dict[int, Rollouts]
+    setting: Setting,
+    harvest: Harvest,
+    analysis: Analysis,
+    conditions: Conditions,
+    given: Rollouts,
+    pilots: dict[int, Rollouts],
 ) -> Iterator[tuple[str, Prediction]]:
     """Each estimator's name and what it predicts."""
     first = predict(harvest, analysis, conditions=conditions, progress=False)
@@ -59,10 +65,13 @@ def predictions(
     plain = np.concatenate([part.delta for part in parts])
     yield PLAIN, dataclasses.replace(first, score=plain, score_low=plain, score_high=plain)
     yield SHRUNK, first
-    if given is not None:
-        yield ANSWERS, predict(harvest, analysis, rollouts=given, conditions=conditions, progress=False)
+    yield ANSWERS, predict(harvest, analysis, rollouts=given, conditions=conditions, progress=False)
     for share, weighed in pilots.items():
-        yield PILOT.format(share), predict(harvest, analysis, rollouts=weighed, conditions=conditions, progress=False)
+        how = PredictionSettings(pilot_share=learnt(setting, share))
+        yield (
+            PILOT.format(share),
+            predict(harvest, analysis, how, rollouts=weighed, conditions=conditions, progress=False),
+        )
 
 
 def study(runs: Sequence[Setting], folder: Path) -> tuple[list[dict[str, Any]], dict[str, Outcome]]:
@@ -75,7 +84,7 @@ def study(runs: Sequence[Setting], folder: Path) -> tuple[list[dict[str, Any]], 
         pilots = {share: pilot(setting, share, folder) for share in PILOTS}
         where = {"world": setting.world, "held out": setting.world in HELD_OUT, "lr": setting.learning_rate}
         where |= {"beta": setting.beta, "pairs": setting.pairs}
-        for name, prediction in predictions(harvest, analysis, conditions, answers(setting, folder), pilots):
+        for name, prediction in predictions(setting, harvest, analysis, conditions, answers(setting, folder), pilots):
             outcome = compare(prediction, observed)
             if name == BEST and (setting.learning_rate, setting.beta, setting.pairs) == (*VIOLENT, 1000):
                 shown[setting.world] = outcome

@@ -116,9 +116,10 @@ def audit(setting: Setting, folder: Path) -> tuple[Harvest, Analysis]:
     kept = folder / f"audit-{setting.key.split('-lr')[0]}-n{setting.pairs}-seed{setting.seed}"
     world = ground(setting)
     read = harvest(model_of(setting), world.sae, world.rows, kept / "harvest", HarvestSettings(max_length=160))
-    if not (kept / "data.parquet").exists():
-        analyse(read, out=kept, progress=False)
-    return read, Analysis.load(kept)
+    try:
+        return read, Analysis.load(kept)
+    except FileNotFoundError:
+        return read, analyse(read, out=kept, progress=False)
 
 
 def rollouts(setting: Setting, folder: Path) -> Rollouts:
@@ -181,6 +182,13 @@ def pilot(setting: Setting, share: int, folder: Path) -> Rollouts:
             found.append((after - before).reshape(2, -1).T.numpy())
         np.save(kept, np.concatenate(found).astype(np.float64))
     return dataclasses.replace(given, log_ratios=np.load(kept))
+
+
+def learnt(setting: Setting, share: int) -> float:
+    """The share of a run's learning rates, summed over its steps, that its pilot has had: linear decay, in the lab after 10 steps of warm-up."""
+    steps, warm_up = setting.pairs // 16, 10 if setting.world in LESSONS else 0
+    rates = [min((step + 1) / max(warm_up, 1), (steps - step) / (steps - warm_up), 1.0) for step in range(steps)]
+    return sum(rates[: steps // share]) / sum(rates)
 
 
 def model_of(setting: Setting) -> str:

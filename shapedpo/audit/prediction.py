@@ -38,6 +38,9 @@ class PredictionSettings:
     Args:
         scale: The change of a score, in sd, that a mean delta of one sd brings. How far a run goes depends on its learning rate, beta and
             steps, which are not in the data: it is the same for all, and does not matter for ranks.
+        pilot_share: The share of the run that a pilot has had: of its steps, or better, of the sum of its learning rates over steps. The scale
+            then follows from the pilot.
+        growth: Power of the rest of the run with which the pilot's change grows: less than 1, as DPO slows down.
         error: Standard error of a prediction as a share of its own size.
         common_error: The error that all have, as a share of the usual prediction: what moves although the data does not ask for it.
         prior_answers: Answers that the data's own completions count as, where the reference's answers say how much a score varies.
@@ -51,6 +54,8 @@ class PredictionSettings:
     """
 
     scale: float = 0.5
+    pilot_share: float | None = None
+    growth: float = 0.9
     error: float = 0.5
     common_error: float = 0.5
     prior_answers: float = 20.0
@@ -61,8 +66,11 @@ class PredictionSettings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            if not getattr(self, f.name) > 0:
-                raise ValueError(f"`{f.name}` must be above 0, got {getattr(self, f.name)!r}.")
+            value = getattr(self, f.name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{f.name}` must be above 0, got {value!r}.")
+        if self.pilot_share is not None and self.pilot_share > 1:
+            raise ValueError(f"`pilot_share` must be a share of the run, at most 1, got {self.pilot_share!r}.")
 
 
 @dataclass(frozen=True)
@@ -226,59 +234,74 @@ def _table(
 ) -> Prediction:
     columns: dict[str, list[Any]] = {f.name: [] for f in fields(Prediction)}
     everywhere: dict[str, tuple[Array, Array]] = {}
-    for part in sorted(effects.parts, key=lambda part: part.view != "global"):
-        value, se, rate = part.delta, part.se, part.rate
-        change = change_se = None
-        if (found := answers.get((part.kind, part.view))) is not None:
-            at = np.maximum(part.condition, 0), part.number
-            n = 2 * found.n[at[0], 0]
-            varies = found.variance[at] / part.sd**2
-            # A reward moves what the model's own answers vary in: covariance goes with variance
-            varies = (n * varies + settings.prior_answers * part.variance) / (n + settings.prior_answers)
-            ratio = np.minimum(varies / np.maximum(part.variance, 1e-9), settings.max_ratio)
+    pace: float | None = None  # the pilot's change for a mean delta of one sd
+    for part in sorted(effects.parts, key=lambda part: (part.view != "global", part.kind != "feature")):
+        value, se, rate, found = part.delta, part.se, part.rate, answers.get((part.kind, part.view))
+        if found is not None:
+            ratio, rate = _room(part, found, settings)
             value, se = value * ratio, se * ratio
-            rate = (n / 2 * found.rate[at] + part.rate) / (n / 2 + 1)
-            if pilot:
-                change, change_se = found.change[at] / part.sd, found.se[at] / part.sd
-        base = np.zeros(len(value)), np.zeros(len(value))
-        if part.view != "global":  # what a condition adds to what happens everywhere, which is little for most
-            base = everywhere[part.kind][0][part.number], everywhere[part.kind][1][part.number]
-            value = value - base[0]
-            if change is not None:
-                change = change - answers[part.kind, "global"].change[0, part.number] / part.sd
-        value, sd = shrunk(value, se)
-        if change is not None and change_se is not None:
-            value, sd = _with_pilot(value, sd, change, change_se)
-        value, sd = base[0] + value, np.hypot(base[1], sd)
         if part.view == "global":
-            everywhere[part.kind] = value, sd
-        _add(columns, part, value, sd, rate, settings)
+            if pilot and found is not None:
+                change, change_se = found.change[0] / part.sd, found.se[0] / part.sd
+                both = _with_pilot(value, se, change, change_se)
+                if pace is None:  # features come first: there are most of them
+                    pace = float(value @ both[0]) / max(float(value @ value), 1e-300)
+                if pace > 0:
+                    value, se = both[0] / pace, both[1] / pace
+            everywhere[part.kind] = value, se
+        else:  # what a condition adds to what happens everywhere, which is little for most
+            base, base_se = (of[part.number] for of in everywhere[part.kind])
+            more, more_se = shrunk(value - base, se)
+            value, se = base + more, np.hypot(base_se, more_se)
+        scale = settings.scale
+        if pace is not None and pace > 0 and settings.pilot_share is not None:
+            scale = pace * settings.pilot_share**-settings.growth
+        _add(columns, part, value, se, rate, scale, settings)
     types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
     return Prediction(
         **{name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}
     )
 
 
-def _with_pilot(value: Array, sd: Array, change: Array, se: Array) -> tuple[Array, Array]:
-    """What the data and a pilot say together, on the data's scale."""
+def _room(part: Part, found: Observed, settings: PredictionSettings) -> tuple[Array, Array]:
+    """How much more the reference's own answers vary than the data's completions, and the rates of appearing in them.
+
+    A reward moves a model within what it says by itself: to first order a score's change is its covariance with the reward under the
+    reference, while the delta that the data shows is so under whoever wrote the data.
+    """
+    at = np.maximum(part.condition, 0), part.number
+    n = 2 * found.n[at[0], 0]
+    varies = (n * found.variance[at] / part.sd**2 + settings.prior_answers * part.variance) / (
+        n + settings.prior_answers
+    )
+    rate = (n / 2 * found.rate[at] + part.rate) / (n / 2 + 1)
+    return np.minimum(varies / np.maximum(part.variance, 1e-9), settings.max_ratio), rate
+
+
+def _with_pilot(value: Array, se: Array, change: Array, change_se: Array) -> tuple[Array, Array]:
+    """What the data and a pilot say together of the pilot's change, by empirical Bayes, and its standard error."""
     from ..monitor.estimators import MIN_FEATURES, best_estimate
 
     if len(value) < MIN_FEATURES or not value.any() or not change.any():
-        return value, sd
+        return value, se
     # what no answer shows has an error of 0 that means nothing
-    se = np.maximum(se, np.median(se[se > 0])) if (se > 0).any() else se
-    both = best_estimate(value, sd, (change, se))
-    slope = float(value @ both.value / (value @ value))
-    return (both.value / slope, both.se / slope) if slope > 0 else (value, sd)
+    both = best_estimate(value, se, (change, np.maximum(change_se, np.median(change_se[change_se > 0]))))
+    return both.value, both.se
 
 
 def _add(
-    columns: dict[str, list[Any]], part: Part, value: Array, sd: Array, rate: Array, settings: PredictionSettings
+    columns: dict[str, list[Any]],
+    part: Part,
+    value: Array,
+    se: Array,
+    rate: Array,
+    scale: float,
+    settings: PredictionSettings,
 ) -> None:
     """Add a part's lines."""
     half = float(norm.ppf(0.5 + LEVEL / 2))
     usual = np.sqrt(np.mean(value**2)) if len(value) else 0.0
-    error = np.sqrt(sd**2 + settings.error**2 * value**2 + (settings.common_error * usual) ** 2)
+    error = np.sqrt(se**2 + settings.error**2 * value**2 + (settings.common_error * usual) ** 2)
     # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate; a score moves with its rate.
     p = np.clip(rate, settings.least_rate, 1 - settings.least_rate)
     moved = np.divide(
@@ -286,9 +309,9 @@ def _add(
     )
     usual_move = np.sqrt(p * (1 - p))  # of something that is on or off
     per_score = np.where(moved > 0, np.clip(moved, usual_move / 4, 4 * usual_move), usual_move) / (p * (1 - p))
-    for name, scale in (("score", 1.0), ("log_odds", per_score)):
+    for name, per in (("score", 1.0), ("log_odds", per_score)):
         for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
-            columns[name + suffix].append(settings.scale * scale * (value + shift * error))
+            columns[name + suffix].append(scale * per * (value + shift * error))
     columns["kind"].append(np.full(len(part.number), part.kind))
     columns["view"].append(np.full(len(part.number), part.view))
     for name, values in (("number", part.number), ("condition", part.condition), ("base_rate", rate), ("sd", part.sd)):

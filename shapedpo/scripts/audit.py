@@ -54,6 +54,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--min-freq", type=float, default=0.0, help="forget what is active on a smaller share of a span (%(default)s)"
     )
+    predicted = parser.add_argument_group("how far it predicts that a run moves each")
+    predicted.add_argument(
+        "--answers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the reference answers N of the prompts twice, which says how much there is to move (%(default)s: none)",
+    )
+    predicted.add_argument(
+        "--pilot",
+        metavar="M2",
+        help="the model after a few steps of training on this data (a tenth of the run, say), or its adapter: how it generalises, by its "
+        "log-probabilities of the answers",
+    )
+    predicted.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (%(default)s)"
+    )
     found = parser.add_argument_group("what is made of it")
     found.add_argument("--harvest-only", action="store_true", help="stop after the pass")
     found.add_argument(
@@ -78,6 +95,10 @@ def main(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     constants = _constants(args.set)
+    if args.pilot_share and not args.pilot:
+        raise UserError("--pilot-share is of a pilot: name it with --pilot M2.")
+    if args.pilot and not args.answers:
+        raise UserError("--pilot weighs the reference's answers: say how many prompts with --answers N (256, say).")
     harvest = run_harvest(args)
     size = sum(path.stat().st_size for path in harvest.folder.glob("*.parquet"))
     state = PartialState()
@@ -113,7 +134,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from ..audit.maps import cluster_maps
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
-    from ..audit.prediction import predict
+    from ..audit.prediction import PredictionSettings, predict
     from ..audit.settings import AuditSettings
     from ..audit.summary import summarise
     from ..sources import model_source
@@ -122,7 +143,9 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     with as_user_error(ValueError):
         settings = AuditSettings.for_data(harvest.n_rows, harvest.d_sae, **{"seed": args.seed, **constants})
         analysis = analyse(harvest, settings, out / ANALYSIS_FOLDER)
-    prediction = predict(harvest, analysis)
+    with as_user_error(ValueError):
+        how = PredictionSettings(pilot_share=args.pilot_share)
+        prediction = predict(harvest, analysis, how, rollouts=_answers(args, harvest))
     prediction.save(out / ANALYSIS_FOLDER)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
     maps = cluster_maps(analysis, harvest)
@@ -138,6 +161,34 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     page = write_page(Audit(out, analysis, harvest, labels, maps, prediction), tokenizer)
     print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS_FOLDER}; this summary: {out / SUMMARY}")
     print(f"Look at it: {page} (self-contained), or `shapedpo view {out}`, which has all rows")
+
+
+def _answers(args: argparse.Namespace, harvest: Any) -> Any:
+    """The reference's answers to some of the data's prompts, weighed by the pilot if there is one; `None` if none are asked for."""
+    if not args.answers:
+        return None
+    import torch
+    from transformers import AutoTokenizer
+
+    from ..audit.data import load_pairs
+    from ..audit.rollouts import RolloutSettings, roll_out
+    from ..readouts import SAEFeatures
+    from ..sources import model_source
+    from .verify import load_model, longest_prompt, prompt_tokens
+
+    if args.streaming:
+        raise UserError("--answers: the prompts of a streamed dataset cannot be drawn from. Leave out --streaming.")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    source = model_source(args.model)
+    base: Any = load_model(source, args.model, args.dtype, device)
+    pilot = base if args.pilot is None else load_model(model_source(args.pilot), args.model, args.dtype, device)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    with as_user_error(ValueError):
+        settings = RolloutSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
+    data = load_pairs(args.dataset, args.split, args.dataset_config).select(harvest.rows)
+    prompts = prompt_tokens(data, tokenizer, args.answers, longest_prompt(base, args.max_new_tokens), args.seed)
+    reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
+    return roll_out(base, pilot, tokenizer, prompts, reader, Path(args.out) / "answers", settings, both=False)
 
 
 def run_harvest(args: argparse.Namespace) -> Any:

@@ -90,9 +90,11 @@ def main(args: argparse.Namespace) -> int:
         reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
         concepts = _concepts(args.concepts) if args.concepts else {}
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    base, trained = (_load(model_source(name), args.base, args.dtype, device) for name in (args.base, args.trained))
+    base, trained = (
+        load_model(model_source(name), args.base, args.dtype, device) for name in (args.base, args.trained)
+    )
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", 10**9) - settings.max_new_tokens
+    longest = longest_prompt(base, settings.max_new_tokens)
     prompts = held_out_prompts(harvest, tokenizer, args.prompts, args.n_prompts, longest, args.seed)
     out = Path(args.out) if args.out else folder / "verify"
     with as_user_error(ValueError):
@@ -105,7 +107,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(name: str, base: str, dtype: str, device: Any) -> Any:
+def longest_prompt(model: Any, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt that leaves room for an answer."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)) - max_new_tokens
+
+
+def load_model(name: str, base: str, dtype: str, device: Any) -> Any:
     """A causal language model; an adapter on the base model."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -154,13 +161,9 @@ def held_out_prompts(
     Raises:
         UserError: If there are none.
     """
-    from types import SimpleNamespace
-
     from datasets import load_dataset
 
     from ..audit.data import load_pairs
-    from ..monitor.probe.rollouts import choose_prompts
-    from ..openings import tokenised
     from ..sources import local_source
 
     if file is not None:
@@ -170,18 +173,26 @@ def held_out_prompts(
                 raise UserError(f"--prompts {file}: expected a column `prompt`, found {', '.join(data.column_names)}.")
     else:
         data = _unread(harvest, load_pairs)
+    return prompt_tokens(data, tokenizer, n, longest, seed)
+
+
+def prompt_tokens(data: Any, tokenizer: Any, n: int, longest: int, seed: int) -> list[list[int]]:
+    """Tokens of a dataset's prompts, as training would tokenise them; the arguments are [`held_out_prompts`]'."""
+    from types import SimpleNamespace
+
+    from ..monitor.probe.rollouts import choose_prompts
+    from ..openings import tokenised
+
     if "prompt" in data.column_names:
         # only the prompt matters: what follows it is made up
         talk = not isinstance(data[0]["prompt"], str)
         answer: Any = [{"role": "assistant", "content": "."}] if talk else "."
         prompts = data["prompt"][: 50 * n]
-        data = type(data).from_dict(
-            {"prompt": prompts, "chosen": [answer] * len(prompts), "rejected": [answer] * len(prompts)}
-        )
+        made_up = [answer] * len(prompts)
+        data = type(data).from_dict({"prompt": prompts, "chosen": made_up, "rejected": made_up})
     args = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
     with as_user_error(ValueError):
-        rows = tokenised(data, tokenizer, args, "prompts")
-        return choose_prompts(rows, n, longest, seed)
+        return choose_prompts(tokenised(data, tokenizer, args, "prompts"), n, longest, seed)
 
 
 def _unread(harvest: Any, load_pairs: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, analyse, predict
 from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.effects import measure
+from shapedpo.audit.rollouts import Rollouts
 
 from .worlds import TOKENS, Planted, World
 
@@ -86,6 +87,47 @@ def test_held_features_do_not_move_and_take_along_what_goes_with_them(audited) -
     assert np.abs(ratio).max() < 0.35
     other = WORLD.group_features(3)
     np.testing.assert_allclose(still.of("feature").score[other], plain.of("feature").score[other], rtol=0.3)
+
+
+def test_what_the_reference_never_varies_in_does_not_move(audited, tmp_path) -> None:
+    harvest, analysis = audited
+    answering = World(300, topics=4, groups=6, loners=12, base=0.05, seed=2)
+    answers = Rollouts(answering.harvest(tmp_path), np.zeros((300, 2)), both=False)
+    chosen, rejected = frequencies()
+    both, own = np.concatenate([chosen, rejected]), answering.counts()
+    n, prior = 600, PredictionSettings().prior_answers
+    said = np.concatenate([own["chosen"], own["rejected"]]) / TOKENS
+    varies = (n * said.var(axis=0) / both.var(axis=0) + prior) / (n + prior)
+    expected = 0.5 * (chosen - rejected).mean(axis=0) / both.std(axis=0) * np.minimum(varies, 4)
+    found = predict(harvest, analysis, rollouts=answers, progress=False).of("feature")
+    np.testing.assert_allclose(found.score, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pilot_says_how_the_model_generalises_and_how_far(audited, tmp_path) -> None:
+    harvest, analysis = audited
+    answering = World(900, topics=4, groups=6, loners=12, seed=2)
+    counts = answering.counts()
+    taught, spilt = WORLD.group_features(1), WORLD.group_features(5)  # the data says nothing of the second
+    shows = [
+        (counts[side][:, taught] > 0).mean(axis=1) + (counts[side][:, spilt] > 0).mean(axis=1)
+        for side in ("chosen", "rejected")
+    ]
+    ratios = 0.2 * np.stack(shows, axis=1)
+    ratios -= np.log(np.exp(ratios).mean())
+    answers = Rollouts(answering.harvest(tmp_path), ratios, both=False)
+    share = 0.1
+    how = PredictionSettings(pilot_share=share)
+    found = predict(harvest, analysis, how, rollouts=answers, progress=False).of("feature")
+    z = np.concatenate([counts["chosen"], counts["rejected"]]) / TOKENS
+    z = (z - z.mean(axis=0)) / np.concatenate(frequencies()).std(axis=0)
+    change = (np.expm1(ratios).T.reshape(-1, 1) * z).mean(axis=0) * share**-how.growth
+    for features in (taught, spilt):
+        np.testing.assert_allclose(found.score[features].mean(), change[features].mean(), rtol=0.3)
+        assert (found.score[features] > 0).all()
+    # with rows left out the pilot no longer fits, and the data is asked alone
+    weights = np.ones(WORLD.n)
+    left = predict(harvest, analysis, how, weights=weights, rollouts=answers, progress=False).of("feature")
+    assert np.abs(left.score[spilt]).mean() < 0.2 * found.score[spilt].mean()
 
 
 def test_prediction_is_a_file_of_lines(audited, tmp_path) -> None:
