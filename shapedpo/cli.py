@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .errors import UserError
-from .scripts import audit, fit, label, sae, verify, view
+from .scripts import audit, fit, fix, label, sae, suggest, verify, view
 
 
 TRAIN_HELP = """\
@@ -80,6 +80,26 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     verify.add_arguments(verifying)
+
+    fixing = commands.add_parser(
+        "fix",
+        help="from a finding of an audit to a recipe, or to data without its rows",
+        description=fix.HELP,
+        usage="shapedpo fix DIR --finding N [--recipe FILE] [--dataset-out FILE] [...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fix.add_arguments(fixing)
+
+    suggesting = commands.add_parser(
+        "suggest",
+        help="what an audit found that bears on a description of what the model should learn",
+        description=suggest.HELP,
+        usage="shapedpo suggest DIR --spec TEXT [...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    suggest.add_arguments(suggesting)
 
     demo = commands.add_parser(
         "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
@@ -164,6 +184,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         return view.main(args)
     if args.command == "label":
         return label.main(args)
+    if args.command == "fix":
+        return fix.main(args)
+    if args.command == "suggest":
+        return suggest.main(args)
     if args.command == "demo":
         from . import demo
 

@@ -37,7 +37,10 @@ class Shown(NamedTuple):
     def of(cls, shard: Shard, tau: float, which: NDArray[np.bool_] | slice = slice(None)) -> Shown:
         """Of some pairs of a shard."""
         difference = on(shard.chosen.freq[which], tau) - on(shard.rejected.freq[which], tau)
-        return cls(shard.rows[which], on(difference, 0), on(-difference, 0), on(shard.prompt.freq[which], 0))
+        spans = on(difference, 0), on(-difference, 0), on(shard.prompt.freq[which], 0)
+        for span in spans:
+            span.eliminate_zeros()
+        return cls(shard.rows[which], *spans)
 
     @classmethod
     def stacked(cls, parts: Sequence[Shown]) -> Shown:

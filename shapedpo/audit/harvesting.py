@@ -83,6 +83,8 @@ def harvest(
     *,
     tokenizer: Any = None,
     source: str | None = None,
+    split: str = "train",
+    config: str | None = None,
 ) -> Harvest:
     """Harvest a preference dataset, or open the harvest that is there.
 
@@ -97,6 +99,7 @@ def harvest(
         settings: How to harvest.
         tokenizer: The model's, if it is not where the model is.
         source: What to call the dataset in the harvest's settings; its name by default.
+        split, config: Of a dataset that is named, which split and which configuration.
 
     Raises:
         ValueError: If model, SAE and dataset do not fit each other, or the folder holds a harvest of something else.
@@ -109,7 +112,7 @@ def harvest(
     folder = Path(folder)
     reader = readout.load()
     pairs = Pairs(
-        load_pairs(dataset) if isinstance(dataset, str) else dataset,
+        load_pairs(dataset, split, config) if isinstance(dataset, str) else dataset,
         tokenizer or _tokenizer(model),
         max_length=settings.max_length,
         truncation_mode=settings.truncation_mode,
@@ -122,6 +125,8 @@ def harvest(
     given = {
         "model": model if isinstance(model, str) else type(model).__name__,
         "dataset": dataset if source is None and isinstance(dataset, str) else source,
+        "split": split,
+        "config": config,
         "sae": readout.to_dict(),
         **dataclasses.asdict(settings),
     }

@@ -33,11 +33,13 @@ class Lesson:
             of its rows are like each other and unlike the rest, else the strongest of the global view.
         rows: `(n,)` int64, the rows that teach it, the surest first; none if no row stands out from chance.
         log_odds: `(n,)` float32, how sure that is.
+        number: Its place among the audit's lessons, from 1.
     """
 
     hypotheses: list[Hypothesis]
     rows: NDArray[np.int64]
     log_odds: NDArray[np.float32]
+    number: int = 0
 
     @property
     def first(self) -> Hypothesis:
@@ -58,12 +60,8 @@ class Lesson:
 def lessons(analysis: Analysis) -> list[Lesson]:
     """The lessons of an analysis, in the order of their strongest hypotheses; those without rows of their own come last."""
     return [
-        Lesson(
-            [analysis.hypotheses[number] for number in one.hypotheses],
-            one.rows,
-            one.log_odds,
-        )
-        for one in analysis.attributions
+        Lesson([analysis.hypotheses[place] for place in one.hypotheses], one.rows, one.log_odds, number)
+        for number, one in enumerate(analysis.attributions, 1)
     ]
 
 

@@ -87,12 +87,12 @@ class Summary:
             table.add_column(name, overflow="fold")
         for name in ("delta", "d", "q", "predicted, sd"):
             table.add_column(name, justify="right", no_wrap=True)
-        for number, finding in enumerate(findings, 1):
+        for finding in findings:
             first = finding.lesson.first
             lesson = finding.lesson
             rows = f"{len(lesson.rows) or 'none stands out'}: {', '.join(map(str, lesson.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
-            cells = (str(number), finding.where, words, finding.response, rows)
+            cells = (str(lesson.number), finding.where, words, finding.response, rows)
             numbers = f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}", _predicted(self.prediction, first)
             table.add_row(*map(escape, cells), *numbers)
         return table

@@ -215,4 +215,5 @@ def run_harvest(args: argparse.Namespace) -> Any:
             sae_source(args.sae), "all", sae_id=args.sae_id, hook_name=args.hook_name, dtype=args.sae_dtype
         )
         data = load_pairs(args.dataset, args.split, args.dataset_config, args.streaming)
-        return harvest(args.model, sae, data, Path(args.out) / HARVEST_FOLDER, settings, source=args.dataset)
+        origin = {"source": args.dataset, "split": args.split, "config": args.dataset_config}
+        return harvest(args.model, sae, data, Path(args.out) / HARVEST_FOLDER, settings, **origin)

@@ -1,0 +1,181 @@
+"""`shapedpo fix`: from a finding of an audit to a recipe, to another dataset, and to what the audit predicts then."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, as_user_error
+from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
+
+
+HELP = """\
+Fix what an audit has found. Without --recipe and --dataset-out it only shows what the audit predicts after each fix: with the finding's
+concept held, and without its rows.
+
+  shapedpo fix audits/pairs --finding 2                                 # preview
+  shapedpo fix audits/pairs --finding 2 --recipe fixed.yaml             # a recipe that holds it, for shapedpo train --config
+  shapedpo fix audits/pairs --finding 2 --dataset-out clean.parquet     # the data without the rows that teach it
+
+--finding takes the numbers of the audit's summary. A recipe has the audit's model and data, a concept of the SAE features that
+the finding's rows teach most clearly, and where these hold under a condition, a gate on the prompt. With --rows flag the new dataset
+has a column of booleans for each finding, and the recipe is gated by it. The source is never touched, and no file is overwritten.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("audit", metavar="DIR", help="what `shapedpo audit` wrote")
+    parser.add_argument(
+        "--finding", type=int, nargs="+", metavar="N", default=[], help="numbers in the audit's summary"
+    )
+    parser.add_argument(
+        "--hypothesis", type=int, nargs="+", metavar="N", default=[], help="places in hypotheses.json, from 0"
+    )
+    shape = parser.add_argument_group("a recipe")
+    shape.add_argument("--recipe", metavar="FILE", help="write a recipe for `shapedpo train` (.yaml)")
+    shape.add_argument("--base", metavar="RECIPE", help="the recipe to start from")
+    shape.add_argument("--action", default="hold", help="hold, suppress, amplify or watch (%(default)s)")
+    shape.add_argument("--strength", type=float, help="how strongly, to suppress or amplify")
+    rows = parser.add_argument_group("a dataset")
+    rows.add_argument("--dataset-out", metavar="FILE", help="write a new dataset (.parquet or .jsonl)")
+    rows.add_argument("--rows", default="drop", help="drop the rows, give them a weight, or flag them (%(default)s)")
+    rows.add_argument("--weight", type=float, default=0.1, help="of the rows, with --rows weight (%(default)s)")
+    parser.add_argument("--no-preview", action="store_true", help="do not predict what changes")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: If there is no such audit or finding, or a file is there already.
+    """
+    from rich.console import Console
+
+    from ..audit import fixes
+    from ..audit.fixes_data import HOW, WRITERS, check_target
+    from ..audit.hypotheses import Analysis
+    from ..audit.store import Harvest
+
+    if not (args.finding or args.hypothesis):
+        raise UserError("Say which finding: --finding N, a number in the audit's summary.")
+    if args.rows not in HOW:
+        raise UserError(f"--rows {args.rows}: choose one of {', '.join(HOW)}.")
+    folder = Path(args.audit)
+    with as_user_error(ValueError, FileNotFoundError):
+        if args.recipe:
+            check_target(args.recipe, (".yaml", ".yml"))
+        if args.dataset_out:
+            check_target(args.dataset_out, tuple(WRITERS))
+        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
+        named = {f"finding {n}": fixes.finding(analysis, n) for n in args.finding}
+        named |= {f"hypothesis {n}": fixes.hypothesis(analysis, n) for n in args.hypothesis}
+        targets = [fixes.target(harvest, analysis, lesson, name) for name, lesson in named.items()]
+    labels = _labels(folder, harvest, analysis, targets)
+    console = Console()
+    for one in targets:
+        _say(console, one, labels)
+    columns = {one.name: one.name.replace(" ", "_") for one in targets}
+    if args.dataset_out:
+        _write_dataset(args, harvest, {columns[one.name]: one.rows for one in targets})
+    if args.recipe:
+        _write_recipe(args, harvest, targets, columns)
+    if not args.no_preview:
+        console.print(_preview(args, folder, harvest, analysis, targets, labels))
+    return 0
+
+
+def _labels(folder: Path, harvest: Any, analysis: Any, targets: list[Any]) -> dict[int, str]:
+    """What the features that will be named are called."""
+    from transformers import AutoTokenizer
+
+    from ..audit.labels import exciting_tokens
+    from ..audit.summary import features_shown
+    from ..sources import model_source
+
+    wanted = features_shown(analysis) | {feature for one in targets for feature in one.features}
+    wanted |= {feature for cluster in analysis.clusters["feature"] for feature in cluster[:4]}
+    with as_user_error(OSError, ValueError):
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_source(harvest.settings["model"]))
+    return exciting_tokens(harvest, wanted, tokenizer.decode)
+
+
+def _say(console: Any, one: Any, labels: dict[int, str]) -> None:
+    from rich.markup import escape
+
+    from ..audit.summary import feature_names
+
+    way = "more" if one.more else "less"
+    text = f"{one.name}: {len(one.rows):,} rows, chosen has {way} of {feature_names(one.features, labels, len(one.features))}"
+    if one.condition is not None:
+        where = one.condition
+        text += (
+            f"; where the mean of {len(where.features)} prompt features is above {where.threshold:g} sd: {where.inside:.0%} of its rows, "
+            f"{where.outside:.1%} of the others"
+        )
+    console.print(escape(text))
+
+
+def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any]) -> None:
+    from ..audit.data import load_pairs
+    from ..audit.fixes_data import changed, write
+
+    settings = harvest.settings
+    if not settings["dataset"]:
+        raise UserError("The audit does not say which dataset it read. Use `shapedpo.audit.fixes_data` from Python.")
+    data = load_pairs(settings["dataset"], settings.get("split", "train"), settings.get("config"))
+    with as_user_error(ValueError):
+        new = changed(data, rows, args.rows, args.weight)
+        write(new, args.dataset_out)
+    unread = len(data) - harvest.n_rows
+    print(
+        f"{args.dataset_out}: {len(new):,} of {len(data):,} pairs"
+        + (f", {unread:,} of them not audited" if unread else "")
+    )
+
+
+def _write_recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> None:
+    import yaml
+
+    from ..audit import fixes
+    from ..concept import resolve_concepts
+    from ..files import replacing
+    from .recipe import read_recipe
+
+    base = read_recipe(args.base) if args.base else None
+    gated = columns if args.dataset_out and args.rows == "flag" else None
+    with as_user_error(ValueError, prefix="--action: "):
+        shaped = fixes.concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
+        resolve_concepts(shaped)
+    dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None
+    values = fixes.recipe(harvest, shaped, base.values if base else None, dataset)
+    if base and base.env:
+        values["env"] = base.env
+    path = Path(args.recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        head = f"# {', '.join(columns)} of the audit in {args.audit}\n#\n#   shapedpo train --config {args.recipe}\n\n"
+        partial.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    print(f"{args.recipe}: shapedpo train --config {args.recipe}")
+
+
+def _preview(
+    args: argparse.Namespace, folder: Path, harvest: Any, analysis: Any, targets: list[Any], labels: Any
+) -> Any:
+    import numpy as np
+
+    from ..audit.fixes_preview import preview
+    from ..audit.prediction import FILE, Prediction
+
+    held = {feature for one in targets for feature in one.features}
+    responsible = np.isin(analysis.rows, np.concatenate([one.rows for one in targets]))
+    without = np.where(responsible, 0.0, 1.0)
+    weights = {"drop": without, "weight": np.where(responsible, args.weight, 1.0), "flag": None}[args.rows]
+    ways: dict[str, Any] = {"held": (None, held), "without its rows": (without, ())}
+    if args.recipe or args.dataset_out:
+        holds = args.recipe and args.action == "hold"
+        ways = {"fixed": (weights if args.dataset_out else None, held if holds else ())}
+    where = folder / ANALYSIS_FOLDER
+    now = Prediction.load(where) if (where / FILE).is_file() else None
+    return preview(harvest, analysis, targets, ways, labels, now)
