@@ -18,7 +18,7 @@ from .store import Harvest, Shard
 MOST = 8
 """Features of a concept at most."""
 
-_AS_GOOD = 0.5  # of the best feature's figure, what another must reach
+_AS_GOOD = 0.75  # of the best feature's figure, what another must reach
 
 
 @dataclass(frozen=True)
