@@ -166,12 +166,6 @@ def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
     return f"{found['score']:+.2f}" if found else ""
 
 
-def features_shown(analysis: Analysis, *, most: int = 10) -> set[int]:
-    """The response features that a summary's findings could name, a few of each."""
-    found = [lesson for part in _sorted(analysis) for lesson in part[:most]]
-    return {feature for lesson in found for feature in analysis.response_features(lesson.first)[:_NAMED]}
-
-
 def _condition(analysis: Analysis, hypothesis: Hypothesis) -> str:
     if hypothesis.view == "feature":
         return f"data cluster {hypothesis.condition}"

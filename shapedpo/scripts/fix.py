@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     from ..audit import fixes
     from ..audit.fixes_data import HOW, WRITERS, check_target
     from ..audit.hypotheses import Analysis
+    from ..audit.labels import Labels
     from ..audit.store import Harvest
 
     if not (args.finding or args.hypothesis):
@@ -72,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         named = {f"finding {n}": fixes.finding(analysis, n) for n in args.finding}
         named |= {f"hypothesis {n}": fixes.hypothesis(analysis, n) for n in args.hypothesis}
         targets = [fixes.target(harvest, analysis, lesson, name) for name, lesson in named.items()]
-    labels = _labels(folder, harvest, analysis, targets)
+        labels = getattr(Labels.load(folder, analysis), "features", {})
     console = Console()
     for one in targets:
         _say(console, one, labels)
@@ -84,21 +85,6 @@ def main(args: argparse.Namespace) -> int:
     if not args.no_preview:
         console.print(_preview(args, folder, harvest, analysis, targets, labels))
     return 0
-
-
-def _labels(folder: Path, harvest: Any, analysis: Any, targets: list[Any]) -> dict[int, str]:
-    """What the features that will be named are called."""
-    from transformers import AutoTokenizer
-
-    from ..audit.labels import exciting_tokens
-    from ..audit.summary import features_shown
-    from ..sources import model_source
-
-    wanted = features_shown(analysis) | {feature for one in targets for feature in one.features}
-    wanted |= {feature for cluster in analysis.clusters["feature"] for feature in cluster[:4]}
-    with as_user_error(OSError, ValueError):
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_source(harvest.settings["model"]))
-    return exciting_tokens(harvest, wanted, tokenizer.decode)
 
 
 def _say(console: Any, one: Any, labels: dict[int, str]) -> None:

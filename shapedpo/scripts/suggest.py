@@ -3,14 +3,99 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+from itertools import groupby
+from pathlib import Path
+
+from ..errors import UserError, as_user_error
+from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
 
 
-HELP = "x"
+HELP = """\
+Say in plain words what the model should and should not learn, and see what the audit found about each part: findings, hypotheses, clusters
+and features, by how near their words are, with the change that the data are predicted to bring. What pushes toward what the description
+forbids, or away from what it asks for, is marked.
+
+  shapedpo suggest audits/pairs --spec "It should refuse harmful requests. It should not flatter the user and must never invent links."
+  shapedpo suggest audits/pairs --spec policy.txt --embedder sentence-transformers/all-MiniLM-L6-v2
+
+Words are compared by their letters (TF-IDF); an embedder compares their meaning. Titles of `shapedpo label` count as words too.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.add_argument("audit", metavar="DIR", help="what `shapedpo audit` wrote")
+    parser.add_argument("--spec", required=True, metavar="TEXT", help="the description, or a text file with it")
+    parser.add_argument("--embedder", metavar="MODEL", help="an encoder: a folder, or a name on the hub")
+    parser.add_argument("--most", type=int, default=8, metavar="N", help="for each part, at most (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run the command.
+
+    Raises:
+        UserError: If there is no such audit or embedder, or the description is empty.
+    """
+    from ..audit.hypotheses import Analysis
+    from ..audit.labels import Labels
+    from ..audit.prediction import FILE, Prediction
+    from ..audit.store import Harvest
+    from ..audit.suggestions import embedder, suggest
+
+    folder = Path(args.audit)
+    with as_user_error(ValueError, FileNotFoundError):
+        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
+        labels = Labels.load(folder, analysis)
+        if labels is None:
+            raise UserError(
+                f"'{folder}' has no labels of its analysis. Run the same `shapedpo audit` again: it writes them."
+            )
+        where = folder / ANALYSIS_FOLDER
+        prediction = Prediction.load(where) if (where / FILE).is_file() else None
+    embed = None
+    if args.embedder:
+        with as_user_error(OSError, ValueError, prefix=f"--embedder {args.embedder}: "):
+            embed = embedder(args.embedder)
+    with as_user_error(ValueError):
+        found = suggest(_text(args.spec), harvest, analysis, labels, prediction, embed=embed, most=args.most)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, ensure_ascii=False))
+    else:
+        _show(found)
     return 0
+
+
+def _text(spec: str) -> str:
+    path = Path(spec)
+    if len(spec) < 250 and path.suffix in (".txt", ".md"):
+        with as_user_error(OSError, UnicodeDecodeError):
+            return path.read_text(encoding="utf-8")
+    return spec
+
+
+def _show(found: list) -> None:  # type: ignore[type-arg]
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    if not found:
+        console.print("Nothing that the audit found has to do with this.")
+    for part, of in groupby(found, key=lambda one: one.part):
+        table = Table(title=escape(f"{'should' if part.wanted else 'should not'}: {part.text}"), title_justify="left")
+        for name in ("", "what", "similarity", "predicted, sd", ""):
+            table.add_column(
+                name, justify="right" if name in ("similarity", "predicted, sd") else "left", overflow="fold"
+            )
+        for one in of:
+            effect = "" if one.effect is None else f"{one.effect:+.2f}"
+            verdict = (
+                f"[bold red]the data push {'away from' if part.wanted else 'toward'} it[/]" if one.conflict else ""
+            )
+            table.add_row(f"{one.kind} {one.number}", escape(one.what), f"{one.similarity:.2f}", effect, verdict)
+        console.print(table)
+    if against := sum(one.conflict for one in found):
+        console.print(f"{against} against the description. `shapedpo fix DIR --finding N` shows what can be done.")
