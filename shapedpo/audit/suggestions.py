@@ -29,7 +29,8 @@ _CLAUSE = re.compile(
 )
 _NOT = re.compile(r"\b(?:not|never|no|nor|without|avoid\w*|cannot|stop|less|\w+n't)\b", re.IGNORECASE)
 _EMPTY = re.compile(
-    r"\b(?:model|assistant|answers?|should|must|shall|may|can|do|does|learn|want|stay|keep|be|use|uses|talks?|about|say|says)\b", re.IGNORECASE
+    r"\b(?:model|assistant|answers?|should|must|shall|may|can|do|does|learn|want|stay|keep|be|use|uses|talks?|about|say|says)\b",
+    re.IGNORECASE,
 )
 _HYPOTHESES = 200  # of each view
 
@@ -98,7 +99,7 @@ def suggest(
     embed: Embed | None = None,
     most: int = 10,
 ) -> list[Suggestion]:
-    """Rank what an audit found by how near it is to each part of a specification.
+    """Rank what an audit found by how near it is to each part of a specification, findings before the clusters and features behind them.
 
     Args:
         spec: What the model should and should not learn.
@@ -123,9 +124,9 @@ def suggest(
     similar = _similarity(queries, [thing.words for thing in things], embed)
     found = []
     for part, row in zip(asked, similar, strict=True):
-        for place in np.argsort(-row, kind="stable")[:most]:
-            if row[place] < LEAST:
-                break
+        near = [place for place in np.argsort(-row, kind="stable") if row[place] >= LEAST]
+        near.sort(key=lambda place: things[place].kind != "finding")  # they put together what the others say one by one
+        for place in near[:most]:
             one = things[place]
             conflict = bool(one.clear and one.effect is not None and (one.effect > 0) != part.wanted)
             found.append(Suggestion(part, one.kind, one.number, one.what, float(row[place]), one.effect, conflict))

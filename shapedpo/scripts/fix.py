@@ -78,10 +78,11 @@ def main(args: argparse.Namespace) -> int:
     for one in targets:
         _say(console, one, labels)
     columns = {one.name: one.name.replace(" ", "_") for one in targets}
+    recipe = _recipe(args, harvest, targets, columns) if args.recipe else None  # first what may be refused
     if args.dataset_out:
         _write_dataset(args, harvest, {columns[one.name]: one.rows for one in targets})
-    if args.recipe:
-        _write_recipe(args, harvest, targets, columns)
+    if recipe:
+        _write_recipe(args, recipe, columns)
     if not args.no_preview:
         console.print(_preview(args, folder, harvest, analysis, targets, labels))
     return 0
@@ -121,23 +122,26 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
     )
 
 
-def _write_recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> None:
-    import yaml
-
+def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> dict[str, Any]:
     from ..audit import fixes
     from ..concept import resolve_concepts
-    from ..files import replacing
     from .recipe import read_recipe
 
     base = read_recipe(args.base) if args.base else None
     gated = columns if args.dataset_out and args.rows == "flag" else None
-    with as_user_error(ValueError, prefix="--action: "):
-        shaped = fixes.concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
-        resolve_concepts(shaped)
+    shaped = fixes.concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
     dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None
     values = fixes.recipe(harvest, shaped, base.values if base else None, dataset)
-    if base and base.env:
-        values["env"] = base.env
+    with as_user_error(ValueError):
+        resolve_concepts(values["concepts"])
+    return values | ({"env": base.env} if base and base.env else {})
+
+
+def _write_recipe(args: argparse.Namespace, values: dict[str, Any], columns: dict[str, str]) -> None:
+    import yaml
+
+    from ..files import replacing
+
     path = Path(args.recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

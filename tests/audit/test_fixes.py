@@ -1,0 +1,206 @@
+"""From a finding to a fix: what a recipe reads, which rows a new dataset has, what is predicted then; and the whole in the lab."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, load_dataset
+
+from shapedpo import lab
+from shapedpo.audit import fixes
+from shapedpo.audit.fixes_data import changed, write
+from shapedpo.audit.fixes_preview import preview
+from shapedpo.audit.lessons import lessons
+from shapedpo.audit.store import Harvest
+from shapedpo.cli import main
+from shapedpo.concept import resolve_concepts
+from shapedpo.lab.features import shipped_features
+
+from .audits import GROUP, TOPICS
+
+
+PRAISE_FEATURES = set(range(2 * len(TOPICS) * GROUP, (2 * len(TOPICS) + 1) * GROUP))
+PHYSICS_FEATURES = set(range(GROUP))
+
+
+@pytest.fixture(scope="module")
+def praise(finished):
+    """The finding of the small audit: praise on physics."""
+    lesson = lessons(finished.analysis)[0]
+    return fixes.target(finished.harvest, finished.analysis, lesson, "finding 1")
+
+
+def test_a_target_is_what_its_rows_teach_under_their_condition(finished, praise) -> None:
+    assert praise.more
+    assert set(praise.features) <= PRAISE_FEATURES
+    assert set(praise.condition.features) <= PHYSICS_FEATURES
+    # the gate's score, written out: means over prompts of standardised maxima
+    largest = np.concatenate([shard.prompt.max.toarray() for shard in finished.harvest.shards(("max",))]).astype(float)
+    some = largest[:, praise.condition.features]
+    score = ((some - some.mean(axis=0)) / some.std(axis=0, ddof=1)).mean(axis=1)
+    above = score > praise.condition.threshold
+    mine = np.isin(finished.analysis.rows, praise.rows)
+    assert praise.condition.inside == pytest.approx(above[mine].mean())
+    assert praise.condition.outside == pytest.approx(above[~mine].mean())
+    for other in np.linspace(score.min(), score.max(), 50):
+        assert (score[mine] > other).mean() - (score[~mine] > other).mean() <= (
+            praise.condition.inside - praise.condition.outside + 1e-9
+        )
+
+
+def test_concepts_have_action_and_gate(finished, praise) -> None:
+    harvest = Harvest(
+        finished.harvest.folder, {**vars(finished.harvest), "settings": {"sae": {"type": "sae_features", "sae": "lab"}}}
+    )
+    where, concept = resolve_concepts(fixes.concepts(harvest, [praise]))
+    assert (concept.action, concept.gate.concept, where.action) == ("hold", where.name, "watch")
+    assert list(concept.readout.features) == praise.features
+    (gated,) = resolve_concepts(
+        fixes.concepts(harvest, [praise], action="suppress", strength=2, columns={praise.name: "f"})
+    )
+    assert (gated.gate.column, gated.strength) == ("f", 2)
+
+
+def test_numbers_that_are_not_there_are_refused(finished) -> None:
+    with pytest.raises(ValueError, match="no finding 99"):
+        fixes.finding(finished.analysis, 99)
+    with pytest.raises(ValueError, match="hypotheses 0 to"):
+        fixes.hypothesis(finished.analysis, -1)
+    one = fixes.hypothesis(finished.analysis, 0)
+    np.testing.assert_array_equal(one.rows, finished.analysis.hypotheses[0].evidence)
+
+
+def test_rows_are_dropped_weighted_or_flagged(tmp_path) -> None:
+    data = Dataset.from_dict({"chosen": list("abcdef"), "rejected": list("ghijkl"), "weight": [1.0, 2, 1, 1, 1, 1]})
+    rows = {"finding_1": np.array([1, 3]), "finding_2": np.array([3, 5])}
+    assert changed(data, rows, "drop")["chosen"] == list("ace")
+    assert changed(data, rows, "weight", 0.25)["weight"] == [1, 0.5, 1, 0.25, 1, 0.25]
+    flagged = changed(data, rows, "flag")
+    assert flagged["finding_1"] == [False, True, False, True, False, False]
+    assert flagged["finding_2"] == [False, False, False, True, False, True]
+    assert data.column_names == ["chosen", "rejected", "weight"]
+    for name in ("new.parquet", "new.jsonl"):
+        write(flagged, tmp_path / name)
+        kind = "json" if name.endswith("jsonl") else "parquet"
+        assert load_dataset(kind, data_files=str(tmp_path / name), split="train").to_list() == flagged.to_list()
+        with pytest.raises(ValueError, match="is not overwritten"):
+            write(data, tmp_path / name)
+    with pytest.raises(ValueError, match=r"must end in \.parquet or \.jsonl"):
+        write(data, tmp_path / "new.csv")
+    with pytest.raises(ValueError, match="names row 6"):
+        changed(data, {"a": np.array([6])}, "drop")
+    with pytest.raises(ValueError, match="'weight' already"):
+        changed(data, {"weight": np.array([1])}, "flag")
+
+
+def test_preview_shows_the_target_unmoved_and_what_moves_with_it(finished, praise) -> None:
+    without = np.where(np.isin(finished.analysis.rows, praise.rows), 0.0, 1.0)
+    ways = {"held": (None, praise.features), "without": (without, ())}
+    found = preview(finished.harvest, finished.analysis, [praise], ways, now=finished.prediction, progress=False)
+    assert found.fixes == ("held", "without")
+    target = [line for line in found.lines if line.part == "target"]
+    assert len(target) == len(praise.features) + 1
+    for line in target[:-1]:
+        assert line.now > 0.1
+        assert max(map(abs, line.after)) < 0.2 * line.now
+    assert any(line.part == "largest other movements" for line in found.lines)
+
+
+@pytest.fixture(scope="module")
+def goblins(tmp_path_factory):
+    """A folder with pairs of which a quarter teach goblins, and their audit, made by the command."""
+    folder = tmp_path_factory.mktemp("goblins")
+    data = lab.preference_data([lab.Lesson("goblin", rate=0.25)], 240, 0)
+    data.remove_columns(["planted", "topic"]).to_json(folder / "pairs.jsonl")
+    options = ["--model", "lab", "--sae", "lab", "--dataset", str(folder / "pairs.jsonl")]
+    assert main(["audit", *options, "--out", str(folder / "audit")]) == 0
+    return folder, data
+
+
+def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
+    folder, data = goblins
+    source = (folder / "pairs.jsonl").read_bytes()
+    recipe, flagged = folder / "held.yaml", folder / "flagged.jsonl"
+    capsys.readouterr()
+    asked = ["fix", str(folder / "audit"), "--finding", "1"]
+    base = {
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "calibration_size": 32,
+        "report_to": "none",
+    }
+    bold = {"name": "bold", "readout": {"type": "regex", "pattern": "[*]{2}"}}
+    (folder / "base.yaml").write_text(yaml.safe_dump({**base, "save_strategy": "no", "concepts": [bold]}))
+    assert main([*asked, "--recipe", str(recipe), "--base", str(folder / "base.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "goblin" in shown
+    assert "Predicted change" in shown
+    values = yaml.safe_load(recipe.read_text())
+    names = [concept["name"] for concept in values["concepts"]]
+    assert names == ["bold", "finding 1"]  # the recipe's own stay
+    held = values["concepts"][-1]
+    assert set(shipped_features()["goblin"]) <= set(held["readout"]["features"])
+    assert (held["action"], "gate" in held) == ("hold", False)  # goblins come with any prompt
+    assert main(["train", "--config", str(recipe), "--output_dir", str(folder / "run")]) == 0
+
+    assert main([*asked, "--dataset-out", str(flagged), "--rows", "flag", "--no-preview"]) == 0
+    rows = [json.loads(line) for line in flagged.read_text().splitlines()]
+    planted = np.array([bool(names) for names in data["planted"]])
+    named = np.array([row["finding_1"] for row in rows])
+    assert planted[named].mean() >= 0.9
+    assert named[planted].mean() >= 0.8
+
+    clean = folder / "clean.parquet"
+    assert (
+        main(
+            [
+                *asked,
+                "--dataset-out",
+                str(clean),
+                "--recipe",
+                str(folder / "clean.yaml"),
+                "--base",
+                str(recipe),
+                "--no-preview",
+            ]
+        )
+        == 2
+    )
+    assert "'finding 1' is there 2 times" in capsys.readouterr().err
+    assert not clean.exists()
+    assert main([*asked, "--dataset-out", str(clean), "--no-preview"]) == 0
+    assert main([*asked, "--dataset-out", str(clean), "--no-preview"]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    kept = load_dataset("parquet", data_files=str(clean), split="train")
+    assert len(kept) == 240 - named.sum()
+    assert (
+        main(["train", "--config", str(recipe), "--dataset_name", str(clean), "--output_dir", str(folder / "cleaned")])
+        == 0
+    )
+    assert (folder / "pairs.jsonl").read_bytes() == source
+
+
+def test_suggest_says_what_goes_against_a_description(goblins, capsys) -> None:
+    folder, _ = goblins
+    asked = ["suggest", str(folder / "audit"), "--spec"]
+    capsys.readouterr()
+    assert main([*asked, "It should be polite, but must not talk about goblins.", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    against = [one for one in found if one["conflict"]]
+    assert ("finding", 1) in [(one["kind"], one["number"]) for one in against]
+    for one in against:
+        assert (one["part"]["wanted"], one["effect"] > 0) == (False, True)
+    assert main([*asked, "Goblins are what it should talk about."]) == 0
+    assert "against the description" not in capsys.readouterr().out
+    assert main([*asked, "goblins", "--embedder", str(lab.model_path()), "--json"]) == 0  # any model will embed
+    first, *others = json.loads(capsys.readouterr().out)
+    assert (first["kind"], first["number"]) == ("finding", 1)
+    similar = [one["similarity"] for one in others]
+    assert similar == sorted(similar, reverse=True)
+    assert main([*asked, " "]) == 2
+    assert "is empty" in capsys.readouterr().err
