@@ -167,14 +167,15 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
         things.append(_Thing(kind, number, what or words, words, effect, clear))
 
     summary = summarise(analysis, harvest, labels.features, most=len(analysis.attributions))
-    for one in (*summary.everywhere, *summary.conditional, *summary.rare):
-        first, title = one.lesson.first, _words(labels.hypotheses.get(hypothesis_key(one.lesson.first), Label()))
-        where = "" if one.where == "all rows" else one.where
-        for sign, words in ((1, one.more), (-1, one.less)):
+    for finding in (*summary.everywhere, *summary.conditional, *summary.rare):
+        first = finding.lesson.first
+        title = _words(labels.hypotheses.get(hypothesis_key(first), Label()))
+        where = "" if finding.where == "all rows" else finding.where
+        for sign, words in ((1, finding.more), (-1, finding.less)):
             if words:
                 what = f"{'more' if sign > 0 else 'less'} {', '.join(words)}" + (f", where {where}" if where else "")
                 text = " ".join((*words, where, title if (first.delta > 0) == (sign > 0) else ""))
-                add("finding", one.lesson.number, text, _place(first), sign, what)
+                add("finding", finding.lesson.number, text, _place(first), sign, what)
     seen: dict[str, int] = {}
     for number, one in enumerate(analysis.hypotheses):
         seen[one.view] = seen.get(one.view, 0) + 1

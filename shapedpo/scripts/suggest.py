@@ -7,6 +7,7 @@ import dataclasses
 import json
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError, as_user_error
 from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
@@ -76,7 +77,7 @@ def _text(spec: str) -> str:
     return spec
 
 
-def _show(found: list) -> None:  # type: ignore[type-arg]
+def _show(found: list[Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -55,13 +55,12 @@ def test_concepts_have_action_and_gate(finished, praise) -> None:
     harvest = Harvest(
         finished.harvest.folder, {**vars(finished.harvest), "settings": {"sae": {"type": "sae_features", "sae": "lab"}}}
     )
-    where, concept = resolve_concepts(fixes.concepts(harvest, [praise]))
-    assert (concept.action, concept.gate.concept, where.action) == ("hold", where.name, "watch")
-    assert list(concept.readout.features) == praise.features
-    (gated,) = resolve_concepts(
-        fixes.concepts(harvest, [praise], action="suppress", strength=2, columns={praise.name: "f"})
-    )
-    assert (gated.gate.column, gated.strength) == ("f", 2)
+    where, concept = (one.to_dict() for one in resolve_concepts(fixes.concepts(harvest, [praise])))
+    assert (concept["action"], concept["gate"]["concept"], where["action"]) == ("hold", where["name"], "watch")
+    assert list(concept["readout"]["features"]) == praise.features
+    options = {"action": "suppress", "strength": 2, "columns": {praise.name: "f"}}
+    (gated,) = (one.to_dict() for one in resolve_concepts(fixes.concepts(harvest, [praise], **options)))
+    assert (gated["gate"], gated["strength"]) == ({"column": "f"}, 2)
 
 
 def test_numbers_that_are_not_there_are_refused(finished) -> None:
