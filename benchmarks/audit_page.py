@@ -135,7 +135,8 @@ def _harvest(folder: Path, sizes: Sizes, draw: np.random.Generator) -> Harvest:
     ids, texts = {}, {}
     for span, length in TOKENS.items():
         chosen = [
-            " ".join(draw.choice(sentences, max(1, round(length / 25 * draw.lognormal(0, 0.6))))) for _ in range(FRESH)
+            " ".join(draw.choice(sentences, max(1, round(length / 25 * draw.lognormal(0, 0.6)))))
+            for _ in range(min(FRESH, sizes.rows))
         ]
         ids[span] = split(chosen, add_special_tokens=False).input_ids
         texts[span] = split.batch_decode(ids[span], skip_special_tokens=True)
@@ -144,7 +145,7 @@ def _harvest(folder: Path, sizes: Sizes, draw: np.random.Generator) -> Harvest:
     )
     for index, start in enumerate(range(0, sizes.rows, SHARD)):
         rows = np.arange(start, min(sizes.rows, start + SHARD))
-        which = [row % FRESH for row in rows]
+        which = [row % len(ids[SPANS[0]]) for row in rows]
         spans = {}
         for span in SPANS:
             tokens = np.array([len(ids[span][row]) for row in which], np.int32)
@@ -207,17 +208,19 @@ window.timed = async (turn, act) => {
 """
 
 
-def measured(page: Any) -> dict[str, float]:
+def measured(page: Any, repeats: int) -> dict[str, float]:
     """The slowest of some repetitions of each action, in milliseconds."""
     page.evaluate(f"() => {{ {_TIMER} }}")
     found = {}
     for name, action in ACTIONS.items():
-        times = [page.evaluate(f"() => timed({turn}, (turn) => {{ {action} }})") for turn in range(REPEATS)]
+        times = [page.evaluate(f"() => timed({turn}, (turn) => {{ {action} }})") for turn in range(repeats)]
         found[name] = max(times)
     return found
 
 
-def audit_page(folder: Path, sizes: Sizes) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def audit_page(
+    folder: Path, sizes: Sizes, repeats: int = REPEATS
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Times of each action by page, and facts about the making of both."""
     from tests.monitor.browser import Opened, browser
 
@@ -242,7 +245,7 @@ def audit_page(folder: Path, sizes: Sizes) -> tuple[dict[str, dict[str, float]],
                 opened = Opened(started, where)
                 began = time.monotonic()
                 page = opened.open()
-                times[name] = {"open the page": 1000 * (time.monotonic() - began), **measured(page)}
+                times[name] = {"open the page": 1000 * (time.monotonic() - began), **measured(page, repeats)}
                 opened.check()
                 opened.close()
     finally:

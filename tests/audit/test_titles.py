@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shapedpo.audit.labels import Label, Labels, cluster_tokens, hypothesis_key
+from shapedpo.audit.lessons import lessons
 from shapedpo.audit.page.source import Audit
 from shapedpo.audit.titles import CACHE, Answer, read_cache, tasks
 from shapedpo.cli import main
@@ -127,7 +128,7 @@ def test_clusters_and_findings_are_named_at_once_and_only_once(
     titled = [(kind, n) for kind, of in labels.clusters.items() for n, found in of.items() if found.title]
     assert len(labels.hypotheses) + len(titled) == len(server.requests) - 1
     assert len(labels.hypotheses) == 6
-    strongest = finished.analysis.of("global")[0]
+    strongest = lessons(finished.analysis)[0].first
     assert labels.hypotheses[hypothesis_key(strongest)] == Label(
         [], "Praises forces", GOOD["description"], ["wonderful"]
     )

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from shapedpo.audit.page.server import ViewServer
 from shapedpo.audit.page.source import Audit
 from shapedpo.cli import main
 from shapedpo.scripts.view import server
@@ -121,20 +118,21 @@ def test_the_rows_are_copied_once_and_anew_for_another_analysis(folder: Path, se
     assert path.stat().st_size > 5000
 
 
-def test_command_says_where_and_ends_with_an_interrupt(folder: Path, served: Any) -> None:
-    command = [sys.executable, "-m", "shapedpo", "view", str(folder), "--no-browser"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        assert running.stdout is not None
-        line = running.stdout.readline()
-        assert line.startswith("http://127.0.0.1:")
-        running.send_signal(signal.SIGINT)
-        assert running.wait(20) == 0
-        assert running.stderr is not None
-        assert "Traceback" not in running.stderr.read()
-    finally:
-        running.kill()
-        running.communicate()
+def test_command_says_where_and_ends_with_an_interrupt(
+    folder: Path, served: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+
+    def interrupted(server: ViewServer) -> None:
+        raise KeyboardInterrupt  # what Ctrl-C does to it
+
+    monkeypatch.setattr(ViewServer, "serve_forever", interrupted)
+    assert main(["view", str(folder), "--no-browser"]) == 0
+    assert capsys.readouterr().out.startswith("http://127.0.0.1:")
+    assert opened == []
+    assert main(["view", str(folder)]) == 0
+    assert capsys.readouterr().out.split()[0] == opened[0]
 
 
 def test_what_cannot_be_viewed_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

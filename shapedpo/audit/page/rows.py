@@ -107,7 +107,6 @@ class RowStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = _connect(path)
 
     @classmethod
     def open(cls, audit: Audit, *, progress: bool = True) -> RowStore:
@@ -139,19 +138,17 @@ class RowStore:
     def rows(self, numbers: Sequence[int], clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
         """Some rows, in this order, with the marks of some clusters; rows that are not there are left out."""
         found = []
-        for number in numbers:
-            texts = self._connection.execute(
-                "select prompt, chosen, rejected from texts where row = ?", (number,)
-            ).fetchone()
-            if texts is None:
-                continue
-            marks = {}
-            for kind, cluster in clusters:
-                name = f"{kind}:{cluster}"
-                of = self._connection.execute("select marks from marks where row = ? and cluster = ?", (number, name))
-                if (stored := of.fetchone()) is not None:
-                    marks[name] = json.loads(stored[0])
-            found.append({"row": number, **dict(zip(SPANS, texts, strict=True)), "marks": marks})
+        with closing(_connect(self.path)) as store:  # one each, so that a long search holds nobody up
+            for number in numbers:
+                texts = store.execute("select prompt, chosen, rejected from texts where row = ?", (number,)).fetchone()
+                if texts is None:
+                    continue
+                marks = {}
+                for name in (f"{kind}:{cluster}" for kind, cluster in clusters):
+                    of = store.execute("select marks from marks where row = ? and cluster = ?", (number, name))
+                    if (stored := of.fetchone()) is not None:
+                        marks[name] = json.loads(stored[0])
+                found.append({"row": number, **dict(zip(SPANS, texts, strict=True)), "marks": marks})
         return found
 
     def search(self, text: str, most: int = 50) -> tuple[int, list[int]]:
@@ -159,18 +156,17 @@ class RowStore:
         words = re.findall(r"\w+", text)
         if not words:
             return 0, []
-        query = " ".join(f'"{word}"*' for word in words)
-        (count,) = self._connection.execute("select count(*) from words where words match ?", (query,)).fetchone()
-        rows = self._connection.execute("select rowid from words where words match ? limit ?", (query, most)).fetchall()
+        # of one or two letters they are taken as they are: too many words begin so
+        query = " ".join(f'"{word}"*' if len(word) > 2 else f'"{word}"' for word in words)
+        with closing(_connect(self.path)) as store:
+            (count,) = store.execute("select count(*) from words where words match ?", (query,)).fetchone()
+            rows = store.execute("select rowid from words where words match ? limit ?", (query, most)).fetchall()
         return count, [row for (row,) in rows]
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """For reading, also by the threads of a server, one at a time."""
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+    """For reading."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
 
 
 def _about(path: Path) -> str | None:

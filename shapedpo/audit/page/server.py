@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +43,6 @@ class ViewServer(ThreadingHTTPServer):
     def __init__(self, page: str, analysis: Analysis, rows: RowStore, port: int = 0) -> None:
         self.page, self.analysis, self.rows = page.encode("utf-8"), analysis, rows
         self.lessons = lessons(analysis)
-        self.lock = threading.Lock()
         super().__init__((HOST, port), _Handler)
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
 
@@ -130,8 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(HTTPStatus.NOT_FOUND, "There is nothing here.")
         try:
             query = {name: values[0] for name, values in parse_qs(asked.query, max_num_fields=8).items()}
-            with self.server.lock:
-                found = answer(self.server, query)
+            found = answer(self.server, query)
         except (KeyError, ValueError) as error:
             return self._send(HTTPStatus.BAD_REQUEST, f"{type(error).__name__}: {error}")
         if isinstance(found, str):
