@@ -22,7 +22,6 @@ CACHE = Path(__file__).parent / "cache" / "structure"
 RESULTS = Path(__file__).parent / "results"
 FORMATS = ("bold", "emoji", "table", "horizontal_rule", "em_dash")
 TARGET, OTHERS = FORMATS[0], FORMATS[1:]
-STRENGTH = 2.0
 
 
 def runs() -> dict[str, list[Any]]:
@@ -36,9 +35,9 @@ def runs() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"plain DPO": []}
     for name, chosen in (("its own feature", features[TARGET]), ("features of three formats", mixed)):
         readout = SAEFeatures(str(lab.sae_path()), chosen)
-        for given in ((), OTHERS):
-            concept = Concept(TARGET, readout, "suppress", strength=STRENGTH, given=given)
-            found[f"{name}{', given the others' if given else ''}"] = [concept, *others]
+        for strength, given in ((2.0, ()), (2.0, OTHERS), *([(4.0, OTHERS)] if chosen is mixed else [])):
+            concept = Concept(TARGET, readout, "suppress", strength=strength, given=given)
+            found[f"{name}, strength {strength:g}{', given the others' if given else ''}"] = [concept, *others]
     return found
 
 
@@ -93,9 +92,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     size = (150, 64, args.seed) if args.quick else (1000, 600, args.seed)
-    rows: list[dict[str, Any]] = [{"run": "before", **cached("before", None, *size)}]
+    rows: list[dict[str, Any]] = [{"run": "before", "rollouts": size[1], **cached("before", None, *size)}]
     for name, concepts in runs().items():
-        rows.append({"run": name, **cached(name, concepts, *size)})
+        rows.append({"run": name, "rollouts": size[1], **cached(name, concepts, *size)})
         before, plain, found = rows[0], rows[1], rows[-1]
         for trait in FORMATS if concepts else ():
             gap = plain[trait] - before[trait]
