@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "log-probabilities of the answers",
     )
     predicted.add_argument(
+        "--pilot-share",
+        type=float,
+        metavar="SHARE",
+        help="the share of the run's steps, weighted by their learning rates, that the pilot has had: the scale of the predictions follows",
+    )
+    predicted.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (%(default)s)"
     )
     found = parser.add_argument_group("what is made of it")

@@ -129,7 +129,8 @@ def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
     # the world's own lessons come out of its other half
     everywhere = Figures.of(outcome.of("feature", "global"))
     assert everywhere.r2 > 0.85 * everywhere.ceiling
-    assert Figures.of(contrast.of("response_cluster", "prompt")).r2 > 0.5
+    conditional = Figures.of(contrast.of("response_cluster", "prompt"))
+    assert conditional.r2 > 0.6 * conditional.ceiling
 
 
 def test_log_ratios_are_those_of_the_answers(tmp_path) -> None:
