@@ -48,6 +48,15 @@ class Shown(NamedTuple):
         rows, *spans = zip(*parts, strict=True)
         return cls(np.concatenate(rows), *(sparse.vstack(span, format="csr") for span in spans))
 
+    @property
+    def size(self) -> int:
+        """Entries in memory."""
+        return self.more.nnz + self.less.nnz + self.prompt.nnz
+
+    def take(self, which: NDArray[np.bool_]) -> Shown:
+        """Some of the pairs."""
+        return Shown(self.rows[which], self.more[which], self.less[which], self.prompt[which])
+
     def columns(self, chosen: Columns, mirrored: bool = False) -> NDArray[np.float32]:
         """`(n, features)`: some features; `mirrored`, as if the rejected completion had been chosen."""
         more, less = (self.less, self.more) if mirrored else (self.more, self.less)

@@ -83,7 +83,6 @@ def attribute(
     Returns:
         Lessons with rows, then those whose rows do not stand out from chance.
     """
-    settings = analysis.settings
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     views: tuple[View, ...] = ("feature", "prompt", "global")
     # one without rows lacks what rows elsewhere teach, and none of its own teaches the opposite
@@ -91,13 +90,7 @@ def attribute(
     order = [numbers[id(h)] for turn in turns for h in turn if h is not None]
     if not order:
         return []
-    sampled = _sampled(analysis, order)
-    parts = [
-        Shown.of(shard, settings.tau, sampled[place])
-        for place, shard in passes("Sampling lessons")
-        if sampled[place].any()
-    ]
-    drafts = _explained(analysis, order, Shown.stacked(parts), progress)
+    drafts = _explained(analysis, order, _sample_shown(analysis, order, passes), progress)
     return _finished(analysis, drafts, passes)
 
 
@@ -112,6 +105,23 @@ def _sampled(analysis: Analysis, order: Sequence[int]) -> NDArray[np.bool_]:
         chosen[new] = True
         more -= len(new)
     return chosen
+
+
+def _sample_shown(
+    analysis: Analysis, order: Sequence[int], passes: Callable[..., Iterator[tuple[slice, Shard]]]
+) -> Shown:
+    """What the sampled rows show; of half of them, a quarter, ..., where they show too much."""
+    settings = analysis.settings
+    sampled = _sampled(analysis, order)
+    luck, share = np.random.default_rng(settings.seed + 5).random(analysis.n_rows), 1.0
+    parts: list[Shown] = []
+    for place, shard in passes("Sampling lessons"):
+        parts.append(Shown.of(shard, settings.tau, sampled[place]))
+        while sum(part.size for part in parts) > settings.max_embedded:
+            share /= 2
+            sampled &= luck < share
+            parts = [part.take(sampled[np.searchsorted(analysis.rows, part.rows)]) for part in parts]
+    return Shown.stacked(parts)
 
 
 @dataclass

@@ -66,7 +66,8 @@ class AuditSettings:
         min_delta_sd: Standard deviation that a response feature's delta must have.
         min_abs_delta: Mean absolute delta that a response feature must have.
         embedding_sample: Rows on which features are embedded.
-        max_embedded: Values in such a sample at most, which bounds the memory (half a GB each); fewer rows are taken where they show more.
+        max_embedded: Values in such a sample, and in that of lessons, at most, which bounds the memory (half a GB each); fewer rows are
+            taken where they show more.
         embedding_dims: Components of the singular value decomposition.
         prompt_clusters: Number of clusters `A_k` of prompt features.
         response_clusters: Number of clusters `R_m` of response features.

@@ -128,6 +128,14 @@ def test_the_same_again_and_whatever_the_size_of_shards(found, tmp_path) -> None
         np.testing.assert_array_equal(one.rows, other.rows)
 
 
+def test_lessons_are_found_on_as_much_as_memory_holds(tmp_path) -> None:
+    settings = dataclasses.replace(SETTINGS, max_embedded=36 * WORLD.n)  # of some 55 entries a row
+    fewer = analyse(WORLD.harvest(tmp_path, shard_rows=400), settings, progress=False)
+    conditional = next(one for one in lessons(fewer) if responds_with(fewer, one.first, CONDITIONAL.group))
+    rows = WORLD.planted_rows(CONDITIONAL)
+    assert len(np.intersect1d(conditional.rows, rows)) >= 0.8 * len(rows)
+
+
 def test_every_number_is_what_loops_give(found, tmp_path) -> None:
     """Scores, tests and halves of the hypotheses, from dense float64 frequencies."""
     analysis, _ = found
