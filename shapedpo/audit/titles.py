@@ -228,10 +228,10 @@ async def ask(
     """
     known = read_cache(cache)
     turns = asyncio.Semaphore(concurrency)
-    with cache.open("a", encoding="utf-8") as file, tqdm(total=len(wanted), desc="Labels", disable=not progress) as bar:
+    alike = {task.key(labeller.name): task for task in wanted}  # what looks the same is asked once
+    with cache.open("a", encoding="utf-8") as file, tqdm(total=len(alike), desc="Labels", disable=not progress) as bar:
 
-        async def one(task: Task) -> Answer | None:
-            key = task.key(labeller.name)
+        async def one(key: str, task: Task) -> Answer | None:
             answer = known.get(key)
             if answer is None:
                 async with turns:
@@ -244,10 +244,10 @@ async def ask(
 
         try:
             async with asyncio.TaskGroup() as group:
-                running = [group.create_task(one(task)) for task in wanted]
+                running = {key: group.create_task(one(key, task)) for key, task in alike.items()}
         except BaseExceptionGroup as group_error:  # the first to fail has stopped the others
             raise group_error.exceptions[0] from None
-    return [task.result() for task in running]
+    return [running[task.key(labeller.name)].result() for task in wanted]
 
 
 async def _answered(task: Task, labeller: Labeller) -> Answer | None:

@@ -75,8 +75,9 @@ def main(args: argparse.Namespace) -> int:
     found = tasks(audit.analysis, audit.harvest, audit.labels, audit.maps, foremost(audit.analysis, args.most))
     cache = audit.folder / CACHE
     known = read_cache(cache)
-    new = [task for task in found if task.key(args.labeller_model) not in known]
-    print(f"{len(found):,} labels, {len(found) - len(new):,} of them known from before")
+    asked = {task.key(args.labeller_model): task for task in found}
+    new = [task for key, task in asked.items() if key not in known]
+    print(f"{len(found):,} labels; {len(asked) - len(new):,} answers known from before")
     if new:
         agree(new, args)
     with as_user_error(ImportError, OSError, ValueError):

@@ -125,8 +125,8 @@ def test_clusters_and_findings_are_named_at_once_and_only_once(
     assert labels is not None
     assert labels.by == "m"
     assert labels.features == finished.labels.features
-    titled = [(kind, n) for kind, of in labels.clusters.items() for n, found in of.items() if found.title]
-    assert len(labels.hypotheses) + len(titled) == len(server.requests) - 1
+    assert sum(bool(found.title) for of in labels.clusters.values() for found in of.values()) > 6
+    assert len({json.dumps(request) for request in server.requests}) == len(server.requests) - 1  # one was sent again
     assert len(labels.hypotheses) == 6
     strongest = lessons(finished.analysis)[0].first
     assert labels.hypotheses[hypothesis_key(strongest)] == Label(
@@ -162,9 +162,12 @@ def test_bad_answers_are_asked_again_and_then_left(
     assert labels is not None
     assert labels.clusters["data"] == finished.labels.clusters["data"]  # tokens stay
     assert all(found.title == "Praises forces" for found in labels.hypotheses.values())
-    again = next(request["messages"] for request in server.requests if len(request["messages"]) == 4)
-    assert again[2] == {"role": "assistant", "content": '{"name": "no title"}'}
-    assert "title: Field required" in again[3]["content"]
+    again = [request["messages"] for request in server.requests if len(request["messages"]) == 4]
+    assert {(messages[2]["role"], messages[2]["content"]) for messages in again} == {
+        ("assistant", '{"name": "no title"}'),
+        ("assistant", '{"title": ""}'),
+    }
+    assert any("title: Field required" in messages[3]["content"] for messages in again)
     tries = [request for request in server.requests if "a group of rows whose" in request["messages"][1]["content"]]
     assert len(tries) % 3 == 0
     assert "not as asked for" in capsys.readouterr().err
