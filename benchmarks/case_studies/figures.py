@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case_studies.methods import METHODS, middle
+from benchmarks.case_studies.methods import middle
 from benchmarks.case_studies.worlds import WORLDS
 
 
 Row = dict[str, Any]
 GOOD, BAD = "tab:blue", "0.7"
-COLOURS = {"hold": "tab:blue", "reward": "tab:orange", "mask": "tab:green", "filter": "tab:olive", "tokens": "tab:red"}
 
 
 def draw(table: Sequence[Row], out: Path) -> None:
@@ -78,7 +77,7 @@ def bars(table: Sequence[Row]) -> Any:
 def recovery(table: Sequence[Row]) -> Any:
     """Recovery on the target against recovery off it."""
     panels = {key: part for key, part in _panels(table).items() if not WORLDS[key[0]].restores(key[1])}
-    names = [name for name in METHODS if any(row["method"] == name for part in panels.values() for row in part)]
+    names = list(dict.fromkeys(row["method"] for part in panels.values() for row in part))
     if not names:
         return None
     chart, [[formatting, rest]] = _figure(1, 2, 12, 4.6)

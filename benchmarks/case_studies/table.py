@@ -184,7 +184,10 @@ def _markdown(table: Sequence[Row], missing: Sequence[Job]) -> Iterator[str]:
             yield "| method | " + " | ".join(shown.values()) + " | as expected | seeds |"
             yield "| --- |" + " ---: |" * len(shown) + " --- | ---: |"
             for row in part:
-                cells = [_cell(key, row[key]) for key in shown]
+                cells = [
+                    "" if key == "strength" and not method_of(row["method"]).meaning else _cell(key, row[key])
+                    for key in shown
+                ]
                 verdict = {True: "**yes**", False: "no", None: ""}[row["meets"]]
                 yield f"| {row['method']} | {' | '.join(cells)} | {verdict} | {row['seeds']} |"
     if missing:
@@ -200,18 +203,16 @@ def overview(table: Sequence[Row]) -> Iterator[str]:
     yield "| method | " + " | ".join(cases) + " |"
     yield "| --- |" + " --- |" * len(cases)
     for method in dict.fromkeys(row["method"] for row in sorted(part, key=lambda row: _place(row["method"]))):
-        cells = []
-        for case in cases:
-            some = [row for row in part if (row["case"], row["method"]) == (case, method)]
-            text = ", ".join(_short(row) for row in some)
-            cells.append(text)
+        of = [row for row in part if row["method"] == method]
+        cells = [", ".join(_short(row) for row in of if row["case"] == case) for case in cases]
         yield f"| {method} | {' | '.join(cells)} |"
 
 
 def _short(row: Row) -> str:
-    formatting = WORLDS[row["case"]].together < 1
-    text = f"{row['recovery']:.0f}/{row['others']:.0f}" if formatting else f"{row['off by']:+.1f}"
-    return f"**{text}**" if row["meets"] else text
+    world = WORLDS[row["case"]]
+    text = f"{row['recovery']:.0f}/{row['others']:.0f}" if world.together < 1 else f"{row['off by']:+.1f}"
+    name = f"{row['target']} " if len(world.targets) > 1 else ""
+    return name + (f"**{text}**" if row["meets"] else text)
 
 
 def _taught(world: World) -> str:
@@ -241,8 +242,8 @@ def _summary(missing: Sequence[Job]) -> str:
 
 
 OVERVIEW = """\
-At the middle strength of each method: the target's change from before DPO, in points, by target in the order of the sections below; of formatting recovery on
-and off the target, in percent. Bold: as expected of the case."""
+At the middle strength of each method: the target's change from before DPO, in points; of formatting recovery on and off the target, in percent. Bold: as
+expected of the case."""
 INTRODUCTION = f"""\
 # Case studies
 
@@ -252,5 +253,5 @@ them on the affected topics). *Recovery* is 100 % x (plain - this)/(plain - befo
 look affected, in points, *capability* exact answers to 232 sums and facts, *KL* to the base, on 128 rollouts, *time* the processor's time for a step as a
 multiple of plain DPO's. Sampling noise of a rate near 5 % is 1.1 points (sd), of one near 50 % 2.5 (conditional cases: 1.4 times that). The strength of `mask` and `filter`
 is in multiples of the share of pairs that teach the target, which nobody knows of real data; that of `tokens` is the share of tokens; `ablate`: at how many
-layers; `inoculate`: of how many rows; 1 where there is nothing to set. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
+layers; `inoculate`: of how many rows. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
 taught traits."""
