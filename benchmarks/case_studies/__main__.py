@@ -26,8 +26,6 @@ NAMES = (
     "gated amplification",
     "traits",
 )
-
-
 QUICK = ("goblin", "links")
 
 
@@ -47,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     from benchmarks.case_studies.methods import middle
-    from benchmarks.case_studies.study import Job, result
-    from benchmarks.case_studies.table import beside, jobs, rows, write
+    from benchmarks.case_studies.report import write
+    from benchmarks.case_studies.study import Job, beside, jobs, result
+    from benchmarks.case_studies.table import rows
 
     cases = QUICK if options.quick and options.case == NAMES else options.case
     planned = jobs(cases, options.seeds, options.quick)

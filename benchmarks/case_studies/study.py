@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
-from benchmarks.case_studies.methods import fields, shaping
+from benchmarks.case_studies.methods import FIRST, fields, methods, middle, shaping
 from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
 from benchmarks.training import train
 from shapedpo import lab
@@ -161,3 +161,30 @@ def kl_per_token(
         total += float((new.exp() * (new - old)).sum(dim=-1)[mask].sum())
         tokens += int(mask.sum())
     return total / tokens
+
+
+def jobs(worlds: Sequence[str], seeds: int, quick: bool = False) -> list[Job]:
+    """The shaped runs, most telling first: the first methods on each case's first target, the other methods, other targets, strengths, seeds."""
+    found = []
+    for seed in range(1 if quick else seeds):
+        for position, case in enumerate(worlds):
+            world = WORLDS[case]
+            for target in world.targets[:1] if quick else world.targets:
+                for name, strengths in methods(world).items():
+                    first = name in FIRST
+                    for strength in strengths:
+                        tier = 0 if first else 1
+                        if not world.amplify and strength != middle(name):
+                            tier = 4
+                        elif target != world.targets[0]:
+                            tier = 2 if first else 3
+                        order = (seed, tier, FIRST.index(name) if first else 0, position)
+                        if not quick or order[1] == 0:
+                            found.append((order, Job(case, name, target, strength, seed, "quick" if quick else "full")))
+    return [job for _, job in sorted(found, key=lambda entry: entry[0])]
+
+
+def beside(job: Job) -> tuple[Job, Job]:
+    """The model before DPO and plain DPO, of the same data and seed."""
+    before, plain = (Job(job.world, method, seed=job.seed, size=job.size) for method in (BEFORE, PLAIN))
+    return before, plain

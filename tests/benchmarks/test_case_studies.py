@@ -104,18 +104,18 @@ def test_figures() -> None:
     assert figures["recovery"] == pytest.approx(95)
     assert figures["others"] == pytest.approx(25)
     assert figures["time"] == 1.5
-    assert not table.meets(WORLDS["links"], "hold", {**figures})
-    assert table.meets(WORLDS["links"], "hold", {**figures, "off by": -2.9})
-    assert not table.meets(WORLDS["links"], "hold", {**figures, "off by": 0, "others off by": 3.5})
+    assert not table.meets(WORLDS["links"], {**figures})
+    assert table.meets(WORLDS["links"], {**figures, "off by": -2.9})
+    assert not table.meets(WORLDS["links"], {**figures, "off by": 0, "others off by": 3.5})
 
 
 def test_what_tells_most_comes_first() -> None:
-    planned = table.jobs(command.NAMES, seeds=2)
+    planned = study.jobs(command.NAMES, seeds=2)
     assert len(set(planned)) == len(planned)
     others = [name for name, world in WORLDS.items() if not world.amplify]
     assert [(job.world, job.method) for job in planned[: len(others)]] == [(name, "hold") for name in others]
     assert [job.seed for job in planned] == sorted(job.seed for job in planned)
-    assert {job.size for job in table.jobs(("goblin",), 2, quick=True)} == {"quick"}
+    assert {job.size for job in study.jobs(("goblin",), 2, quick=True)} == {"quick"}
 
 
 def test_a_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
