@@ -82,8 +82,10 @@ class Shaping:
         chosen, rejected = ratios.chunk(2)
         margins = self.beta * self._compared(ratios, mask)
         deltas = _gated_deltas(pairs.signals, self.held)
-        rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), deltas], dim=1))
-        self.hold.observe(rows[:, 0], rows[:, 2:], margins=rows[:, 1])
+        gates = torch.stack([pairs.signals[index].gate for index in self.held], dim=1)
+        rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), deltas, gates], dim=1))
+        seen, deltas, gates = rows.split([2, len(self.held), len(self.held)], dim=1)
+        self.hold.observe(seen[:, 0], deltas, margins=seen[:, 1], gates=gates)
         if last:
             self.hold.update()
 

@@ -24,10 +24,11 @@ def test_strength_is_that_of_the_controller():
     controller, seen = trainer._shaping.hold, []
     observe = controller.observe
 
-    def spy(log_ratios, deltas, margins):
+    def spy(log_ratios, deltas, margins, gates):
         assert torch.equal(margins, trainer.beta * log_ratios)
+        assert gates.eq(1).all()
         seen.append((log_ratios.clone(), deltas.clone()))
-        observe(log_ratios, deltas, margins)
+        observe(log_ratios, deltas, margins, gates)
 
     controller.observe = spy
     run = train(trainer)
@@ -128,10 +129,16 @@ def test_the_gate_is_all_it_sees():
     trainer = shaped(way(gate=Gate(column="creative")), data=data)
     controller, seen = trainer._shaping.hold, []
     observe = controller.observe
-    controller.observe = lambda log_ratios, deltas, margins: (seen.append(deltas), observe(log_ratios, deltas, margins))
+
+    def spy(log_ratios, deltas, margins, gates):
+        seen.append(torch.cat([deltas, gates], dim=1))
+        observe(log_ratios, deltas, margins, gates)
+
+    controller.observe = spy
     train(trainer)
-    zero = torch.cat(seen)[:, 0] == 0
-    assert 0 < int(zero.sum()) < len(zero)
+    deltas, gates = torch.cat(seen).T
+    assert 0 < int(gates.sum()) < len(gates)
+    assert torch.equal(deltas != 0, gates == 1)
     assert controller.state()["share"].item() == pytest.approx(0.5)
 
 

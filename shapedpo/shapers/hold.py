@@ -94,6 +94,7 @@ class HoldController:
         self._size = torch.ones_like(self.targets)  # of the deltas of pairs that show the concept on one side
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
         self._pairs = torch.zeros(0, 2 + len(targets))  # (W, 2 + C) float32: log-ratio, margin and gated deltas
+        self._gates = torch.zeros(0, len(targets))  # (W, C) float32
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
 
     def start(self, deltas: Tensor, gates: Tensor) -> None:
@@ -108,6 +109,7 @@ class HoldController:
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
         self._pairs = torch.cat([deltas.new_zeros(len(order), 2), deltas[order]], dim=1)
+        self._gates = gates[order]
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
         self._size = typical_size(deltas)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
@@ -116,19 +118,25 @@ class HoldController:
         self._scale = torch.where(shown > 0, (deltas**2).mean(dim=0) / shown, 1.0)
         self._solve()
 
-    def observe(self, log_ratios: Tensor, deltas: Tensor, margins: Tensor | None = None) -> None:
+    def observe(
+        self, log_ratios: Tensor, deltas: Tensor, margins: Tensor | None = None, gates: Tensor | None = None
+    ) -> None:
         """Take in pairs that were trained on.
 
         Args:
             log_ratios: `(B,)`, the unshaped \\( l_i \\), nats, of all processes' pairs.
             deltas: `(B, C)`, their gated deltas.
             margins: `(B,)`, what the loss takes the sigmoid of; by default \\( \\beta l_i \\).
+            gates: `(B, C)`; by default all rows are shaped.
         """
         margins = self.beta * log_ratios if margins is None else margins
         rows = torch.cat([log_ratios[:, None], margins[:, None], deltas], dim=1).float().cpu()
-        rows = rows[rows.isfinite().all(dim=1)]  # a policy that diverges is the trainer's to report
-        self._fresh += len(rows)
-        self._pairs = torch.cat([self._pairs, rows])[-max(self.window, self._fresh) :]
+        gates = torch.ones_like(rows[:, 2:]) if gates is None else gates.float().cpu()
+        finite = rows.isfinite().all(dim=1)  # a policy that diverges is the trainer's to report
+        self._fresh += int(finite.sum())
+        kept = max(self.window, self._fresh)
+        self._pairs = torch.cat([self._pairs, rows[finite]])[-kept:]
+        self._gates = torch.cat([self._gates, gates[finite]])[-kept:]
 
     def update(self) -> None:
         """Find the next step's strengths, once an optimizer step."""
@@ -138,7 +146,8 @@ class HoldController:
     def amplification(self) -> tuple[Tensor, Tensor]:
         """Mean change of each concept's score on the rows of its gate, to first order, and its standard error: `(C,)` each, sd."""
         log_ratios, weights = self._pairs[:, :1].double(), self._weights()
-        terms = (log_ratios - log_ratios.mean(dim=0)) * (weights - weights.mean(dim=0)) / (4 * self._share)
+        log_ratio, weight = self._middles()
+        terms = self._gates.double() * (log_ratios - log_ratio) * (weights - weight) / (4 * self._share)
         found = [recent_mean(column, max(SHORTEST, self._step)) for column in terms.T]
         mean, error = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
         return mean, error
@@ -167,6 +176,7 @@ class HoldController:
         """All that it goes on from, by name."""
         return {
             "pairs": self._pairs,
+            "gates": self._gates,
             "share": self._share,
             "size": self._size,
             "scale": self._scale,
@@ -180,7 +190,8 @@ class HoldController:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
-        self._pairs, self._share, self.strengths = tensors["pairs"], tensors["share"], tensors["strengths"]
+        self._pairs, self._gates = tensors["pairs"], tensors["gates"]
+        self._share, self.strengths = tensors["share"], tensors["strengths"]
         self.bias, self._scale, self._doubt = tensors["bias"], tensors["scale"], tensors["doubt"]
         self._size, self._probed = tensors["size"], tensors["probed"]
         self._step = int(tensors["step"])
@@ -193,13 +204,21 @@ class HoldController:
     def _weights(self) -> Tensor:
         return self.weights(self._pairs[:, 2:].double())
 
+    def _middles(self) -> tuple[Tensor, Tensor]:
+        """Mean log-ratio and mean weight on the rows of each concept's gate, `(C,)` each: other rows' log-ratios say nothing of it."""
+        gates = self._gates.double()
+        rows = gates.sum(dim=0).clamp(min=1e-6)
+        log_ratios = self._pairs[:, :1].double()
+        return (gates * log_ratios).sum(dim=0) / rows, (gates * self._weights()).sum(dim=0) / rows
+
     def _solve(self) -> None:
         if not len(self._pairs):
             return
-        log_ratios, margins, weights = self._pairs[:, 0].double(), self._pairs[:, 1].double(), self._weights()
+        margins, weights = self._pairs[:, 1].double(), self._weights()
         amplification, error = self.amplification()
         least = amplification + self.bias - self.targets
-        most = least + log_ratios.mean() * weights.mean(dim=0) / (4 * self._share) * (1 - self._probed)
+        log_ratio, weight = self._middles()
+        most = least + log_ratio * weight / 4 * (1 - self._probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
         error = (error**2 + self._probed * self._doubt).sqrt()

@@ -262,6 +262,20 @@ class TestReadings:
             assert amplification[c].item() == pytest.approx(mean)
             assert error[c].item() == pytest.approx(sum((t - mean) ** 2 for t in terms) ** 0.5 / SHORTEST)
 
+    def test_rows_outside_the_gate_say_nothing(self):
+        """Their log-ratios are 20 nats larger, of a lesson of their own: the covariance is that of the gate's rows."""
+        log_ratios, deltas = self.rows()
+        gates = (torch.arange(100)[:, None] % torch.tensor([4, 1]) == 0).float()
+        controller = HoldController([0.0, 0.0], 0.1, window=100)
+        controller.start(deltas, gates)
+        controller.observe(log_ratios + 20 * (1 - gates[:, 0]), deltas * gates, gates=gates)
+        weights = controller.weights(deltas.double())[::4, 0].tolist()
+        inside = log_ratios[::4].tolist()
+        middle = sum(weights) / 25, sum(inside) / 25
+        covariance = sum((w - middle[0]) * (r - middle[1]) for w, r in zip(weights, inside, strict=True)) / 25
+        assert controller.amplification()[0][0].item() == pytest.approx(covariance / 4, rel=1e-5)
+        assert abs(covariance) > 0.1
+
     def test_is_the_change_where_log_ratios_follow_the_deltas(self):
         """Then it is the plain amplification, small deltas counted or not."""
         _, deltas = self.rows(WINDOW)
