@@ -49,6 +49,18 @@ SHRUNK = "mean delta, conditions shrunk"
 BEST = PILOT.format(PILOTS[0])
 
 
+INTRODUCTION = """\
+How true the audit's predictions are: R^2 (squared correlation) of predicted and observed change of the mean score, over features, over clusters, and over
+clusters of response features under each cluster of prompt features. The change is that of 512 pairs of answers to held-out prompts, which count by how
+much likelier they have become. *Ceiling*: what a perfect prediction would get, since the answers are noisy too (from their two halves). *Slope*: of
+observed on predicted change, 1 where the scale is right. *In 90 %*: share of the 90 % intervals that held, with the answers' own noise allowed for, as they
+stand and after scaling by the slope. In brackets the 95 % interval over resampled things; things vary together, so it is too narrow. *Less everywhere*: what a
+condition adds. The estimators build on each other: the mean delta of the data; times how much more the reference's own answers vary than the data's
+completions; put together with the log-ratios of a pilot (the run itself after a part of its steps) on 1,024 of the reference's answers, which also gives the scale.
+One seed a world. The estimators and their constants were settled on the worlds of the design (`benchmarks/prediction_runs.py`).
+"""
+
+
 def predictions(
     setting: Setting,
     harvest: Harvest,
@@ -188,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    lines: list[str] = []
+    lines = [INTRODUCTION, ""]
     for title, held in (("Worlds held out", True), ("Worlds of the design", False)):
         if some := [row for row in rows if row["held out"] == held]:
             lines += [f"## {title}", "", *overview(some), "", f"Every run, {BEST}:", "", *table(some, BEST), ""]

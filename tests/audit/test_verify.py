@@ -167,10 +167,8 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
 
     world = "lab:goblin_world?n=260"
     audit = tmp_path / "audit"
-    assert (
-        main(["audit", "--model", "lab", "--sae", "lab", "--dataset", world, "--sample", "200", "--out", str(audit)])
-        == 0
-    )
+    auditing = ["audit", "--model", "lab", "--sae", "lab", "--dataset", world, "--sample", "200", "--out", str(audit)]
+    assert main(auditing) == 0
     args = DPOConfig(
         output_dir=str(tmp_path / "run"),
         max_steps=8,
@@ -187,6 +185,22 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
     trainer = DPOTrainer(lab.load_model(), args=args, train_dataset=data, processing_class=lab.load_tokenizer())
     trainer.train()
     trainer.save_model(str(tmp_path / "trained"))
+    # a pilot weighs the reference's answers; what was harvested is used again
+    before = Prediction.load(audit / "analysis")
+    piloted = [
+        "--answers",
+        "12",
+        "--max-new-tokens",
+        "12",
+        "--pilot",
+        str(tmp_path / "trained"),
+        "--pilot-share",
+        "0.5",
+    ]
+    assert main([*auditing, *piloted]) == 0
+    after = Prediction.load(audit / "analysis")
+    assert len(Rollouts.open(audit / "answers").log_ratios) == 12
+    assert not np.allclose(before.score, after.score)
     command = ["verify", "--base", "lab", "--trained", str(tmp_path / "trained"), "--audit", str(audit)]
     small = ["--n-prompts", "24", "--max-new-tokens", "24", "--misses", "3"]
     assert main([*command, *small]) == 0
