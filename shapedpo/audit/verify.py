@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from .conditions import OBSERVED, Conditions
+from .estimation import LEVEL
 from .observed import Observed, r_squared
-from .prediction import LEVEL, Prediction
+from .prediction import Prediction
 
 
 Array = NDArray[np.float64]
