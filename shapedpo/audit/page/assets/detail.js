@@ -107,7 +107,9 @@ function show(h, lesson = null) {
   boxes.append(clusterBox(responseKind(view), H.response[h], rises(h) ? "chosen shows more of" : "chosen shows less of"));
   body.append(boxes);
   if (lesson?.hypotheses.length > 1) body.append(agreeing(lesson.hypotheses));
-  body.append(rowList(h, subject, turn));
+  const step = element("p", "muted", "A recipe that holds it, the data without its rows, and what is predicted then (DIR is the audit's folder): ");
+  step.append(element("code", "", `shapedpo fix DIR ${lesson ? `--finding ${lesson.lesson + 1}` : `--hypothesis ${h}`}`));
+  body.append(step, rowList(h, subject, turn));
   dialog.replaceChildren(head, body);
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
@@ -117,7 +119,7 @@ function show(h, lesson = null) {
 /** The other hypotheses that a lesson explains. */
 function agreeing(hypotheses) {
   const part = element("details");
-  part.append(element("summary", "", `${whole(hypotheses.length)} findings rest on these rows`));
+  part.append(element("summary", "", `${whole(hypotheses.length)} hypotheses rest on these rows`));
   const list = element("ul", "partners");
   list.append(...hypotheses.slice(0, AGREE).map((h) => partner(h)));
   part.append(list);

@@ -15,12 +15,12 @@ function wordList(words) {
   return holder;
 }
 
-function lessonCard(lesson, rank, strongest) {
+function lessonCard(lesson, strongest) {
   const h = lesson.hypotheses[0];
   const card = element("button", `lesson ${side(H.delta[h])}`);
   card.type = "button";
   const head = element("span", "lesson-head");
-  head.append(element("span", "rank", String(rank)));
+  head.append(element("span", "rank", String(lesson.lesson + 1))); // as in the summary, and for `shapedpo fix`
   const where = element("span", "lesson-where");
   where.append(lessonWhere(lesson));
   head.append(where, element("span", "muted lesson-rows", lesson.n_named ? `${whole(lesson.n_named)} rows` : "no rows stand out"));
@@ -51,7 +51,7 @@ function lessonCard(lesson, rank, strongest) {
   const said = [`d ${signed(H.d[h])}`];
   if (guess?.rates) said.push(`predicted in ${percent(guess.rates[0])} → ${percent(guess.rates[1])} of rollouts`);
   else if (guess && known(guess.score)) said.push(`predicted ${signed(guess.score)} sd`);
-  if (lesson.hypotheses.length > 1) said.push(`${whole(lesson.hypotheses.length)} findings agree`);
+  if (lesson.hypotheses.length > 1) said.push(`${whole(lesson.hypotheses.length)} hypotheses agree`);
   foot.append(bar, element("span", "", said.join(" · ")));
   card.append(foot);
   card.addEventListener("click", () => openLesson(lesson.lesson));
@@ -94,13 +94,13 @@ function drawLessons() {
     part.append(head);
     const strongest = Math.max(0.1, ...lessons.map((lesson) => Math.abs(H.d[lesson.hypotheses[0]])));
     const cards = element("div", "cards-grid");
-    cards.append(...lessons.slice(0, FIRST).map((lesson, place) => lessonCard(lesson, place + 1, strongest)));
+    cards.append(...lessons.slice(0, FIRST).map((lesson) => lessonCard(lesson, strongest)));
     part.append(lessons.length ? cards : element("p", "muted", "Nothing found."));
     if (lessons.length > FIRST) {
       const more = element("button", "all", `show all ${lessons.length}`);
       more.type = "button";
       more.addEventListener("click", () => {
-        cards.append(...lessons.slice(FIRST).map((lesson, place) => lessonCard(lesson, FIRST + place + 1, strongest)));
+        cards.append(...lessons.slice(FIRST).map((lesson) => lessonCard(lesson, strongest)));
         more.remove();
       });
       part.append(more);

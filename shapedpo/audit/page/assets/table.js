@@ -148,11 +148,11 @@ function csvCell(value) {
   const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value ?? "");
   return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
-byId("json").addEventListener("click", () => download("findings.json", "application/json", JSON.stringify(records(), null, 1)));
+byId("json").addEventListener("click", () => download("hypotheses.json", "application/json", JSON.stringify(records(), null, 1)));
 byId("csv").addEventListener("click", () => {
   const rows = records();
   const names = Object.keys(rows[0] ?? { hypothesis: 0 });
-  download("findings.csv", "text/csv", `${[names, ...rows.map((row) => names.map((name) => row[name]))].map((cells) => cells.map(csvCell).join(",")).join("\n")}\n`);
+  download("hypotheses.csv", "text/csv", `${[names, ...rows.map((row) => names.map((name) => row[name]))].map((cells) => cells.map(csvCell).join(",")).join("\n")}\n`);
 });
 
 // --- search: the labels at once, the rows a moment later
@@ -166,16 +166,16 @@ async function search() {
   byId("found").hidden = !text;
   byId("found-section").hidden = true;
   if (!text) return;
-  byId("found").textContent = `${whole(table.found.length)} findings; looking into the rows …`;
+  byId("found").textContent = `${whole(table.found.length)} hypotheses; looking into the rows …`;
   let found;
   try {
     found = await source.search(text);
   } catch (error) {
-    byId("found").textContent = `${whole(table.found.length)} findings; the rows could not be searched: ${error.message}`;
+    byId("found").textContent = `${whole(table.found.length)} hypotheses; the rows could not be searched: ${error.message}`;
     return;
   }
   if (turn_ !== searched) return;
-  byId("found").textContent = `Found: ${whole(table.found.length)} findings · ${whole(found.total)} rows`;
+  byId("found").textContent = `Found: ${whole(table.found.length)} hypotheses · ${whole(found.total)} rows`;
   byId("found-section").hidden = false;
   const of = data.served ? "" : ` among the ${whole(Object.keys(data.rows).length)} rows whose texts this page holds, of ${whole(data.n_rows)}`;
   byId("rows-note").textContent = `${whole(found.total)}${of}${found.total > found.rows.length ? `, the first ${found.rows.length}` : ""}`;
