@@ -66,6 +66,7 @@ def bars(table: Sequence[Row]) -> Any:
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title(case if target in case or len(WORLDS[case].targets) == 1 else f"{case}: {target}", fontsize=10)
         axis.set_xlim(0, 1.08 * max(row[key] for row in part for key in ("rate", "plain", "before")))
+        axis.set_ylim(len(part) - most - 0.6, len(part) - 0.4)  # bars of one height in all panels
         axis.spines[["top", "right"]].set_visible(False)
     chart.suptitle(
         "% of rollouts that show the target (safeguards: refusals of harmful requests). Black: before DPO; red: plain DPO; blue bars are as expected",

@@ -46,7 +46,8 @@ def _markdown(table: Sequence[Row], missing: Sequence[Job]) -> Iterator[str]:
             part = [row for row in table if (row["case"], row["target"]) == (name, target)]
             if not part:
                 continue
-            shown = {key: title for key, title in COLUMNS.items() if key in part[0]}
+            left_out = ("recovery",) if world.amplify else ()
+            shown = {key: title for key, title in COLUMNS.items() if key in part[0] and key not in left_out}
             first = part[0]
             yield from ("", f"## {name}" + (f": {target}" if len(world.targets) > 1 else ""), "")
             yield (
@@ -125,7 +126,7 @@ INTRODUCTION = f"""\
 them on the affected topics). *Recovery* is 100 % x (plain - this)/(plain - before) of the target, *off target* the mean of the same over the other taught traits
 (what is lost of them; negative: they are learned better), *elsewhere* and *seeming* the target's change on other prompts and on those that only
 look affected, in points, *capability* exact answers to 232 sums and facts, *KL* to the base, on 128 rollouts, *time* the processor's time for a step as a
-multiple of plain DPO's. Sampling noise of a rate near 5 % is 1.1 points (sd), of one near 50 % 2.5 (conditional cases: 1.4 times that). The strength of `mask` and `filter`
+multiple of plain DPO's (only as good as the machine was quiet). Sampling noise of a rate near 5 % is 1.1 points (sd), of one near 50 % 2.5 (conditional cases: 1.4 times that). The strength of `mask` and `filter`
 is in multiples of the share of pairs that teach the target, which nobody knows of real data; that of `tokens` is the share of tokens; `ablate`: at how many
 layers; `inoculate`: of how many rows. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
 taught traits."""
