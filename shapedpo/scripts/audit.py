@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predicted.add_argument(
         "--pilot",
         metavar="M2",
-        help="the model after a few steps of training on this data (a tenth of the run, say), or its adapter: how it generalises, by its "
+        help="the model after a few steps of training on this data (a quarter of the run, say; 100 pairs are too few), or its adapter: how it generalises, by its "
         "log-probabilities of the answers",
     )
     predicted.add_argument(
