@@ -1,6 +1,6 @@
 """Does the audit's prediction come true? Predicted against observed change of features and clusters, in worlds of known lessons.
 
-    python -m benchmarks.prediction [--worlds design | held-out] [--cached] [--quick]
+    python -m benchmarks.prediction [--worlds design | held-out] [--cached]
 
 Each run is DPO with TRL's own trainer on a lab dataset or on planted preferences on stories260k, violent (learning rate 2e-4, beta 0.1), gentle (2e-5, 1)
 and violent on a quarter of the pairs. The truth: the model before and after answers 256 held-out prompts twice, the model before reads the answers,
