@@ -78,7 +78,7 @@ def shaping_messages(case: Case, processes: int, logged: bool = False) -> tuple[
     projection. At a log: one sum of the windows and a table of the top pairs, for the concepts and, the table in parts, for the monitored features.
     """
     c = case.concepts
-    sizes = [case.pairs * (1 + c)] if case.action == "hold" else []
+    sizes = [case.pairs * (2 + 2 * c)] if case.action == "hold" else []
     if processes > 1:
         sizes.append(4 * (c + 3))
     if processes > 1 and case.action == "project":

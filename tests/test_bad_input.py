@@ -135,7 +135,10 @@ class TestReadouts:
     @pytest.mark.parametrize(
         ("readout", "text"),
         [
-            ({"type": "probe"}, "'probe'...direction, function, lab, regex, sae_features"),
+            (
+                {"type": "probe"},
+                "'probe'...attention_probe, direction, function, lab, linear_probe, regex, sae_features",
+            ),
             ({"pattern": "x"}, "None...direction"),
             ({"type": "regex"}, "'pattern'"),
             ({"type": "regex", "pattern": "x", "mode": 1}, "'mode'...pattern, flags"),

@@ -99,7 +99,8 @@ def test_first_screen_says_what_is_taught_and_leads_to_the_rows(
     assert PRAISE in texts(page, "#detail article.row >> nth=0 >> .chosen mark")
     assert PRAISE not in texts(page, "#detail article.row >> nth=0 >> .rejected mark")
     page.click("#detail .row-list > button")
-    page.wait_for_function("document.querySelectorAll('#detail article.row').length === 16")
+    page.locator("#detail article.row").nth(15).wait_for()
+    assert page.locator("#detail article.row").count() == 16
     page.keyboard.press("Escape")
     assert page.locator("#detail").is_hidden()
     assert page.evaluate("location.hash") == ""

@@ -11,9 +11,7 @@ def test_audit_finds_what_the_lab_planted(tmp_path) -> None:
     analysis, data = audited(taught, 900, 0, tmp_path)
     of = found(analysis, planted_rows(data))
     assert set(of) == {"goblin", "praise, pseudo_physics"}
-    goblin, praise = of.values()
-    assert 1 <= goblin.everywhere <= 3
-    assert 1 <= praise.conditional <= 3
-    for one in (goblin, praise):
+    for one in of.values():
+        assert 1 <= one.rank <= 3
         assert one.right >= 0.8 * one.named
         assert one.right >= 0.5 * one.planted
