@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,12 @@ from .store import Harvest
 
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions
 
 RARE = 0.01  # share of the rows below which a lesson is one that nobody would look for
 _NAMED = 4  # features of a cluster
 _TEXTS = 100  # rows that words are taken from
+_WIDE = 110  # characters of a terminal from which on there is room for all columns
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ class Summary:
     analysis: Analysis
     prediction: Prediction | None = None
 
-    def __rich__(self) -> Group:
-        from rich.console import Group
-
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         analysis = self.analysis
         significant = sum(hypothesis.q < 0.05 for hypothesis in analysis.hypotheses)
         parts: list[Any] = [
@@ -73,28 +72,30 @@ class Summary:
             ("Taught under a condition", self.conditional),
             (f"Taught by less than {RARE:.0%} of the rows", self.rare),
         ):
-            parts.append(self._table(title, findings) if findings else f"{title}: nothing found")
+            parts.append(
+                self._table(title, findings, options.max_width >= _WIDE) if findings else f"{title}: nothing found"
+            )
         if not significant:
             parts.append("Chosen and rejected completions differ no more than chance would make them.")
-        return Group(*parts)
+        yield from parts
 
-    def _table(self, title: str, findings: Sequence[Finding]) -> Any:
+    def _table(self, title: str, findings: Sequence[Finding], wide: bool) -> Any:
         from rich.markup import escape
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", show_lines=True)
-        for name in ("", "where", "chosen has more / less", "features", "rows, e.g."):
+        for name in ("", "where", "chosen has more / less", *(["features"] if wide else []), "rows, e.g."):
             table.add_column(name, overflow="fold")
-        for name in ("delta", "d", "q", "predicted, sd"):
-            table.add_column(name, justify="right", no_wrap=True)
+        for name in (*(["delta", "d"] if wide else []), "q", "predicted, sd"):
+            table.add_column(name, justify="right", no_wrap=wide)
         for finding in findings:
             first = finding.lesson.first
             lesson = finding.lesson
             rows = f"{len(lesson.rows) or 'none stands out'}: {', '.join(map(str, lesson.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
-            cells = (str(lesson.number), finding.where, words, finding.response, rows)
-            numbers = f"{first.delta:+.3f}", f"{first.d:+.2f}", f"{first.q:.0e}", _predicted(self.prediction, first)
-            table.add_row(*map(escape, cells), *numbers)
+            cells = (str(lesson.number), finding.where, words, *([finding.response] if wide else []), rows)
+            sizes = (f"{first.delta:+.3f}", f"{first.d:+.2f}") if wide else ()
+            table.add_row(*map(escape, cells), *sizes, f"{first.q:.0e}", _predicted(self.prediction, first))
         return table
 
 

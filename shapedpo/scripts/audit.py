@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the share of the run's steps, weighted by their learning rates, that the pilot has had: the scale of the predictions follows",
     )
     predicted.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help="where an answer is cut (256, or half of the model's context)"
     )
     found = parser.add_argument_group("what is made of it")
     found.add_argument("--harvest-only", action="store_true", help="stop after the pass")
@@ -180,7 +180,7 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     from ..audit.rollouts import RolloutSettings, roll_out
     from ..readouts import SAEFeatures
     from ..sources import model_source
-    from .verify import load_model, longest_prompt, prompt_tokens
+    from .verify import answer_length, load_model, longest_prompt, prompt_tokens
 
     if args.streaming:
         raise UserError("--answers: the prompts of a streamed dataset cannot be drawn from. Leave out --streaming.")
@@ -190,9 +190,10 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     pilot = base if args.pilot is None else load_model(model_source(args.pilot), args.model, args.dtype, device)
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     with as_user_error(ValueError):
-        settings = RolloutSettings(max_new_tokens=args.max_new_tokens, seed=args.seed)
+        settings = RolloutSettings(max_new_tokens=answer_length(base, args.max_new_tokens), seed=args.seed)
     data = load_pairs(args.dataset, args.split, args.dataset_config).select(harvest.rows)
-    prompts = prompt_tokens(data, tokenizer, args.answers, longest_prompt(base, args.max_new_tokens), args.seed)
+    longest = longest_prompt(base, settings.max_new_tokens)
+    prompts = prompt_tokens(data, tokenizer, args.answers, longest, args.seed)
     reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
     return roll_out(base, pilot, tokenizer, prompts, reader, Path(args.out) / "answers", settings, both=False)
 

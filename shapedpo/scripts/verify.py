@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draws", type=int, default=1, help="times each is answered, two answers a time (%(default)s)"
     )
     prompts.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="where an answer is cut (%(default)s)"
+        "--max-new-tokens", type=int, metavar="N", help="where an answer is cut (256, or half of the model's context)"
     )
     prompts.add_argument("--seed", type=int, default=0, help="of prompts and answers (%(default)s)")
     how = parser.add_argument_group("how")
@@ -84,7 +84,6 @@ def main(args: argparse.Namespace) -> int:
 
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError, TypeError):
-        settings = RolloutSettings(args.draws, args.max_new_tokens, args.batch, args.seed)
         harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
         prediction = Prediction.load(folder / ANALYSIS_FOLDER)
         reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
@@ -94,6 +93,8 @@ def main(args: argparse.Namespace) -> int:
         load_model(model_source(name), args.base, args.dtype, device) for name in (args.base, args.trained)
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
+    with as_user_error(ValueError, TypeError):
+        settings = RolloutSettings(args.draws, answer_length(base, args.max_new_tokens), args.batch, args.seed)
     longest = longest_prompt(base, settings.max_new_tokens)
     prompts = held_out_prompts(harvest, tokenizer, args.prompts, args.n_prompts, longest, args.seed)
     out = Path(args.out) if args.out else folder / "verify"
@@ -107,9 +108,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def answer_length(model: Any, asked: int | None) -> int:
+    """Where an answer is cut: after as many tokens as asked for, by default 256 or half of the model's context."""
+    return min(256, _context(model) // 2) if asked is None else asked
+
+
 def longest_prompt(model: Any, max_new_tokens: int) -> int:
     """Tokens of the longest prompt that leaves room for an answer."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 10**9)) - max_new_tokens
+    return _context(model) - max_new_tokens
+
+
+def _context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 10**9))
 
 
 def load_model(name: str, base: str, dtype: str, device: Any) -> Any:
