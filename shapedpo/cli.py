@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .errors import UserError
@@ -37,6 +38,36 @@ keys of a recipe, the most used:
 and every field of TRL's DPOConfig (beta, loss_type, learning_rate, ...): `shapedpo train --help-all` lists them all.
 """
 
+AUDITS: dict[str, tuple[Any, str, str]] = {
+    "audit": (
+        audit,
+        "read what a preference dataset teaches, before training",
+        "--model M --sae S --dataset D --out DIR [...]",
+    ),
+    "view": (view, "look at an audit in the browser", "DIR [--port N] [--no-browser]"),
+    "label": (
+        label,
+        "name what an audit found, with a language model",
+        "DIR --labeller URL --labeller-model NAME [...]",
+    ),
+    "fix": (
+        fix,
+        "from a finding of an audit to a recipe, or to data without its rows",
+        "DIR --finding N [--recipe FILE] [--dataset-out FILE] [...]",
+    ),
+    "suggest": (
+        suggest,
+        "what an audit found that bears on a description of what the model should learn",
+        "DIR --spec TEXT [...]",
+    ),
+    "verify": (
+        verify,
+        "hold what an audit predicted against what a trained model says",
+        "--base M --trained M2 --audit DIR [...]",
+    ),
+}
+"""The commands around an audit: each one's module, what it is for, and how it is called."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line. Of `train`'s arguments it knows only those that are not a recipe's keys."""
@@ -59,47 +90,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", metavar="RECIPE", help="the YAML file")
     train.add_argument("--help-all", action="store_true", help="list every key of a recipe (takes some seconds)")
 
-    auditing = commands.add_parser(
-        "audit",
-        help="read what a preference dataset teaches, before training",
-        description=audit.HELP,
-        usage="shapedpo audit --model M --sae S --dataset D --out DIR [...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    audit.add_arguments(auditing)
-    view.add_command(commands)
-    label.add_command(commands)
-
-    verifying = commands.add_parser(
-        "verify",
-        help="hold what an audit predicted against what a trained model says",
-        description=verify.HELP,
-        usage="shapedpo verify --base M --trained M2 --audit DIR [...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verify.add_arguments(verifying)
-
-    fixing = commands.add_parser(
-        "fix",
-        help="from a finding of an audit to a recipe, or to data without its rows",
-        description=fix.HELP,
-        usage="shapedpo fix DIR --finding N [--recipe FILE] [--dataset-out FILE] [...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    fix.add_arguments(fixing)
-
-    suggesting = commands.add_parser(
-        "suggest",
-        help="what an audit found that bears on a description of what the model should learn",
-        description=suggest.HELP,
-        usage="shapedpo suggest DIR --spec TEXT [...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    suggest.add_arguments(suggesting)
+    for name, (module, what, usage) in AUDITS.items():
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=module.HELP,
+            usage=f"shapedpo {name} {usage}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
 
     demo = commands.add_parser(
         "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
@@ -176,18 +176,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from .scripts import train
 
         return train.main(args.config, rest, help_all=args.help_all)
-    if args.command == "audit":
-        return audit.main(args)
-    if args.command == "verify":
-        return verify.main(args)
-    if args.command == "view":
-        return view.main(args)
-    if args.command == "label":
-        return label.main(args)
-    if args.command == "fix":
-        return fix.main(args)
-    if args.command == "suggest":
-        return suggest.main(args)
+    if args.command in AUDITS:
+        status: int = AUDITS[args.command][0].main(args)
+        return status
     if args.command == "demo":
         from . import demo
 

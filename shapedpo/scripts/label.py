@@ -25,30 +25,23 @@ DIR/labels.json, and DIR/audit.html is written anew.
 """
 
 
-def add_command(commands: Any) -> None:
-    """Adds it to the command line."""
-    label = commands.add_parser(
-        "label",
-        help="name what an audit found, with a language model",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    label.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
-    label.add_argument("--labeller", required=True, metavar="URL", help="the endpoint's base URL, or `local`")
-    label.add_argument("--labeller-model", required=True, metavar="NAME", help="of the model there")
-    label.add_argument(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
+    parser.add_argument("--labeller", required=True, metavar="URL", help="the endpoint's base URL, or `local`")
+    parser.add_argument("--labeller-model", required=True, metavar="NAME", help="of the model there")
+    parser.add_argument(
         "--key-env",
         default="OPENAI_API_KEY",
         metavar="VARIABLE",
         help="where the API key is, if it needs one (%(default)s)",
     )
-    label.add_argument("--most", type=int, default=60, metavar="N", help="findings that are named (%(default)s)")
-    label.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
-    label.add_argument(
+    parser.add_argument("--most", type=int, default=60, metavar="N", help="findings that are named (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
+    parser.add_argument(
         "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, for an estimate of the cost"
     )
-    label.add_argument("--yes", action="store_true", help="go on without asking")
+    parser.add_argument("--yes", action="store_true", help="go on without asking")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -19,18 +19,11 @@ DIR/view.sqlite, with an index of their words (some minutes for 260,000 pairs).
 """
 
 
-def add_command(commands: Any) -> None:
-    """Adds it to the command line."""
-    view = commands.add_parser(
-        "view",
-        help="look at an audit in the browser",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    view.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
-    view.add_argument("--port", type=int, default=0, help="where the server listens (by default a port that is free)")
-    view.add_argument("--no-browser", action="store_true", help="print the address only")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
+    parser.add_argument("--port", type=int, default=0, help="where the server listens (by default a port that is free)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
 
 
 def main(args: argparse.Namespace) -> int:
