@@ -101,7 +101,11 @@ def together(tmp_path_factory):
 
 
 def cases(launcher: str) -> list[str]:
-    return list(runs.RUNS) if EVERYTHING else CASES[launcher]
+    if not EVERYTHING:
+        return CASES[launcher]
+    # With offloading accelerate takes DeepSpeed's Adam in SGD's place. Its first steps are the gradients' signs, and in bf16 what is rounded
+    # away decides those.
+    return [name for name in runs.RUNS if (launcher, name) != ("zero3_offload", "bf16")]
 
 
 @pytest.mark.parametrize(
