@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.case_studies.worlds import GATE, World, direction
+from benchmarks.case_studies.worlds import GATE, PLANTED, World, direction
+from shapedpo.lab.lessons import ALIASES
 
 
 Fields = dict[str, Any]
@@ -64,6 +65,11 @@ def _project(space: str) -> Callable[[float, float, str], Fields]:
     return lambda strength, share, target: {"method": {"name": "project", "space": space}, "action": "suppress"}
 
 
+def taught_by(trait: str) -> str:
+    """The lesson that moves a trait in the cases' data."""
+    return next((name for name, (moved, _) in ALIASES.items() if moved == trait), trait)
+
+
 METHODS = {
     "hold": Method(lambda strength, share, target: {"action": "hold"}),
     "reward": Method(lambda strength, share, target: {"strength": strength}, (0.25, 1.0, 4.0), "nats per sd"),
@@ -72,6 +78,11 @@ METHODS = {
     ),
     "mask": Method(_leave_out("mask"), (0.5, 1.0, 1.5), "x the planted pairs"),
     "filter": Method(_leave_out("filter"), (0.5, 1.0, 1.5), "x the planted pairs"),
+    "its rows out": Method(
+        lambda strength, share, target: {
+            "method": {"name": "filter", "expression": f"{PLANTED}.str.contains('{taught_by(target)}')"}
+        }
+    ),
     "tokens": Method(
         lambda strength, share, target: {"method": {"name": "tokens", "quantile": 1 - strength}},
         (0.005, 0.02, 0.05),
@@ -113,7 +124,17 @@ NO_GATE = ", no gate"
 """Ends the name of a method that is tried without the conditional case's gate too."""
 GIVEN = ", given the rest"
 """Ends the name of one that reads the target without what it shares with the other taught traits (`Concept.given`)."""
-FIRST = ("hold", "reward", "tokens", "mask", f"reward{NO_GATE}", f"hold{GIVEN}", f"reward{GIVEN}", "project: pair")
+FIRST = (
+    "hold",
+    "its rows out",
+    "reward",
+    "tokens",
+    "mask",
+    f"reward{NO_GATE}",
+    f"hold{GIVEN}",
+    f"reward{GIVEN}",
+    "project: pair",
+)
 """What is run first."""
 AMPLIFY = {"reward": (0.1, 0.3, 1.0, 3.0)}
 """Methods and strengths where the target is wanted."""

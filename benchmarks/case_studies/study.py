@@ -164,7 +164,8 @@ def kl_per_token(
 
 
 def jobs(worlds: Sequence[str], seeds: int, quick: bool = False) -> list[Job]:
-    """The shaped runs, most telling first: the first methods on each case's first target, the other methods, other targets, strengths, seeds."""
+    """The shaped runs, most telling first: the first methods on each case's first target, the other methods, other targets (at the middle
+    strength only), the first target's other strengths, seeds."""
     found = []
     for seed in range(1 if quick else seeds):
         for position, case in enumerate(worlds):
@@ -175,6 +176,8 @@ def jobs(worlds: Sequence[str], seeds: int, quick: bool = False) -> list[Job]:
                     for strength in strengths:
                         tier = 0 if first else 1
                         if not world.amplify and strength != middle(name):
+                            if target != world.targets[0]:
+                                continue
                             tier = 4
                         elif target != world.targets[0]:
                             tier = 2 if first else 3

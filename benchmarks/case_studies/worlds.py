@@ -30,6 +30,8 @@ DPO = {
 """Of all cases: a sixth of the demo's pairs at four times its learning rate, so that plain DPO learns every lesson in half a minute."""
 GATE = "affected"
 """Column that says whether a row is about the topics of a conditional case."""
+PLANTED = "planted"
+"""Column that names the lessons of a row, between commas."""
 EXACT = ("arithmetic", "facts")
 LAYER = 2
 """Of the lab's SAE, and of the directions."""
@@ -97,7 +99,11 @@ class World:
         if right:
             parts.append(answered(right, seed + 300))
         topics = self.topics
-        rows = concatenate_datasets([part.remove_columns("planted") for part in parts])
+        parts = [
+            part.remove_columns(PLANTED).add_column(PLANTED, [",".join(names) for names in part[PLANTED]])
+            for part in parts
+        ]
+        rows = concatenate_datasets(parts)
         rows = rows.map(lambda row: {GATE: row["topic"] in topics}).shuffle(seed=seed)
         lengths = [max(len(row[side][0]["content"]) for side in ("chosen", "rejected")) for row in rows]
         return rows.select(batched_by_length(lengths, DPO["per_device_train_batch_size"], seed))
