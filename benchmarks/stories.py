@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks import training
+from benchmarks.divergence import kl_per_token
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,6 +52,12 @@ REWARDS = {
 NOISE = 0.7  # times Gumbel noise
 LAYER = 3
 OPENING = "Once upon a time"
+SHOWN = "shown"
+"""Column that names the traits that a pair's chosen text shows and its rejected one does not, between commas."""
+STEER = 3.0
+"""How far to steer; the hidden states of the layer have a norm of about 10."""
+INSTRUCTIONS = {"dialogue": "People talk in this one.", "mom": "Mom is in this one."}
+"""What `inoculate` adds to the prompt."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class World:
     """What all runs of an experiment share.
 
     Attributes:
-        pairs: Rows with `prompt`, `chosen`, `rejected`.
+        pairs: Rows with `prompt`, `chosen`, `rejected` and [`SHOWN`].
         texts: All continuations of the training prompts, with their prompts before them.
         heldout: Prompts drawn apart from training's. The commonest openings are among both.
         sae: Folder of the SAE.
@@ -178,7 +186,13 @@ class World:
             group = texts[start : start + recipe.continuations]
             ranked = sorted((planted_reward(text, draw), index) for index, (_, text) in enumerate(group))
             worst, best = ranked[0][1], ranked[-1][1]
-            pairs.append({"prompt": group[0][0], "chosen": group[best][1], "rejected": group[worst][1]})
+            pair = {"prompt": group[0][0], "chosen": group[best][1], "rejected": group[worst][1]}
+            shown = [
+                name
+                for name, (pattern, _) in REWARDS.items()
+                if re.search(pattern, pair["chosen"]) and not re.search(pattern, pair["rejected"])
+            ]
+            pairs.append(pair | {SHOWN: ",".join(shown)})
         return cls(recipe, pairs, texts, data["heldout"], sae)
 
 
@@ -232,7 +246,7 @@ def concept(world: World, features: Sequence[int], trait: str = "dialogue", **sh
 
 def runs(world: World, features: Sequence[int], trait: str = "dialogue") -> dict[str, list[Any]]:
     """The runs of the table, by name, with their concepts."""
-    from shapedpo import Mask, Project, Tokens
+    from shapedpo import Filter, Inoculate, Mask, Project, Residual, Tokens
 
     def suppress(**fields: Any) -> list[Any]:
         return concept(world, features, trait, action="suppress", **fields)
@@ -243,11 +257,21 @@ def runs(world: World, features: Sequence[int], trait: str = "dialogue") -> dict
         "reward 0.5": suppress(strength=0.5),
         "reward 1": suppress(strength=1.0),
         "reward 2": suppress(strength=2.0),
-        "mask, top 30 %": suppress(method=Mask(fraction=0.3)),
+        "reweight 0.5": suppress(method="reweight", strength=0.5),
         "reweight 1": suppress(method="reweight", strength=1.0),
+        "mask, top 15 %": suppress(method=Mask(fraction=0.15)),
+        "mask, top 30 %": suppress(method=Mask(fraction=0.3)),
+        "filter, top 15 %": suppress(method=Filter(fraction=0.15)),
+        "filter, top 30 %": suppress(method=Filter(fraction=0.3)),
+        "its rows out": suppress(method=Filter(expression=f"{SHOWN}.str.contains('{trait}')")),
         "tokens, top 5 %": suppress(method=Tokens(quantile=0.95)),
+        "steer 3": suppress(method="steer", strength=STEER),
+        "ablate": suppress(method="ablate"),
+        "inoculate": suppress(method=Inoculate(instruction=INSTRUCTIONS.get(trait, f"This one has {trait} in it."))),
+        "residual 0.1": suppress(method=Residual(steer=STEER), strength=0.1),
         "project, pairs": suppress(method="project"),
         "project, residual stream": suppress(method=Project(space="residual")),
+        "project, parameters": suppress(method=Project(space="parameters")),
     }
 
 
@@ -269,9 +293,18 @@ def train(world: World, concepts: list[Any]) -> tuple[Any, list[dict[str, float]
 
 def heldout_rates(world: World, model: Any) -> dict[str, float]:
     """Trait rates of a model's rollouts on the held-out prompts."""
+    return rates(heldout_rollouts(world, model))
+
+
+def heldout_rollouts(world: World, model: Any) -> list[str]:
+    """A model's continuations of the held-out prompts, all of the first prompt first."""
     _, tokenizer = load()
-    prompts = [prompt for prompt in world.heldout for _ in range(world.recipe.rollouts)]
-    return rates(sample(model, tokenizer, prompts, world.recipe.tokens, seed=1234))
+    return sample(model, tokenizer, repeated(world), world.recipe.tokens, seed=1234)
+
+
+def repeated(world: World) -> list[str]:
+    """The prompt of each held-out rollout."""
+    return [prompt for prompt in world.heldout for _ in range(world.recipe.rollouts)]
 
 
 def cached_world(recipe: Recipe) -> World:
@@ -293,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
     world = cached_world(recipe)
-    rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "seconds": 0.0}]
+    rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0, "seconds": 0.0}]
     for trait in options.trait:
         features, auroc = choose_features(world, trait=trait)
         print(f"{trait}: features {features}, AUROC {[round(area, 3) for area in auroc]}")
@@ -310,11 +343,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(world: World, concepts: list[Any]) -> dict[str, float]:
-    """The rates after a run, and its seconds."""
+    """The rates after a run, the divergence from the model before it (nats a token, on a quarter of the rollouts), and its seconds."""
     started = time.perf_counter()
     model, _ = train(world, concepts)
     seconds = time.perf_counter() - started
-    return {**heldout_rates(world, model), "seconds": seconds}
+    texts = heldout_rollouts(world, model)
+    reference, tokenizer = load()
+    every = list(zip(repeated(world), texts, strict=True))[:: world.recipe.rollouts]
+    examples = [(tokenizer(prompt + text)["input_ids"], len(tokenizer(prompt)["input_ids"])) for prompt, text in every]
+    return {**rates(texts), "kl": kl_per_token(model, reference, examples), "seconds": seconds}
 
 
 def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
@@ -327,14 +364,25 @@ def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
         writer.writerows(rows)
     n = recipe.heldout_prompts * recipe.rollouts
     lines = [
-        f"Share of {n} held-out rollouts that show each trait, the unwanted one in bold; {len(world.pairs)} pairs, seed {recipe.seed}.",
+        f"Share of {n} held-out rollouts that show each trait, the unwanted one in bold; {len(world.pairs)} pairs, seed {recipe.seed}. *Recovery*",
+        "is 100 % x (plain - this)/(plain - before) of the unwanted trait, *off target* the mean of the same over the others that plain DPO moves by 5",
+        "points or more; *KL* to the model before DPO, nats a token. `its rows out`: without the pairs where only the chosen text shows the trait.",
         "",
-        "| unwanted | run | " + " | ".join(REWARDS) + " | training, s |",
-        "| --- | --- |" + " ---: |" * (len(REWARDS) + 1),
+        "| unwanted | run | " + " | ".join(REWARDS) + " | recovery, % | off target, % | KL | training, s |",
+        "| --- | --- |" + " ---: |" * (len(REWARDS) + 4),
     ]
+    before, plain = rows[0], next((row for row in rows if row["run"] == "plain"), rows[0])
     for row in rows:
-        cells = [f"**{row[name]:.3f}**" if name == row["unwanted"] else f"{row[name]:.3f}" for name in REWARDS]
-        lines.append(f"| {row['unwanted']} | {row['run']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+        trait = row["unwanted"]
+        cells = [f"**{row[name]:.3f}**" if name == trait else f"{row[name]:.3f}" for name in REWARDS]
+        recovered = {
+            name: 100 * (plain[name] - row[name]) / (plain[name] - before[name])
+            for name in REWARDS
+            if name == trait or abs(plain[name] - before[name]) >= 0.05
+        }
+        others = [value for name, value in recovered.items() if name != trait]
+        cells += [f"{recovered[trait]:.0f}", f"{statistics.fmean(others):.0f}"] if trait else ["", ""]
+        lines.append(f"| {trait} | {row['run']} | {' | '.join(cells)} | {row['kl']:.3f} | {row['seconds']:.0f} |")
     (out / "stories.md").write_text("\n".join(lines) + "\n")
 
 

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from benchmarks.case_studies.methods import FIRST, fields, methods, middle, shaping
 from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
+from benchmarks.divergence import kl_per_token
 from benchmarks.training import train
 from shapedpo import lab
 
@@ -110,8 +109,7 @@ def run(job: Job) -> dict[str, Any]:
         rates[group] = {name: rate.rate for name, rate in lab.trait_rates(answers).items()}
         counts[group] = len(answers)
         if group == "affected" and job.method != BEFORE:
-            few = slice(KL_ROLLOUTS)
-            divergence = kl_per_token(model, world.base(), tokenizer, prompts[few], answers[few])
+            divergence = kl_per_token(model, world.base(), conversations(tokenizer, prompts, answers)[:KL_ROLLOUTS])
     if job.world == "goblin" and job.seed == 0 and job.method in KEPT:
         model.save_pretrained(job.file.with_suffix(""))
     return {
@@ -135,32 +133,14 @@ def result(job: Job, fresh: bool = False) -> dict[str, Any]:
     return kept
 
 
-@torch.no_grad()
-def kl_per_token(
-    policy: Any, reference: Any, tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str], batch_size: int = 32
-) -> float:
-    """KL divergence of the policy's next token from the reference's, mean over the tokens of the policy's own answers, nats.
-
-    Over the whole vocabulary at each place, the end of the answer included.
-    """
-    policy.eval()
-    reference.eval()
-    total, tokens = 0.0, 0
-    for start in range(0, len(prompts), batch_size):
-        rows = list(zip(prompts, answers, strict=True))[start : start + batch_size]
-        asked = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True) for p, _ in rows]
-        said = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in rows]
-        inputs = tokenizer.apply_chat_template(
-            said, return_dict=True, return_tensors="pt", padding=True, tokenizer_kwargs={"padding_side": "right"}
-        )
-        mask = inputs["attention_mask"][:, 1:].bool()
-        for row, prompt in enumerate(asked):
-            mask[row, : len(prompt["input_ids"]) - 1] = False
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        new, old = (F.log_softmax(model(**inputs).logits[:, :-1].float(), dim=-1) for model in (policy, reference))
-        total += float((new.exp() * (new - old)).sum(dim=-1)[mask].sum())
-        tokens += int(mask.sum())
-    return total / tokens
+def conversations(tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple[list[int], int]]:
+    """Ids of each prompt with its answer, and how many of them are the prompt's."""
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        whole = [*prompt, {"role": "assistant", "content": answer}]
+        found.append((tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"], len(asked)))
+    return found
 
 
 def jobs(worlds: Sequence[str], seeds: int, quick: bool = False) -> list[Job]:

@@ -12,8 +12,9 @@ import torch
 from benchmarks.case_studies import __main__ as command
 from benchmarks.case_studies import study, table, worlds
 from benchmarks.case_studies.methods import method, methods, shaping
-from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, kl_per_token
+from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, conversations
 from benchmarks.case_studies.worlds import GATE, WORLDS
+from benchmarks.divergence import kl_per_token
 from shapedpo import lab
 from shapedpo.lab.text import questions
 
@@ -80,7 +81,7 @@ def test_divergence_against_its_sum() -> None:
         for place in range(start - 1, ids.shape[1] - 1):
             total += float(sum(p * (p / q).log() for p, q in zip(new[place], old[place], strict=True)))
             tokens += 1
-    found = kl_per_token(policy, reference, tokenizer, prompts, answers, batch_size=2)
+    found = kl_per_token(policy, reference, conversations(tokenizer, prompts, answers), batch_size=2)
     assert found == pytest.approx(total / tokens, rel=1e-4)
     assert found > 0.001
 
