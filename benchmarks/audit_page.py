@@ -22,15 +22,15 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from shapedpo import lab
-from shapedpo.audit.hypotheses import Analysis, Hypothesis
-from shapedpo.audit.labels import KINDS, Label, Labels
-from shapedpo.audit.maps import ClusterMap
+from shapedpo.audit.analysis.hypotheses import Analysis, Hypothesis
+from shapedpo.audit.analysis.maps import ClusterMap
+from shapedpo.audit.analysis.settings import AuditSettings
+from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.labels.names import KINDS, Label, Labels
 from shapedpo.audit.page.render import render, write_page
 from shapedpo.audit.page.rows import RowStore
 from shapedpo.audit.page.server import ViewServer
 from shapedpo.audit.page.source import Audit
-from shapedpo.audit.settings import AuditSettings
-from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
 from shapedpo.sources import model_source
 
 
@@ -222,7 +222,7 @@ def audit_page(
     folder: Path, sizes: Sizes, repeats: int = REPEATS
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Times of each action by page, and facts about the making of both."""
-    from tests.monitor.browser import Opened, browser
+    from tests.browser import Opened, browser
 
     audit = made_up(folder, sizes)
     facts = {}

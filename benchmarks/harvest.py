@@ -63,10 +63,10 @@ def measure_cost(size: Size, files: int, device: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from shapedpo import SAEFeatures
-    from shapedpo.audit.data import Pairs
-    from shapedpo.audit.harvester import Harvester
-    from shapedpo.audit.harvesting import HarvestSettings
-    from shapedpo.audit.layout import run, separate
+    from shapedpo.audit.harvesting.harvester import Harvester
+    from shapedpo.audit.harvesting.layout import run, separate
+    from shapedpo.audit.harvesting.pairs import Pairs
+    from shapedpo.audit.harvesting.run import HarvestSettings
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

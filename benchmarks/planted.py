@@ -20,7 +20,7 @@ from datasets import Dataset
 
 from shapedpo import lab
 from shapedpo.audit import Analysis, analyse, harvest
-from shapedpo.audit.lessons import Lesson, lessons
+from shapedpo.audit.analysis.lessons import Lesson, lessons
 
 
 CASES = (

@@ -41,7 +41,7 @@ from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.effects import measure
 from shapedpo.audit.observed import observe
 from shapedpo.audit.rollouts import Rollouts
-from shapedpo.audit.verify import Figures, Outcome, compare, figures
+from shapedpo.audit.verify.comparison import Figures, Outcome, compare, figures
 
 
 PLAIN, ANSWERS, PILOT = "plain mean delta", "and the reference's answers", "and a pilot of 1/{}"

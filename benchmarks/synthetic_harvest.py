@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shapedpo.audit.store import (
+from shapedpo.audit.harvesting.store import (
     MANIFEST,
     SPANS,
     VALUES,

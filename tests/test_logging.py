@@ -107,6 +107,18 @@ class Naive:
         self.sequences = [pair for row in data for pair in sides(row, max_length)]  # chosen, rejected, chosen, ...
         tokens = [len(completion) - (not prompt) for prompt, completion in self.sequences]  # the first is not predicted
         self.empty = torch.tensor(tokens).view(-1, 2).amin(dim=1) <= 0
+        self._deltas: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def reference_logps(self) -> Tensor:
+        return self.logps()
+
+    @functools.cached_property
+    def hidden(self) -> list[Any]:
+        """The reference's hidden states of each sequence."""
+        with torch.no_grad():
+            run = [reference()(torch.tensor([p + c]), output_hidden_states=True) for p, c in self.sequences]
+        return [output.hidden_states for output in run]
 
     def logps(self, state: dict[str, Tensor] | None = None) -> Tensor:
         """`(rows, 2)`: log-probabilities of the completions under the reference, or a policy of that state."""
@@ -124,18 +136,24 @@ class Naive:
 
     def deltas(self, concept: Concept) -> Tensor:
         """`(rows,)`: the concept's standardised deltas."""
-        raw = torch.stack([self._raw(concept.readout, *sequence) for sequence in self.sequences])
+        if concept.name not in self._deltas:
+            self._deltas[concept.name] = self._computed(concept)
+        return self._deltas[concept.name]
+
+    def _computed(self, concept: Concept) -> Tensor:
+        raw = torch.stack([self._raw(concept.readout, place) for place in range(len(self.sequences))])
         kept = raw[~self.empty.repeat_interleave(2)]
         scores = ((raw - kept.mean(dim=0)) / kept.std(dim=0)).mean(dim=1).view(-1, 2)
         return torch.where(self.empty, 0.0, scores[:, 0] - scores[:, 1])
 
-    def _raw(self, readout: Any, prompt: list[int], completion: list[int]) -> Tensor:
+    def _raw(self, readout: Any, place: int) -> Tensor:
+        prompt, completion = self.sequences[place]
         if isinstance(readout, Regex | TextFunction):
             text = tokenizer().decode(completion, skip_special_tokens=True)
             score = readout.function(text) if isinstance(readout, TextFunction) else float(readout.pattern in text)
             return torch.tensor([score], dtype=torch.float64)
         with torch.no_grad():
-            hidden = reference()(torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states
+            hidden = self.hidden[place]
             if isinstance(readout, Direction):
                 layer = 1 if readout.layer is None else readout.layer
                 values = hidden[layer + 1][0] @ readout.vector.double()[:, None]
@@ -152,12 +170,13 @@ class Naive:
 
 def expected(naive: Naive, concepts: list[Concept], state: dict[str, Tensor]) -> dict[str, float]:
     """The metrics of a step over all rows, by their definitions."""
-    ratio = naive.logps(state) - naive.logps()
+    logps = naive.logps(state)
+    ratio = logps - naive.reference_logps
     apart = ratio[:, 0] - ratio[:, 1]
     push = torch.sigmoid(-BETA * apart)
     metrics = {
-        "logps/chosen": naive.logps(state)[:, 0].mean(),
-        "logps/rejected": naive.logps(state)[:, 1].mean(),
+        "logps/chosen": logps[:, 0].mean(),
+        "logps/rejected": logps[:, 1].mean(),
         "rewards/chosen": BETA * ratio[:, 0].mean(),
         "rewards/rejected": BETA * ratio[:, 1].mean(),
         "rewards/margins": BETA * apart.mean(),

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from .analysis.sampling import sample, thinned
+from .analysis.settings import AuditSettings
 from .conditions import VIEWS, Conditions, Things, passes
-from .sampling import sample, thinned
-from .settings import AuditSettings
-from .store import Harvest
+from .harvesting.store import Harvest
 
 
 Array = NDArray[np.float64]

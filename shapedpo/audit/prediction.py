@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..files import replacing
+from .analysis.hypotheses import Analysis
 from .conditions import Conditions
 from .effects import measure
 from .estimation import estimate
-from .hypotheses import Analysis
-from .store import Harvest
+from .harvesting.store import Harvest
 
 
 if TYPE_CHECKING:

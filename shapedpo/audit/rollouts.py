@@ -20,12 +20,12 @@ from ..files import replacing
 from ..monitor.estimators import bridge_weights
 from ..monitor.probe.rollouts import Probe, Reading, Readings, Rows
 from ..readouts.sae_reader import SAEReader
-from . import store
-from .data import Pairs
-from .harvester import Harvester
-from .harvesting import HarvestSettings
-from .layout import Tokens
-from .store import Harvest
+from .harvesting import store
+from .harvesting.harvester import Harvester
+from .harvesting.layout import Tokens
+from .harvesting.pairs import Pairs
+from .harvesting.run import HarvestSettings
+from .harvesting.store import Harvest
 
 
 FILE = "log_ratios.parquet"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .hypotheses import Analysis, Hypothesis
-from .labels import Label, Labels, hypothesis_key
-from .lessons import MAX_Q
+from .analysis.hypotheses import Analysis, Hypothesis
+from .analysis.lessons import MAX_Q
+from .harvesting.store import Harvest
+from .labels.names import Label, Labels, hypothesis_key
 from .prediction import Prediction
-from .store import Harvest
 from .summary import summarise
 
 

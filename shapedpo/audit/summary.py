@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .hypotheses import Analysis, Hypothesis
-from .lessons import Lesson, lessons
+from .analysis.hypotheses import Analysis, Hypothesis
+from .analysis.lessons import Lesson, lessons
+from .harvesting.store import Harvest
 from .prediction import Prediction
-from .store import Harvest
 
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ..collator import ROW, split_batch
 from ..openings import restored
 from ..reading import reading_masks
 from ..readouts import ActivationReader
-from .probe.rollouts import Reading, Rows
+from .probe.rollouts import Reading, Rows, context_length
 from .recent import SPANS, RecentRows
 
 
@@ -89,9 +89,8 @@ class TrainerAccess:
     @property
     def context_length(self) -> int:
         """Most tokens of a prompt and its completion: of the run's `max_length` and the model's positions, the smaller."""
-        config = self.accelerator.unwrap_model(self.reference).config.get_text_config()
-        lengths = [self.args.max_length, getattr(config, "max_position_embeddings", None)]
-        return min((length for length in lengths if length), default=2**31)
+        positions = context_length(self.accelerator.unwrap_model(self.reference))
+        return min(self.args.max_length or positions, positions)
 
     @property
     def prompts(self) -> Any:

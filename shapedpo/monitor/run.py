@@ -290,7 +290,7 @@ class RunMonitor(TrainerCallback):
             return
         run, settings, tokenizer = self.run, self.settings, self.run.tokenizer
         longest = run.context_length - settings.probe_tokens
-        prompts = choose_prompts(run.prompts, settings.probe_prompts, longest, run.args.seed)
+        prompts = choose_prompts(run.prompts, settings.probe_prompts, longest, run.args.seed, "probe_max_new_tokens")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, run.args.seed)
         self._probe = ProbeRecorder(run, probe, self._loaded)

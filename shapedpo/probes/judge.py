@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tqdm.auto import tqdm
 
-from ..audit.labellers import Endpoint
+from ..audit.labels.labellers import Endpoint
 from ..readouts import Readout, Regex, TextFunction, TextReader
 
 

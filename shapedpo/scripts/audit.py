@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..audit.folder import ANALYSIS, ANSWERS, HARVEST, SUMMARY
 from ..errors import UserError, as_user_error, suggest
 
 
@@ -23,8 +24,6 @@ printed, also to OUT/summary.txt. OUT/audit.html is a page of it all; `shapedpo 
   shapedpo audit --model meta-llama/Llama-3.1-8B-Instruct --sae SAE --dataset pairs.jsonl --out audits/pairs
   accelerate launch -m shapedpo audit --model M --sae RELEASE --sae-id ID --dataset D --sample 20000 --dtype bfloat16 --out OUT
 """
-
-HARVEST_FOLDER, ANALYSIS_FOLDER, SUMMARY = "harvest", "analysis", "summary.txt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _constants(given: list[str]) -> dict[str, Any]:
     """The constants of `--set`, by name."""
-    from ..audit.settings import AuditSettings
+    from ..audit.analysis.settings import AuditSettings
 
     known: dict[str, type] = {field.name: type(getattr(AuditSettings, field.name)) for field in fields(AuditSettings)}
     constants: dict[str, Any] = {}
@@ -135,24 +134,24 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from ..audit.analysis import analyse
-    from ..audit.labels import Labels, token_labels
-    from ..audit.maps import cluster_maps
+    from ..audit.analysis.maps import cluster_maps
+    from ..audit.analysis.run import analyse
+    from ..audit.analysis.settings import AuditSettings
+    from ..audit.labels.names import Labels, token_labels
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
     from ..audit.prediction import PredictionSettings, predict
-    from ..audit.settings import AuditSettings
     from ..audit.summary import summarise
     from ..sources import model_source
 
     out = Path(args.out)
     with as_user_error(ValueError):
         settings = AuditSettings.for_data(harvest.n_rows, harvest.d_sae, **{"seed": args.seed, **constants})
-        analysis = analyse(harvest, settings, out / ANALYSIS_FOLDER)
+        analysis = analyse(harvest, settings, out / ANALYSIS)
     with as_user_error(ValueError):
         how = PredictionSettings(pilot_share=args.pilot_share)
         prediction = predict(harvest, analysis, how, rollouts=_answers(args, harvest))
-    prediction.save(out / ANALYSIS_FOLDER)
+    prediction.save(out / ANALYSIS)
     tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.model))
     maps = cluster_maps(analysis, harvest)
     with as_user_error(ValueError):
@@ -165,7 +164,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     with (out / SUMMARY).open("w", encoding="utf-8") as file:
         Console(file=file, width=160).print(summary)
     page = write_page(Audit(out, analysis, harvest, labels, maps, prediction), tokenizer)
-    print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS_FOLDER}; this summary: {out / SUMMARY}")
+    print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS}; this summary: {out / SUMMARY}")
     print(f"Look at it: {page} (self-contained), or `shapedpo view {out}`, which has all rows")
 
 
@@ -176,11 +175,11 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     import torch
     from transformers import AutoTokenizer
 
-    from ..audit.data import load_pairs
+    from ..audit.answering import answer_length, load_model, longest_prompt, prompt_tokens
+    from ..audit.harvesting.pairs import load_pairs
     from ..audit.rollouts import RolloutSettings, roll_out
     from ..readouts import SAEFeatures
     from ..sources import model_source
-    from .verify import answer_length, load_model, longest_prompt, prompt_tokens
 
     if args.streaming:
         raise UserError("--answers: the prompts of a streamed dataset cannot be drawn from. Leave out --streaming.")
@@ -195,13 +194,13 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     longest = longest_prompt(base, settings.max_new_tokens)
     prompts = prompt_tokens(data, tokenizer, args.answers, longest, args.seed)
     reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
-    return roll_out(base, pilot, tokenizer, prompts, reader, Path(args.out) / "answers", settings, both=False)
+    return roll_out(base, pilot, tokenizer, prompts, reader, Path(args.out) / ANSWERS, settings, both=False)
 
 
 def run_harvest(args: argparse.Namespace) -> Any:
     """The first stage: the harvest in `OUT/harvest`."""
-    from ..audit.data import load_pairs
-    from ..audit.harvesting import HarvestSettings, harvest
+    from ..audit.harvesting.pairs import load_pairs
+    from ..audit.harvesting.run import HarvestSettings, harvest
     from ..readouts import SAEFeatures
     from ..sources import sae_source
 
@@ -223,4 +222,4 @@ def run_harvest(args: argparse.Namespace) -> Any:
         )
         data = load_pairs(args.dataset, args.split, args.dataset_config, args.streaming)
         origin = {"source": args.dataset, "split": args.split, "config": args.dataset_config}
-        return harvest(args.model, sae, data, Path(args.out) / HARVEST_FOLDER, settings, **origin)
+        return harvest(args.model, sae, data, Path(args.out) / HARVEST, settings, **origin)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..audit.folder import ANALYSIS, HARVEST
 from ..errors import UserError, as_user_error
-from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
 
 
 HELP = """\
@@ -53,11 +53,11 @@ def main(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from ..audit import fixes
-    from ..audit.fixes_data import HOW, WRITERS, check_target
-    from ..audit.hypotheses import Analysis
-    from ..audit.labels import Labels
-    from ..audit.store import Harvest
+    from ..audit.analysis.hypotheses import Analysis
+    from ..audit.fixes.data import HOW, WRITERS, check_target
+    from ..audit.fixes.targets import finding, hypothesis, target
+    from ..audit.harvesting.store import Harvest
+    from ..audit.labels.names import Labels
 
     if not (args.finding or args.hypothesis):
         raise UserError("Say which finding: --finding N, a number in the audit's summary.")
@@ -69,10 +69,10 @@ def main(args: argparse.Namespace) -> int:
             check_target(args.recipe, (".yaml", ".yml"))
         if args.dataset_out:
             check_target(args.dataset_out, tuple(WRITERS))
-        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
-        named = {f"finding {n}": fixes.finding(analysis, n) for n in args.finding}
-        named |= {f"hypothesis {n}": fixes.hypothesis(analysis, n) for n in args.hypothesis}
-        targets = [fixes.target(harvest, analysis, lesson, name) for name, lesson in named.items()]
+        harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
+        named = {f"finding {n}": finding(analysis, n) for n in args.finding}
+        named |= {f"hypothesis {n}": hypothesis(analysis, n) for n in args.hypothesis}
+        targets = [target(harvest, analysis, lesson, name) for name, lesson in named.items()]
         labels = getattr(Labels.load(folder, analysis), "features", {})
     console = Console()
     for one in targets:
@@ -105,12 +105,12 @@ def _say(console: Any, one: Any, labels: dict[int, str]) -> None:
 
 
 def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any]) -> None:
-    from ..audit.data import load_pairs
-    from ..audit.fixes_data import changed, write
+    from ..audit.fixes.data import changed, write
+    from ..audit.harvesting.pairs import load_pairs
 
     settings = harvest.settings
     if not settings["dataset"]:
-        raise UserError("The audit does not say which dataset it read. Use `shapedpo.audit.fixes_data` from Python.")
+        raise UserError("The audit does not say which dataset it read. Use `shapedpo.audit.fixes.data` from Python.")
     data = load_pairs(settings["dataset"], settings.get("split", "train"), settings.get("config"))
     with as_user_error(ValueError):
         new = changed(data, rows, args.rows, args.weight)
@@ -123,15 +123,15 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
 
 
 def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> dict[str, Any]:
-    from ..audit import fixes
+    from ..audit.fixes.targets import concepts, recipe
     from ..concept import resolve_concepts
     from .recipe import read_recipe
 
     base = read_recipe(args.base) if args.base else None
     gated = columns if args.dataset_out and args.rows == "flag" else None
-    shaped = fixes.concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
+    shaped = concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
     dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None
-    values = fixes.recipe(harvest, shaped, base.values if base else None, dataset)
+    values = recipe(harvest, shaped, base.values if base else None, dataset)
     with as_user_error(ValueError):
         resolve_concepts(values["concepts"])
     return values | ({"env": base.env} if base and base.env else {})
@@ -155,7 +155,7 @@ def _preview(
 ) -> Any:
     import numpy as np
 
-    from ..audit.fixes_preview import preview
+    from ..audit.fixes.preview import preview
     from ..audit.prediction import FILE, Prediction
 
     held = {feature for one in targets for feature in one.features}
@@ -166,6 +166,6 @@ def _preview(
     if args.recipe or args.dataset_out:
         holds = args.recipe and args.action == "hold"
         ways = {"fixed": (weights if args.dataset_out else None, held if holds else ())}
-    where = folder / ANALYSIS_FOLDER
+    where = folder / ANALYSIS
     now = Prediction.load(where) if (where / FILE).is_file() else None
     return preview(harvest, analysis, targets, ways, labels, now)

@@ -54,10 +54,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("--most and --concurrency must be 1 or more.")
     import asyncio
 
-    from ..audit.labellers import LabellerError
+    from ..audit.labels.labellers import LabellerError
+    from ..audit.labels.titles import CACHE, ask, read_cache, tasks, with_titles
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
-    from ..audit.titles import CACHE, ask, read_cache, tasks, with_titles
 
     with as_user_error(FileNotFoundError, ValueError):
         audit = Audit.open(args.audit)
@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
 
 def foremost(analysis: Any, most: int) -> list[Any]:
     """The hypotheses to name: first those that stand for lessons, then the strongest of each view, by turns."""
-    from ..audit.lessons import lessons
+    from ..audit.analysis.lessons import lessons
 
     first = [lesson.first for lesson in lessons(analysis)]
     turns = zip_longest(*(analysis.of(view) for view in ("global", "feature", "prompt")))
@@ -112,7 +112,7 @@ def agree(new: list[Any], args: argparse.Namespace) -> None:
     Raises:
         UserError: If the answer is no, or there is nobody to ask.
     """
-    from ..audit.titles import estimate
+    from ..audit.labels.titles import estimate
 
     given, taken = estimate(new)
     cost = ""
@@ -128,7 +128,7 @@ def agree(new: list[Any], args: argparse.Namespace) -> None:
 
 
 def _labeller(args: argparse.Namespace) -> Any:
-    from ..audit.labellers import Endpoint, LocalModel
+    from ..audit.labels.labellers import Endpoint, LocalModel
 
     if args.labeller == "local":
         return LocalModel(args.labeller_model)

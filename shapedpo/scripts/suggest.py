@@ -9,8 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..audit.folder import ANALYSIS, HARVEST
 from ..errors import UserError, as_user_error
-from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
 
 
 HELP = """\
@@ -40,21 +40,21 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If there is no such audit or embedder, or the description is empty.
     """
-    from ..audit.hypotheses import Analysis
-    from ..audit.labels import Labels
+    from ..audit.analysis.hypotheses import Analysis
+    from ..audit.harvesting.store import Harvest
+    from ..audit.labels.names import Labels
     from ..audit.prediction import FILE, Prediction
-    from ..audit.store import Harvest
     from ..audit.suggestions import embedder, suggest
 
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError):
-        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
+        harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
         labels = Labels.load(folder, analysis)
         if labels is None:
             raise UserError(
                 f"'{folder}' has no labels of its analysis. Run the same `shapedpo audit` again: it writes them."
             )
-        where = folder / ANALYSIS_FOLDER
+        where = folder / ANALYSIS
         prediction = Prediction.load(where) if (where / FILE).is_file() else None
     embed = None
     if args.embedder:

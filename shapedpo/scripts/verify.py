@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..audit.folder import ANALYSIS, HARVEST, VERIFY
 from ..errors import UserError, as_user_error
-from .audit import ANALYSIS_FOLDER, HARVEST_FOLDER
 
 
 HELP = """\
@@ -71,21 +71,22 @@ def main(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoTokenizer
 
+    from ..audit.analysis.hypotheses import Analysis
+    from ..audit.answering import answer_length, load_model, longest_prompt
     from ..audit.conditions import Conditions
-    from ..audit.hypotheses import Analysis
+    from ..audit.harvesting.store import Harvest
     from ..audit.observed import observe
     from ..audit.prediction import Prediction
     from ..audit.rollouts import RolloutSettings, roll_out
-    from ..audit.store import Harvest
-    from ..audit.verify import compare
-    from ..audit.verify_report import report
+    from ..audit.verify.comparison import compare
+    from ..audit.verify.report import report
     from ..readouts import SAEFeatures
     from ..sources import model_source
 
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError, TypeError):
-        harvest, analysis = Harvest.open(folder / HARVEST_FOLDER), Analysis.load(folder / ANALYSIS_FOLDER)
-        prediction = Prediction.load(folder / ANALYSIS_FOLDER)
+        harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
+        prediction = Prediction.load(folder / ANALYSIS)
         reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
         concepts = _concepts(args.concepts) if args.concepts else {}
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -97,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
         settings = RolloutSettings(args.draws, answer_length(base, args.max_new_tokens), args.batch, args.seed)
     longest = longest_prompt(base, settings.max_new_tokens)
     prompts = held_out_prompts(harvest, tokenizer, args.prompts, args.n_prompts, longest, args.seed)
-    out = Path(args.out) if args.out else folder / "verify"
+    out = Path(args.out) if args.out else folder / VERIFY
     with as_user_error(ValueError):
         rollouts = roll_out(base, trained, tokenizer, prompts, reader, out / "rollouts", settings)
     conditions = Conditions.of(harvest, analysis)
@@ -106,41 +107,6 @@ def main(args: argparse.Namespace) -> int:
         outcome, rollouts, conditions, harvest, analysis, tokenizer.decode, out, concepts=concepts, misses=args.misses
     )
     return 0
-
-
-def answer_length(model: Any, asked: int | None) -> int:
-    """Where an answer is cut: after as many tokens as asked for, by default 256 or half of the model's context."""
-    return min(256, _context(model) // 2) if asked is None else asked
-
-
-def longest_prompt(model: Any, max_new_tokens: int) -> int:
-    """Tokens of the longest prompt that leaves room for an answer."""
-    return _context(model) - max_new_tokens
-
-
-def _context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 10**9))
-
-
-def load_model(name: str, base: str, dtype: str, device: Any) -> Any:
-    """A causal language model; an adapter on the base model."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import find_adapter_config_file
-
-    from ..sources import model_source
-
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"Unknown dtype {dtype!r}. Choose float32, bfloat16 or float16.")
-    with as_user_error(OSError, ValueError):
-        if find_adapter_config_file(name) is None:
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        else:
-            from peft import PeftModel
-
-            whole: Any = AutoModelForCausalLM.from_pretrained(model_source(base), dtype=getattr(torch, dtype))
-            model = PeftModel.from_pretrained(whole, name).merge_and_unload()
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _concepts(file: str) -> dict[str, list[int]]:
@@ -173,7 +139,8 @@ def held_out_prompts(
     """
     from datasets import load_dataset
 
-    from ..audit.data import load_pairs
+    from ..audit.answering import prompt_tokens
+    from ..audit.harvesting.pairs import load_pairs
     from ..sources import local_source
 
     if file is not None:
@@ -184,25 +151,6 @@ def held_out_prompts(
     else:
         data = _unread(harvest, load_pairs)
     return prompt_tokens(data, tokenizer, n, longest, seed)
-
-
-def prompt_tokens(data: Any, tokenizer: Any, n: int, longest: int, seed: int) -> list[list[int]]:
-    """Tokens of a dataset's prompts, as training would tokenise them; the arguments are [`held_out_prompts`]'."""
-    from types import SimpleNamespace
-
-    from ..monitor.probe.rollouts import choose_prompts
-    from ..openings import tokenised
-
-    if "prompt" in data.column_names:
-        # only the prompt matters: what follows it is made up
-        talk = not isinstance(data[0]["prompt"], str)
-        answer: Any = [{"role": "assistant", "content": "."}] if talk else "."
-        prompts = data["prompt"][: 50 * n]
-        made_up = [answer] * len(prompts)
-        data = type(data).from_dict({"prompt": prompts, "chosen": made_up, "rejected": made_up})
-    args = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
-    with as_user_error(ValueError):
-        return choose_prompts(tokenised(data, tokenizer, args, "prompts"), n, longest, seed)
 
 
 def _unread(harvest: Any, load_pairs: Any) -> Any:

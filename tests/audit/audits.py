@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from shapedpo.audit.analysis import analyse
-from shapedpo.audit.labels import token_labels
-from shapedpo.audit.maps import cluster_maps
+from shapedpo.audit.analysis.maps import cluster_maps
+from shapedpo.audit.analysis.run import analyse
+from shapedpo.audit.analysis.settings import AuditSettings
+from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.labels.names import token_labels
 from shapedpo.audit.page.source import Audit
 from shapedpo.audit.prediction import predict
-from shapedpo.audit.settings import AuditSettings
-from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
 from shapedpo.sources import model_source
 
 

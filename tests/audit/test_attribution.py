@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from shapedpo.audit.attribution import Columns, Model, Shown, attributed
+from shapedpo.audit.analysis.attribution import Columns, Model, Shown, attributed
 
 
 N, FEATURES = 1200, 60

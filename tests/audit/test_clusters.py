@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from shapedpo.audit import graph
-from shapedpo.audit.clusters import embedded_clusters, feature_embedding, nearest, spherical_kmeans, unit
-from shapedpo.audit.graph import feature_clusters, strongest_pairs
-from shapedpo.audit.sampling import thinned
-from shapedpo.audit.settings import AuditSettings
+from shapedpo.audit.analysis import graph
+from shapedpo.audit.analysis.clusters import embedded_clusters, feature_embedding, nearest, spherical_kmeans, unit
+from shapedpo.audit.analysis.graph import feature_clusters, strongest_pairs
+from shapedpo.audit.analysis.sampling import thinned
+from shapedpo.audit.analysis.settings import AuditSettings
 
 
 def together(n: int, sizes: list[int], draw, active=0.2, on=0.8, loners=0):

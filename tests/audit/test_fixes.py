@@ -10,11 +10,11 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from shapedpo import lab
-from shapedpo.audit import fixes
-from shapedpo.audit.fixes_data import changed, write
-from shapedpo.audit.fixes_preview import preview
-from shapedpo.audit.lessons import lessons
-from shapedpo.audit.store import Harvest
+from shapedpo.audit.analysis.lessons import lessons
+from shapedpo.audit.fixes import targets
+from shapedpo.audit.fixes.data import changed, write
+from shapedpo.audit.fixes.preview import preview
+from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.cli import main
 from shapedpo.concept import resolve_concepts
 from shapedpo.lab.features import shipped_features
@@ -30,7 +30,7 @@ PHYSICS_FEATURES = set(range(GROUP))
 def praise(finished):
     """The finding of the small audit: praise on physics."""
     lesson = lessons(finished.analysis)[0]
-    return fixes.target(finished.harvest, finished.analysis, lesson, "finding 1")
+    return targets.target(finished.harvest, finished.analysis, lesson, "finding 1")
 
 
 def test_a_target_is_what_its_rows_teach_under_their_condition(finished, praise) -> None:
@@ -55,20 +55,20 @@ def test_concepts_have_action_and_gate(finished, praise) -> None:
     harvest = Harvest(
         finished.harvest.folder, {**vars(finished.harvest), "settings": {"sae": {"type": "sae_features", "sae": "lab"}}}
     )
-    where, concept = (one.to_dict() for one in resolve_concepts(fixes.concepts(harvest, [praise])))
+    where, concept = (one.to_dict() for one in resolve_concepts(targets.concepts(harvest, [praise])))
     assert (concept["action"], concept["gate"]["concept"], where["action"]) == ("hold", where["name"], "watch")
     assert list(concept["readout"]["features"]) == praise.features
     options = {"action": "suppress", "strength": 2, "columns": {praise.name: "f"}}
-    (gated,) = (one.to_dict() for one in resolve_concepts(fixes.concepts(harvest, [praise], **options)))
+    (gated,) = (one.to_dict() for one in resolve_concepts(targets.concepts(harvest, [praise], **options)))
     assert (gated["gate"], gated["strength"]) == ({"column": "f"}, 2)
 
 
 def test_numbers_that_are_not_there_are_refused(finished) -> None:
     with pytest.raises(ValueError, match="no finding 99"):
-        fixes.finding(finished.analysis, 99)
+        targets.finding(finished.analysis, 99)
     with pytest.raises(ValueError, match="hypotheses 0 to"):
-        fixes.hypothesis(finished.analysis, -1)
-    one = fixes.hypothesis(finished.analysis, 0)
+        targets.hypothesis(finished.analysis, -1)
+    one = targets.hypothesis(finished.analysis, 0)
     np.testing.assert_array_equal(one.rows, finished.analysis.hypotheses[0].evidence)
 
 

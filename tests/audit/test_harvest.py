@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,11 +25,13 @@ from transformers import (
 )
 
 from shapedpo import SAEFeatures
-from shapedpo.audit import Harvest, HarvestSettings, harvest, harvesting, store
-from shapedpo.audit.data import Pairs
-from shapedpo.audit.layout import Tokens, best_layout, run, separate, shared
-from shapedpo.audit.pooling import place_in_slot, pool
-from shapedpo.audit.store import SPANS
+from shapedpo.audit import Harvest, HarvestSettings, harvest
+from shapedpo.audit.harvesting import run as harvesting
+from shapedpo.audit.harvesting import store
+from shapedpo.audit.harvesting.layout import Tokens, best_layout, run, separate, shared
+from shapedpo.audit.harvesting.pairs import Pairs
+from shapedpo.audit.harvesting.pooling import place_in_slot, pool
+from shapedpo.audit.harvesting.store import SPANS
 from shapedpo.cli import main
 from tests import helpers
 
@@ -469,39 +469,6 @@ def test_a_killed_harvest_goes_on_where_it_was(tmp_path):
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
     for path in whole.glob("*.parquet"):
         assert (killed / path.name).read_bytes() == path.read_bytes()
-
-
-@pytest.mark.distributed
-def test_two_processes_share_the_command(tmp_path):
-    data = helpers.pairs(44, seed=6)
-    data.to_json(tmp_path / "data.jsonl")
-    expected = harvested(tmp_path / "alone", data, max_length=14, sample=40)
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "shapedpo",
-            "audit",
-        ),
-        *("--model", str(helpers.model_path()), "--sae", str(helpers.sae_path())),
-        *("--dataset", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "out"), "--sample", "40"),
-        *("--max-length", "14", "--shard-rows", "10", "--batch-tokens", "100", "--harvest-only"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert "file 2 of 2" in done.stderr  # the main process had two of the four
-    assert "of 4" not in done.stderr
-    assert done.stdout.count("40 pairs, 48 features") == 1
-    found = Harvest.open(tmp_path / "out" / "harvest")
-    assert found.settings["dataset"] == str(tmp_path / "data.jsonl")
-    prints = [store.read_manifest(harvest.folder)["fingerprint"] for harvest in (found, expected)]
-    assert prints[0] == prints[1]
-    for path in sorted(expected.folder.glob("*.parquet")):
-        assert (found.folder / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(

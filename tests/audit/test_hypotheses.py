@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shapedpo.audit.analysis import analyse
-from shapedpo.audit.hypotheses import Analysis
-from shapedpo.audit.lessons import lessons
-from shapedpo.audit.settings import AuditSettings
+from shapedpo.audit.analysis.hypotheses import Analysis
+from shapedpo.audit.analysis.lessons import lessons
+from shapedpo.audit.analysis.run import analyse
+from shapedpo.audit.analysis.settings import AuditSettings
 
 from .worlds import GROUP, TOKENS, Planted, World, write_harvest
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from shapedpo.audit.analysis import analyse
-from shapedpo.audit.labels import Label, Labels, hypothesis_key
-from shapedpo.audit.lessons import lessons
-from shapedpo.audit.maps import cluster_maps
+from shapedpo.audit.analysis.lessons import lessons
+from shapedpo.audit.analysis.maps import cluster_maps
+from shapedpo.audit.analysis.run import analyse
+from shapedpo.audit.labels.names import Label, Labels, hypothesis_key
 from shapedpo.audit.page.render import render, write_page
 from shapedpo.audit.page.rows import RowStore
 from shapedpo.audit.page.server import ViewServer
 from shapedpo.audit.page.source import Audit
-from tests.monitor.browser import Opened, browser, missing
+from tests.browser import Opened, missing
 
 from .audits import HOSTILE, PRAISE, tokenizer
 from .worlds import World
@@ -29,12 +29,6 @@ from .worlds import World
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no browser for the page: {missing()}")
 
 Open = Callable[..., Opened]
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Any]:
-    with browser() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +46,6 @@ def address(finished: Audit, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     yield server.address
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture
-def opened(started: Any) -> Iterator[Open]:
-    """Opens a page. When the test is over, it must not have complained or asked another server for anything."""
-    pages: list[Opened] = []
-
-    def open_page(where: Path | str, **options: Any) -> Opened:
-        pages.append(Opened(started, where, **options))
-        pages[-1].open()
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.check()
-        page.close()
 
 
 @pytest.fixture(params=["file", "server"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
-from shapedpo.audit.leading import Leading, Responsible, beyond_chance
-from shapedpo.audit.statistics import LARGEST, Moments, corrected
+from shapedpo.audit.analysis.leading import Leading, Responsible, beyond_chance
+from shapedpo.audit.analysis.statistics import LARGEST, Moments, corrected
 
 
 def streamed(rows, groups, scores, parts=5):

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from shapedpo.audit import store
-from shapedpo.audit.store import SPANS, Active, Harvest
+from shapedpo.audit.harvesting import store
+from shapedpo.audit.harvesting.store import SPANS, Active, Harvest
 
 
 D_SAE, N_ROWS, SHARD_ROWS = 40, 11, 4

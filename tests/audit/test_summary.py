@@ -7,10 +7,10 @@ import json
 import numpy as np
 from rich.console import Console
 
-from shapedpo.audit.analysis import analyse
-from shapedpo.audit.labels import exciting_tokens
-from shapedpo.audit.settings import AuditSettings
-from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.analysis.run import analyse
+from shapedpo.audit.analysis.settings import AuditSettings
+from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.labels.names import exciting_tokens
 from shapedpo.audit.summary import distinctive_words, feature_names, summarise
 
 from .worlds import World

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from shapedpo.audit.labels import Label, Labels, cluster_tokens, hypothesis_key
-from shapedpo.audit.lessons import lessons
+from shapedpo.audit.analysis.lessons import lessons
+from shapedpo.audit.labels.names import Label, Labels, cluster_tokens, hypothesis_key
+from shapedpo.audit.labels.titles import CACHE, Answer, read_cache, tasks
 from shapedpo.audit.page.source import Audit
-from shapedpo.audit.titles import CACHE, Answer, read_cache, tasks
 from shapedpo.cli import main
 
 from .audits import HOSTILE

@@ -11,12 +11,14 @@ import torch
 
 from shapedpo import lab
 from shapedpo.audit import analyse, predict
+from shapedpo.audit.answering import prompt_tokens
 from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.observed import observe
 from shapedpo.audit.prediction import Prediction
 from shapedpo.audit.rollouts import Rollouts, RolloutSettings, roll_out
-from shapedpo.audit.verify import Figures, Outcome, compare
+from shapedpo.audit.verify.comparison import Figures, Outcome, compare
 from shapedpo.cli import main
+from shapedpo.errors import UserError
 from shapedpo.readouts import SAEFeatures
 
 from .worlds import TOKENS, Planted, World
@@ -160,6 +162,12 @@ def test_log_ratios_are_those_of_the_answers(tmp_path) -> None:
                 if len(written) < settings.max_new_tokens:  # it ended by itself
                     logps[-1] += float(logits[0, -1, tokenizer.eos_token_id])
             assert rollouts.log_ratios[row, column] == pytest.approx(logps[0] - logps[1], abs=1e-4)
+
+
+def test_prompts_that_leave_no_room_are_refused_by_the_commands_option() -> None:
+    data = lab.goblin_world(n=8).dataset()
+    with pytest.raises(UserError, match=r"and 2 leave room for `--max-new-tokens` .*Lower `--max-new-tokens`"):
+        prompt_tokens(data, lab.load_tokenizer(), n=4, longest=2, seed=0)
 
 
 def test_audit_train_verify(tmp_path, capsys) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from shapedpo.audit.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
 
 
 TOKENS = 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.audit_page import ACTIONS, Sizes, audit_page
-from tests.monitor.browser import missing
+from tests.browser import missing
 
 
 @pytest.mark.skipif(missing() is not None, reason=f"no browser for the page: {missing()}")

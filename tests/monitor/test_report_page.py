@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shapedpo.monitor.report import ReportSink, render, write_whole
-from tests.monitor.browser import Opened, browser, missing
+from tests.browser import Opened, missing
 from tests.monitor.records import synthetic
 from tests.monitor.test_report import HOSTILE, hostile_records
 
@@ -21,36 +21,23 @@ Open = Callable[..., Opened]
 RECORDS = synthetic(concepts=8, steps=40, features=20, samples=10, probes=4)
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[Any]:
-    with browser() as running:
-        yield running
-
-
 @pytest.fixture
-def opened(started: Any, tmp_path: Path) -> Iterator[Open]:
-    """Opens the page of some records. When the test is over, no page may have complained or asked for anything."""
-    pages: list[Opened] = []
+def opened(opened: Open, tmp_path: Path) -> Open:
+    """Opens the page of some records."""
 
     def open_page(records: list[dict[str, Any]] = RECORDS, **options: Any) -> Opened:
-        path = tmp_path / f"report-{len(pages)}.html"
+        path = tmp_path / f"report-{len(list(tmp_path.iterdir()))}.html"
         write_whole(path, render(records))
-        pages.append(Opened(started, path, **options))
-        pages[-1].open()
-        return pages[-1]
+        return opened(path, **options)
 
-    yield open_page
-    for page in pages:
-        page.check()
-        page.close()
+    return open_page
 
 
 def texts(page: Any, selector: str) -> list[str]:
     return [text.strip() for text in page.locator(selector).all_inner_texts()]
 
 
-@pytest.mark.parametrize("colors", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 820, 1600])
+@pytest.mark.parametrize(("width", "colors"), [(360, "light"), (820, "dark"), (1600, "light")])
 @pytest.mark.parametrize(
     "records", [RECORDS, [], synthetic(concepts=2, steps=1, features=0, samples=0, probes=0), hostile_records()]
 )

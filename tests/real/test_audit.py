@@ -13,8 +13,8 @@ from sae_lens.saes.sae import SAEMetadata
 
 from benchmarks.stories import MODEL, REPOSITORY
 from shapedpo.audit import HarvestSettings, harvest
-from shapedpo.audit.data import Pairs, load_pairs
-from shapedpo.audit.store import SPANS
+from shapedpo.audit.harvesting.pairs import Pairs, load_pairs
+from shapedpo.audit.harvesting.store import SPANS
 
 
 PAIRS = Path(os.environ.get("SHAPEDPO_HH") or REPOSITORY.parent / "shared" / "data" / "hh-harmless-test.jsonl.gz")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ...decoding import TokenTexts
 from ...pages import clean
-from ..store import SPANS, Harvest
+from ..harvesting.store import SPANS, Harvest
 
 
 Cluster = tuple[str, int]

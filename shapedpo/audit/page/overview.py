@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ...pages import clean
-from ..hypotheses import Analysis, Hypothesis
-from ..labels import Label, Labels, hypothesis_key
-from ..maps import ClusterMap
+from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.maps import ClusterMap
+from ..harvesting.store import Harvest
+from ..labels.names import Label, Labels, hypothesis_key
 from ..prediction import Prediction
-from ..store import Harvest
 from ..summary import RARE, Finding, Summary
 
 

@@ -10,15 +10,15 @@ from typing import Any
 import jinja2
 
 from ...pages import json_for_script, template, write_whole
-from ..hypotheses import Analysis
-from ..lessons import lessons
+from ..analysis.hypotheses import Analysis
+from ..analysis.lessons import lessons
+from ..folder import PAGE
 from .marks import marked_rows
 from .overview import EXEMPLARS, rounded
 from .rows import Subject, hypothesis_subject, lesson_subject, plain, wanted_rows
 from .source import Audit
 
 
-FILE_NAME = "audit.html"
 SCRIPTS = ("source.js", "words.js", "rows.js", "detail.js", "maps.js", "table.js", "lessons.js")
 
 ROWS = 3000
@@ -42,7 +42,7 @@ def write_page(audit: Audit, tokenizer: Any | None = None, path: str | os.PathLi
         tokenizer: Of the model, to mark tokens with; without it none are.
         path: Where it goes: `audit.html` in the audit's folder by default.
     """
-    path = Path(path) if path is not None else audit.folder / FILE_NAME
+    path = Path(path) if path is not None else audit.folder / PAGE
     write_whole(path, render({**audit.overview(), **_embedded(audit, tokenizer)}))
     return path
 

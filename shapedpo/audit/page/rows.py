@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files import replacing
-from ..hypotheses import Analysis, Hypothesis
-from ..labels import analysis_hash
-from ..lessons import Lesson, lessons
-from ..maps import ClusterMap
-from ..store import SPANS
+from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.lessons import Lesson, lessons
+from ..analysis.maps import ClusterMap
+from ..harvesting.store import SPANS
+from ..labels.names import analysis_hash
 from .marks import Cluster, Row, marked_rows
 from .overview import EXEMPLARS
 from .source import Audit

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 
-from ..hypotheses import Analysis
-from ..lessons import lessons
+from ..analysis.hypotheses import Analysis
+from ..analysis.lessons import lessons
 from .overview import rounded
 from .render import policy
 from .rows import RowStore, Subject, hypothesis_subject, lesson_subject

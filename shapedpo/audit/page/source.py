@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hypotheses import Analysis
-from ..labels import Labels
-from ..maps import ClusterMap, cluster_maps
+from ..analysis.hypotheses import Analysis
+from ..analysis.maps import ClusterMap, cluster_maps
+from ..folder import ANALYSIS, HARVEST
+from ..harvesting.store import Harvest
+from ..labels.names import Labels
 from ..prediction import FILE as PREDICTION
 from ..prediction import Prediction
-from ..store import Harvest
 from .overview import overview
-
-
-HARVEST, ANALYSIS = "harvest", "analysis"
-"""The folders in it."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.stats import binomtest
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
@@ -229,7 +229,13 @@ def wilson(shown: int, n: int) -> list[float]:
     return [shown / n, float(interval.low), float(interval.high)]
 
 
-def choose_prompts(dataset: Any, n: int, longest: int, seed: int) -> list[list[int]]:
+def context_length(model: nn.Module) -> int:
+    """Most tokens that a model reads at once, prompt and answer; of a model whose positions have no end, more than any prompt has."""
+    config: Any = model.config
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+def choose_prompts(dataset: Any, n: int, longest: int, seed: int, option: str) -> list[list[int]]:
     """Draw prompts from prepared data, each at most once.
 
     Args:
@@ -237,6 +243,7 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int) -> list[list[i
         n: How many.
         longest: Prompts of more tokens are passed over.
         seed: Of the draw.
+        option: What the caller's user sets the length of an answer with, for the error.
 
     Raises:
         ValueError: If there is none that is short enough.
@@ -257,8 +264,8 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int) -> list[list[i
             break
     if not found:
         raise ValueError(
-            f"No prompt is short enough for probe rollouts: the shortest of those looked at has {shortest} tokens, and {longest} leave "
-            "room for `probe_max_new_tokens` within the model's context. Lower `probe_max_new_tokens`."
+            f"No prompt is short enough to be answered: the shortest of those looked at has {shortest} tokens, and {longest} leave room for "
+            f"`{option}` within the model's context. Lower `{option}`."
         )
     return [list(ids) for ids in found]
 

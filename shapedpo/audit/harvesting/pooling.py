@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..readouts.sae_reader import SAEReader
+from ...readouts.sae_reader import SAEReader
 
 
 class Entries(NamedTuple):

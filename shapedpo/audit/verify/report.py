@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from .conditions import Conditions
-from .hypotheses import Analysis
-from .labels import exciting_tokens
-from .rollouts import Rollouts
-from .store import Harvest
-from .summary import feature_names
-from .verify import GROUPS, Figures, Miss, Outcome, as_json, figures, largest_misses
+from ..analysis.hypotheses import Analysis
+from ..conditions import Conditions
+from ..harvesting.store import Harvest
+from ..labels.names import exciting_tokens
+from ..rollouts import Rollouts
+from ..summary import feature_names
+from .comparison import GROUPS, Figures, Miss, Outcome, as_json, figures, largest_misses
 
 
 _SHOWN = 160  # characters of an answer

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from ..harvesting.store import Shard
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
 from .sampling import sample
-from .store import Shard
 
 
 MAX_Q = 0.05

@@ -17,10 +17,10 @@ from torch import Tensor
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ..collator import ROW
-from ..errors import UserError
-from ..openings import tokenised
-from ..sources import load_preferences
+from ...collator import ROW
+from ...errors import UserError
+from ...openings import tokenised
+from ...sources import load_preferences
 from .layout import Tokens, row_length
 
 

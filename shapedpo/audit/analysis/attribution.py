@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.special import expit, logit
 
-from .store import Shard
+from ..harvesting.store import Shard
 from .views import on
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .fixes import Target
-from .hypotheses import Analysis, Hypothesis
-from .lessons import lessons
-from .prediction import Prediction, predict
-from .store import Harvest
-from .summary import feature_names
+from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.lessons import lessons
+from ..conditions import Conditions
+from ..harvesting.store import Harvest
+from ..prediction import Prediction, predict
+from ..summary import feature_names
+from .targets import Target
 
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ def preview(
         progress: Whether to show progress bars.
     """
     labels = labels or {}
-    before = now or predict(harvest, analysis, progress=progress)
-    after = [predict(harvest, analysis, weights=w, held=held, progress=progress) for w, held in fixes.values()]
+    same: Any = {"conditions": Conditions.of(harvest, analysis, progress), "progress": progress}
+    before = now or predict(harvest, analysis, **same)
+    after = [predict(harvest, analysis, weights=weights, held=held, **same) for weights, held in fixes.values()]
 
     lines: list[Line] = []
     seen: set[tuple[str, int]] = set()

@@ -15,13 +15,13 @@ from typing import Annotated
 from pydantic import BaseModel, StringConstraints, ValidationError
 from tqdm.auto import tqdm
 
-from . import label_prompts as prompts
-from .hypotheses import Analysis, Hypothesis
+from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.maps import ClusterMap
+from ..harvesting.store import Harvest
+from ..summary import distinctive_words
+from . import prompts
 from .labellers import MAX_TOKENS, Labeller, Message
-from .labels import Label, Labels, hypothesis_key
-from .maps import ClusterMap
-from .store import Harvest
-from .summary import distinctive_words
+from .names import Label, Labels, hypothesis_key
 
 
 CACHE = "labels-cache.jsonl"

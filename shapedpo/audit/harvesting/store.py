@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix
 
-from ..files import replacing
+from ...files import replacing
 
 
 SPANS = ("prompt", "chosen", "rejected")

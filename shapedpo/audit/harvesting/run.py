@@ -18,12 +18,12 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from ..readouts import SAEFeatures
-from ..readouts.base import fingerprint
-from ..sources import model_source
+from ...readouts import SAEFeatures
+from ...readouts.base import fingerprint
+from ...sources import model_source
 from . import store
-from .data import Pairs, load_pairs, processes
 from .harvester import Harvester
+from .pairs import Pairs, load_pairs, processes
 from .store import Harvest
 
 

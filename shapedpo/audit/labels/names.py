@@ -35,10 +35,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import replacing
-from .hypotheses import Analysis, Hypothesis
-from .maps import ClusterMap
-from .store import SPANS, Harvest
+from ...files import replacing
+from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.maps import ClusterMap
+from ..harvesting.store import SPANS, Harvest
 
 
 FILE_NAME = "labels.json"
@@ -165,7 +165,7 @@ def token_labels(
         maps: Of [`cluster_maps`]: the rows that show each cluster.
         decode: Makes text of token ids: the tokenizer's `decode`.
     """
-    from .summary import distinctive_words
+    from ..summary import distinctive_words
 
     every = {feature for groups in analysis.clusters.values() for group in groups for feature in group}
     names = exciting_tokens(harvest, every, decode)

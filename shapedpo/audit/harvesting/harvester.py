@@ -12,17 +12,17 @@ from accelerate.logging import get_logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..reading import check_reader
-from ..readouts.sae_reader import SAEReader
+from ...reading import check_reader
+from ...readouts.sae_reader import SAEReader
 from . import store
-from .data import Pairs, processes
 from .layout import best_layout, run
+from .pairs import Pairs, processes
 from .pooling import Entries, pool
 from .store import SPANS, Active
 
 
 if TYPE_CHECKING:
-    from .harvesting import HarvestSettings
+    from .run import HarvestSettings
 
 
 logger = get_logger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, Value
 from numpy.typing import NDArray
 
-from ..files import replacing
+from ...files import replacing
 
 
 HOW = ("drop", "weight", "flag")

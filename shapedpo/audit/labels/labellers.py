@@ -84,7 +84,7 @@ class LocalModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from ..sources import model_source
+        from ...sources import model_source
 
         self.name = model
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_source(model))
@@ -100,11 +100,13 @@ class LocalModel:
     def _generate(self, messages: list[Message]) -> str:
         import torch
 
+        from ...monitor.probe.rollouts import context_length
+
         if self._tokenizer.chat_template:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-        room = getattr(self._model.config, "max_position_embeddings", 4096) - MAX_TOKENS
+        room = context_length(self._model) - MAX_TOKENS
         if room < MAX_TOKENS:
             raise LabellerError(
                 f"{self.name} reads too little at a time ({room + MAX_TOKENS} tokens) to name anything."

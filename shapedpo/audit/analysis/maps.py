@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ..harvesting.store import Harvest, Shard
 from .clusters import unit
 from .hypotheses import Analysis
-from .store import Harvest, Shard
 from .views import FeatureView, PromptView, membership, on
 
 

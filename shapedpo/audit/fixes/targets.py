@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .attribution import Shown
-from .hypotheses import Analysis
-from .lessons import Lesson, lessons
-from .store import Harvest, Shard
+from ..analysis.attribution import Shown
+from ..analysis.hypotheses import Analysis
+from ..analysis.lessons import Lesson, lessons
+from ..harvesting.store import Harvest, Shard
 
 
 MOST = 8

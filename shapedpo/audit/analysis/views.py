@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ..harvesting.store import Shard
 from .clusters import unit
-from .store import Shard
 
 
 Float = NDArray[np.float32]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm.auto import tqdm
 
+from ..harvesting.store import SPANS, Harvest, Shard
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
 from .hypotheses import Analysis, Attribution, Hypothesis, ranked
@@ -20,7 +21,6 @@ from .lessons import MAX_Q, attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
 from .statistics import Moments, corrected
-from .store import SPANS, Harvest, Shard
 from .views import FeatureView, PromptView, sizes
 
 

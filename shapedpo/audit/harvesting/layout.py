@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..capture import run_to
-from ..reading import reading_masks
+from ...capture import run_to
+from ...reading import reading_masks
 from .store import SPANS
 
 

@@ -1,0 +1,75 @@
+"""What the commands need to have models answer prompts: the models, how long an answer may be, and prompts in tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import find_adapter_config_file
+
+from ..errors import UserError, as_user_error
+from ..monitor.probe.rollouts import choose_prompts, context_length
+from ..openings import tokenised
+from ..sources import model_source
+
+
+def answer_length(model: Any, asked: int | None) -> int:
+    """Where an answer is cut: after as many tokens as asked for, by default 256 or half of the model's context."""
+    return min(256, context_length(model) // 2) if asked is None else asked
+
+
+def longest_prompt(model: Any, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt that leaves room for an answer."""
+    return context_length(model) - max_new_tokens
+
+
+def load_model(name: str, base: str, dtype: str, device: Any) -> Any:
+    """A causal language model, ready to answer.
+
+    Args:
+        name: A folder, or a name on the hub; of a PEFT adapter too.
+        base: What an adapter is merged into.
+        dtype: float32, bfloat16 or float16.
+        device: Where it goes.
+
+    Raises:
+        UserError: If there is none of that name or type.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"Unknown dtype {dtype!r}. Choose float32, bfloat16 or float16.")
+    with as_user_error(OSError, ValueError):
+        if find_adapter_config_file(name) is None:
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        else:
+            from peft import PeftModel
+
+            whole: Any = AutoModelForCausalLM.from_pretrained(model_source(base), dtype=getattr(torch, dtype))
+            model = PeftModel.from_pretrained(whole, name).merge_and_unload()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def prompt_tokens(data: Any, tokenizer: Any, n: int, longest: int, seed: int) -> list[list[int]]:
+    """Tokens of a dataset's prompts, as training would tokenise them.
+
+    Args:
+        data: Rows with `prompt`, or with `chosen` and `rejected` that begin alike.
+        tokenizer: The model's.
+        n: How many at most; each is taken once.
+        longest: Prompts of more tokens are passed over.
+        seed: Which are taken.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if "prompt" in data.column_names:
+        # only the prompt matters: what follows it is made up
+        talk = not isinstance(data[0]["prompt"], str)
+        answer: Any = [{"role": "assistant", "content": "."}] if talk else "."
+        prompts = data["prompt"][: 50 * n]
+        made_up = [answer] * len(prompts)
+        data = type(data).from_dict({"prompt": prompts, "chosen": made_up, "rejected": made_up})
+    args = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
+    with as_user_error(ValueError):
+        return choose_prompts(tokenised(data, tokenizer, args, "prompts"), n, longest, seed, "--max-new-tokens")
