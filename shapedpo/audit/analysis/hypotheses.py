@@ -86,7 +86,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Hypotheses that one lesson explains, and the rows that teach it: see [`~shapedpo.audit.lessons.Lesson`].
+    """Hypotheses that one lesson explains, and the rows that teach it: see [`~shapedpo.audit.analysis.lessons.Lesson`].
 
     Attributes:
         hypotheses: Their numbers; the first stands for the lesson.
@@ -158,7 +158,7 @@ class Analysis:
         data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
         typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
         tested: How many hypotheses each view tested, over which its q values are.
-        attributions: What the hypotheses come to, as [`~shapedpo.audit.lessons.lessons`] has it.
+        attributions: What the hypotheses come to, as [`~shapedpo.audit.analysis.lessons.lessons`] has it.
     """
 
     settings: AuditSettings

@@ -94,7 +94,7 @@ def harvest(
     Args:
         model: The reference: a folder, a name on the hub, `lab`, or a loaded causal language model.
         sae: The SAE, as [`SAEFeatures`] takes it, or one of these with all features, for further fields.
-        dataset: Preference pairs in any form that TRL takes, or the name of some (see [`~shapedpo.audit.data.load_pairs`]).
+        dataset: Preference pairs in any form that TRL takes, or the name of some (see [`~shapedpo.audit.harvesting.pairs.load_pairs`]).
         folder: Where the harvest goes.
         settings: How to harvest.
         tokenizer: The model's, if it is not where the model is.
