@@ -373,7 +373,9 @@ class TestBadInput:
 
     def test_no_room_for_rollouts(self, tmp_path):
         trainer = shaped(*watching(), output_dir=str(tmp_path), probe_steps=1, probe_max_new_tokens=62)
-        with pytest.raises(ValueError, match=r"No prompt is short enough to be answered: .*Lower `probe_max_new_tokens`"):
+        with pytest.raises(
+            ValueError, match=r"No prompt is short enough to be answered: .*Lower `probe_max_new_tokens`"
+        ):
             trainer.train()
 
     def test_labels_that_are_not_there(self):
