@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,12 +14,11 @@ from .calibration import read_sample
 from .capture import CapturePass
 from .concept import Concept
 from .marks import MATCHED, WORDS, TokenMarks
-from .probes.contrast import read_contrast
 from .reading import ConceptReader, Statistics
 from .readouts import ActivationReader, LoadedReadout, Regex
 from .readouts.base import WrappedReader
-from .readouts.responses import tokenize_response
 from .shapers import ConceptSignal, Tokens
+from .thresholds import best_f1, contrast_rows, labelled, upper_quantile
 
 
 WIDEST = 64
@@ -259,67 +257,3 @@ def _check(concept: Concept, shaper: Tokens, reader: LoadedReadout, read: Concep
         raise ValueError(f"{owner} leaves a Regex's matches out as they are, whatever it is `given`. Leave that out.")
     elif given:
         raise ValueError(f"{owner} takes no `{given[0]}` with a Regex, whose matches leave as they are. Leave it out.")
-
-
-# ------------------------------------------------------------------------------------------------------- contrast sets
-
-
-def labelled(path: str, owner: str) -> list[tuple[Any, Any, bool, str]]:
-    """Read a contrast set (see [`~shapedpo.probes.contrast.read_contrast`]).
-
-    Raises:
-        ValueError: If it is not one, or lacks responses that show the concept, or that do not.
-    """
-    try:
-        rows = read_contrast([path])
-    except ValueError as error:
-        raise ValueError(f"{owner}: {error}") from error
-    shown = sum(label for _, _, label, _ in rows)
-    if shown in (0, len(rows)):
-        raise ValueError(
-            f"{owner}: of the {len(rows)} responses of '{path}', {shown} show the concept: both kinds are needed."
-        )
-    return rows
-
-
-def contrast_rows(path: str, tokenizer: Any) -> tuple[list[dict[str, Any]], Tensor]:
-    """A contrast set as rows of TRL's, the responses as chosen completions, and their labels, `(N,)` bool."""
-    rows, labels = [], []
-    for prompt, response, label, _ in labelled(path, "Method 'tokens'"):
-        ids, start = tokenize_response(tokenizer, prompt, response)
-        # One token will do on the side that is not looked at.
-        rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": ids[-1:]})
-        labels.append(label)
-    return rows, torch.tensor(labels)
-
-
-def upper_quantile(scores: Tensor, quantile: float) -> float:
-    """The threshold above which at most `1 - quantile` of the scores lie, half-way between two of them.
-
-    Not one of them: read again in other company, a token's score differs in its last bits.
-
-    Args:
-        scores: `(N,)`.
-        quantile: Between 0 and 1.
-    """
-    ordered = scores.double().sort().values
-    value = ordered[math.ceil(quantile * (len(ordered) - 1))]
-    above = ordered[ordered > value]
-    return float((value + above[0]) / 2 if len(above) else value)
-
-
-def best_f1(scores: Tensor, labels: Tensor) -> float:
-    """The threshold above which scores tell the labelled ones best, by F1: half-way between the neighbouring scores.
-
-    Args:
-        scores: `(N,)`.
-        labels: `(N,)` bool.
-    """
-    order = scores.double().argsort(descending=True)
-    ordered, hits = scores.double()[order], labels[order].double().cumsum(dim=0)
-    n = torch.arange(1, len(ordered) + 1)
-    f1 = 2 * hits / (n + labels.sum())
-    # Equal scores stay together.
-    following = torch.cat([ordered[1:], ordered[-1:] - 1])
-    best = int(torch.where(following < ordered, f1, -1.0).argmax())
-    return float((ordered[best] + following[best]) / 2)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from .posterior import Array, Spectrum, finite, posterior
 
@@ -56,7 +56,7 @@ class Estimate(NamedTuple):
 
     def interval(self, level: float = 0.9) -> tuple[Array, Array]:
         """Lower and upper end of the interval at `level`, `(F,)` each."""
-        half = float(norm.ppf(0.5 + level / 2)) * self.se
+        half = float(ndtri(0.5 + level / 2)) * self.se
         return self.value - half, self.value + half
 
 

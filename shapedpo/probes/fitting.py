@@ -117,6 +117,8 @@ def _objective(labels: np.ndarray, pairs: np.ndarray, objective: str) -> Callabl
     if objective == "pairs":
         positive, negative = torch.from_numpy(pairs).T
         return lambda z: -F.logsigmoid(z[positive] - z[negative]).mean()
+    if objective != "bce":
+        raise ValueError(f"Unknown objective {objective!r}. Choose one of {', '.join(OBJECTIVES)}.")
     shown = torch.from_numpy(labels)
     return lambda z: -(F.logsigmoid(z[shown]).mean() + F.logsigmoid(-z[~shown]).mean()) / 2
 

@@ -47,7 +47,7 @@ def judge_scores(scores: np.ndarray, labels: np.ndarray, fit: np.ndarray, held: 
     """
     from sklearn.metrics import f1_score, roc_auc_score
 
-    from ..tokens import best_f1
+    from ..thresholds import best_f1
 
     threshold = best_f1(torch.from_numpy(scores[fit]), torch.from_numpy(labels[fit]))
     area = float(roc_auc_score(labels[held], scores[held]))

@@ -54,6 +54,11 @@ def test_pairs_are_a_regression_of_differences():
     assert scores[LABELS].mean() == pytest.approx(-scores[~LABELS].mean(), abs=1e-4)
 
 
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match=r"Unknown objective 'hinge'\. Choose one of pairs, bce"):
+        fit_linear(MEANS, LABELS, PAIRS, "hinge")
+
+
 @pytest.mark.parametrize("objective", ["pairs", "bce"])
 def test_attention_finds_the_one_token_that_tells(objective):
     """In each response one token has a mark, and says which kind it is; the rest is noise that a mean drowns in."""

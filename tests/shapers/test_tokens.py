@@ -15,7 +15,8 @@ from shapedpo.calibration import load_calibration
 from shapedpo.marks import MATCHED, WORDS, TokenMarks
 from shapedpo.reading import ConceptReader
 from shapedpo.shapers import ConceptSignal
-from shapedpo.tokens import TokenFilter, best_f1
+from shapedpo.thresholds import best_f1
+from shapedpo.tokens import TokenFilter
 from tests.helpers import pairs, sae_path, shaped, tokenizer, train, vector
 from tests.slow import BETA, CHECKPOINTING, SOME_FORWARDS, Slow, standardise, trainer_of
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -225,6 +224,8 @@ def paired_change(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 
 def wilson(shown: int, n: int) -> list[float]:
     """A rate with its 95 % Wilson interval."""
+    from scipy.stats import binomtest  # takes half a second, and most runs sample nothing
+
     interval = binomtest(shown, n).proportion_ci(confidence_level=0.95, method="wilson")
     return [shown / n, float(interval.low), float(interval.high)]
 
