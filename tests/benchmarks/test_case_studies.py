@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from benchmarks.case_studies import __main__ as command
 from benchmarks.case_studies import study, table, worlds
 from benchmarks.case_studies.methods import method, methods, shaping
+from benchmarks.case_studies.report import COLUMNS
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, conversations
-from benchmarks.case_studies.worlds import GATE, WORLDS
+from benchmarks.case_studies.worlds import DPO, GATE, WORLDS
 from benchmarks.divergence import kl_per_token
 from shapedpo import lab
 from shapedpo.lab.text import questions
@@ -119,10 +121,12 @@ def test_what_tells_most_comes_first() -> None:
     assert {job.size for job in study.jobs(("goblin",), 2, quick=True)} == {"quick"}
 
 
-def test_a_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_quick_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--quick` as it is, on half of its pairs and prompts: before, plain DPO and two methods."""
     monkeypatch.setattr(worlds, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(study, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(study.SIZES, "quick", Size(32, 16, 8))
+    monkeypatch.setitem(study.SIZES, "quick", Size(96, 32, 20))
     made: list[Job] = []
     run = study.run
 
@@ -131,19 +135,30 @@ def test_a_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: pytest.Mo
         return run(job)
 
     monkeypatch.setattr(study, "run", counted)
-    call = ["--quick", "--case", "goblin", "--method", "reward", "--out", str(tmp_path)]
+    call = ["--quick", "--case", "goblin", "--method", "hold", "reward", "--out", str(tmp_path)]
     command.main(call)
-    assert [(job.world, job.method) for job in made if job.world == "goblin"] == [
-        ("goblin", BEFORE),
-        ("goblin", PLAIN),
-        ("goblin", "reward"),
-    ]
-    count = len(made)
+    planned = [job for job in study.jobs(("goblin",), 1, quick=True) if job.method in ("hold", "reward")]
+    assert [job.method for job in made] == [BEFORE, PLAIN, *(job.method for job in planned)]
+    assert len(planned) >= 2
+    files = {path: path.read_bytes() for path in tmp_path.glob("case-studies*")}
     command.main(call)
-    assert len(made) == count
+    assert len(made) == 2 + len(planned)
+    assert {path: path.read_bytes() for path in tmp_path.glob("case-studies*")} == files
     with (tmp_path / "case-studies.csv").open() as file:
-        (row,) = [row for row in csv.DictReader(file) if row["case"] == "goblin"]
-    assert row["method"] == "reward"
-    assert float(row["time"]) > 0.3
-    assert "## goblin" in (tmp_path / "case-studies.md").read_text()
-    assert (tmp_path / "case-studies.png").stat().st_size > 5_000
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["target"], row["seeds"]) for row in rows] == [("goblin", "goblin", "1")] * len(planned)
+    assert {(row["method"], float(row["strength"])) for row in rows} == {(job.method, job.strength) for job in planned}
+    for row, (job, found) in itertools.product(rows, ((job, study.result(job)) for job in planned)):
+        assert set(COLUMNS) - {"others off by", "seeming off by"} <= row.keys()  # of which this case has none
+        assert all(0 <= float(row[rate]) <= 100 for rate in ("before", "plain", "rate", "capability"))
+        assert float(row["kl"]) > 0
+        assert float(row["time"]) > 0.3
+        if (row["method"], float(row["strength"])) == (job.method, job.strength):
+            assert float(row["rate"]) == pytest.approx(100 * found["rates"]["affected"]["goblin"], abs=1e-4)
+            assert found["steps"] == 96 // DPO["per_device_train_batch_size"]
+    text = (tmp_path / "case-studies.md").read_text()
+    assert "## goblin" in text
+    assert all(f"| {row['method']} |" in text for row in rows)
+    figures = {path.name: path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert {"case-studies.png", "case-studies-dose.png"} <= figures.keys()
+    assert min(figures.values()) > 5_000
