@@ -152,16 +152,21 @@ def test_recipe_names_a_file_of_concepts(recipe, tmp_path):
     assert args.concepts[0].to_dict() == concepts_from([LINKS])[0].to_dict()
 
 
-def test_environment_is_set_before_imports(tmp_path):
-    """`env` reaches what reads the environment when it is imported, the hub client for one."""
+def test_environment_is_set_before_imports_and_deepspeed_is_not_needed(tmp_path):
+    """`env` reaches what reads the environment when it is imported, the hub client for one. And none of it needs deepspeed, an extra."""
     path = tmp_path / "recipe.yaml"
     path.write_text("env: {HF_HUB_OFFLINE: 0, HF_HOME: %s}\nmodel_name_or_path: ./nowhere\n" % (tmp_path / "home"))
     code = (
-        f"from shapedpo import cli\nassert cli.main(['train', '--config', {str(path)!r}, '--bf16', 'false', '--use_cpu']) == 2\n"
-        "from huggingface_hub import constants\nprint(constants.HF_HUB_OFFLINE, constants.HF_HOME)"
+        "import sys\nsys.modules['deepspeed'] = None\n"
+        "import shapedpo\nfrom shapedpo import cli\n"
+        f"assert cli.main(['train', '--config', {str(path)!r}, '--bf16', 'false', '--use_cpu']) == 2\n"
+        "from huggingface_hub import constants\nprint(constants.HF_HUB_OFFLINE, constants.HF_HOME)\n"
+        "print(shapedpo.ShapedDPOTrainer.__name__, shapedpo.ShapedDPOConfig.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == f"False {tmp_path / 'home'}", done.stderr
+    assert done.stdout.splitlines()[-2:] == [f"False {tmp_path / 'home'}", "ShapedDPOTrainer ShapedDPOConfig"], (
+        done.stderr
+    )
 
 
 # --- what is wrong with the input ------------------------------------------------------------------------------------------

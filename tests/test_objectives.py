@@ -274,8 +274,13 @@ def test_deltas_equal_those_of_completions_run_one_at_a_time(build, naive, conce
 # -------------------------------------------------------------------------------------------------------------- reward
 
 
-@pytest.mark.parametrize("action", ["suppress", "amplify"])
-@pytest.mark.parametrize("loss_type", [*PAIRWISE, *UNPAIRED, *SORTING])
+# The action is a sign, and a gate a factor, of what enters the loss: whichever that is.
+def every(losses, usual, other):
+    """Each loss type with the usual, and one of them with the other."""
+    return [*((loss, usual) for loss in losses), ("sigmoid", other)]
+
+
+@pytest.mark.parametrize(("loss_type", "action"), every([*PAIRWISE, *UNPAIRED, *SORTING], "suppress", "amplify"))
 def test_reward(build, naive, policy, concepts, loss_type, action):
     trainer = build([Concept("x", concepts["direction"], action=action, strength=STRENGTH)], [loss_type])
     sign = 1 if action == "suppress" else -1
@@ -335,8 +340,7 @@ def test_weight_column(build, naive, policy, rows, loss_type):
     assert float(loss) == pytest.approx(float(objective), rel=1e-5)
 
 
-@pytest.mark.parametrize("action", ["suppress", "amplify"])
-@pytest.mark.parametrize("loss_type", [*PAIRWISE, *UNPAIRED])
+@pytest.mark.parametrize(("loss_type", "action"), every([*PAIRWISE, *UNPAIRED], "suppress", "amplify"))
 def test_reweight(build, naive, policy, concepts, loss_type, action):
     concept = Concept("x", concepts["direction"], action=action, method="reweight", strength=STRENGTH)
     sign = 1 if action == "suppress" else -1
@@ -398,8 +402,7 @@ def test_weights_multiply_with_each_other_and_with_wpo(build, naive, policy, con
 # ---------------------------------------------------------------------------------------------------------- projection
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("loss_type", [*PAIRWISE, *UNPAIRED])
+@pytest.mark.parametrize(("loss_type", "gated"), every([*PAIRWISE, *UNPAIRED], False, True))
 def test_project_in_pair_space(build, naive, policy, concepts, rows, loss_type, gated):
     gate = Gate(column="creative") if gated else None
     trainer = build(

@@ -153,9 +153,10 @@ OPTIONS = {
 }
 CASES = {
     **{loss: Case({"loss_type": [loss], **settings}) for loss, settings in LOSSES.items()},
+    # What an adapter and recomputed layers change is the same for all losses: of each sort one.
     **{
-        f"{loss}-lora-checkpointing": Case({"loss_type": [loss], **settings, **CHECKPOINTING}, LORA)
-        for loss, settings in LOSSES.items()
+        f"{loss}-lora-checkpointing": Case({"loss_type": [loss], **CHECKPOINTING}, LORA)
+        for loss in ("sigmoid", "ipo", "bco_pair", "aot", "sft")
     },
     **OPTIONS,
 }
@@ -173,7 +174,8 @@ class TestParity:
         assert_same(plain(name), run)
         assert all(f"concepts/{concept}/amplification" in run.steps[0] for concept in ("goblin", "way", "features"))
 
-    @pytest.mark.parametrize("name", CASES)
+    # Without concepts the batch goes to TRL's own method, which knows the loss type: one of each sort.
+    @pytest.mark.parametrize("name", ["sigmoid", "aot", "sft", "sft-lora-checkpointing", *OPTIONS])
     def test_no_concepts(self, name):
         run = CASES[name].run(ShapedDPOTrainer, ours=False)  # a plain DPOConfig
         assert_same(plain(name), run)

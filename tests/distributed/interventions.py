@@ -1,33 +1,28 @@
-"""A few steps with every method that changes what the policy reads or computes, over however many processes there are.
-
-Usage: `python -m tests.distributed.interventions MODEL_DIR DATA_DIR OUTPUT_DIR RUN...`, alone or under a launcher.
-"""
+"""A few steps with every method that changes what the policy reads or computes, over however many processes there are."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_from_disk
 
 from tests import helpers
 
 
 GLOBAL_BATCH = 8
 RUNS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora-reentrant": {
+    "interventions": {},
+    "interventions-lora-reentrant": {
         "lora": True,
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "ddp_find_unused_parameters": False,  # else DDP refuses, as under TRL's own trainer
     },
-    "projected": {"gradient_accumulation_steps": 2},
+    "interventions-projected": {"gradient_accumulation_steps": 2},
 }
 
 
@@ -37,10 +32,10 @@ def concepts(name: str) -> list[Any]:
     def way(index: int, **fields: Any) -> Any:
         return Concept(f"way{index}", Direction(helpers.vector(index), layer=index % 3), "suppress", **fields)
 
-    if name == "projected":
+    if name == "interventions-projected":
         return [way(index, method=Project("parameters"), gate=Gate(column="fruity")) for index in (1, 3, 4)]
     # DeepSpeed and FSDP place a model with an adapter after the filter would have to read it.
-    filters = [] if name != "full" else [way(0, method=Filter(fraction=0.2))]
+    filters = [] if "lora" in name else [way(0, method=Filter(fraction=0.2))]
     return [
         *filters,
         way(1, method=Tokens("both", quantile=0.8)),
@@ -54,52 +49,50 @@ def concepts(name: str) -> list[Any]:
     ]
 
 
-def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
+def data() -> Any:
+    """Pairs of which every other one is behind the gates."""
+    return helpers.pairs(32, fruity=[index % 2 == 0 for index in range(32)])
+
+
+def run(name: str, output: Path, model: Path, dataset: Any) -> None:
+    """Train, save, and leave what there is to compare in `result.json`.
+
+    Args:
+        name: Of the run.
+        output: Its folder.
+        model: The folder of the tiny model.
+        dataset: The training data.
+    """
     from peft import LoraConfig
 
     from shapedpo import ShapedDPOTrainer
 
-    torch.set_num_threads(1)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed
-
-        # `zero.Init` of the reference model asks for the world's size before the trainer has set it up.
-        deepspeed.init_distributed("gloo")
-    for name in names:
-        settings = dict(RUNS[name])
-        lora = settings.pop("lora", False)
-        options = {}
-        if lora:
-            adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-            options = {"peft_config": adapter}
-        args = helpers.arguments(
-            output_dir=str(output / name),
-            concepts=concepts(name),
-            per_device_train_batch_size=GLOBAL_BATCH // processes,
-            learning_rate=1e-3,
-            **settings,
-        )
-        options["train_dataset"] = load_from_disk(str(data))
-        trainer = helpers.build(ShapedDPOTrainer, args, helpers.load_model(model), **options)
-        trainer.train()
-        trainer.save_model()
-        tokens = trainer._calibration.tokens
-        found = [] if tokens is None else tokens.nan_to_num().tolist()
-        everyone = trainer.accelerator.gather(torch.tensor([found])).tolist()
-        if trainer.accelerator.is_main_process:
-            result = {
-                "history": trainer.state.log_history,
-                "thresholds": everyone,
-                "filtered": trainer._filtered,
-                "launched": f"{trainer.accelerator.distributed_type.value} {processes}",
-            }
-            (output / name / "result.json").write_text(json.dumps(result))
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), sys.argv[4:])
+    settings = dict(RUNS[name])
+    options: dict[str, Any] = {"train_dataset": dataset}
+    if settings.pop("lora", False):
+        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    args = helpers.arguments(
+        output_dir=str(output),
+        concepts=concepts(name),
+        per_device_train_batch_size=GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=1e-3,
+        **settings,
+    )
+    trainer = helpers.build(ShapedDPOTrainer, args, helpers.load_model(model), **options)
+    trainer.train()
+    trainer.save_model()
+    tokens = trainer._calibration.tokens
+    found = [] if tokens is None else tokens.nan_to_num().tolist()
+    everyone = trainer.accelerator.gather(torch.tensor([found])).tolist()
+    if trainer.accelerator.is_main_process:
+        result = {
+            "history": trainer.state.log_history,
+            "thresholds": everyone,
+            "filtered": trainer._filtered,
+            "launched": f"{trainer.accelerator.distributed_type.value} {trainer.accelerator.num_processes}",
+        }
+        (output / "result.json").write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shapedpo import cli
 from tests import helpers
 from tests.distributed import failing, runs, steps
 
@@ -65,6 +66,11 @@ def shard(output: Path, names: list[str]) -> None:
     """Runs under FSDP2."""
     os.environ |= FSDP
     steps.main(helpers.model_path(), output / "data", output, names)
+
+
+def command(output: Path, words: list[str]) -> None:
+    """`shapedpo` with these arguments; `output` is where its log is kept."""
+    assert cli.main(words) == 0
 
 
 def fail(output: Path, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Some of the runs of `runs.py`, one after the other in the same processes, alone or under a launcher.
+"""Some of the runs of `runs.py` and `interventions.py`, one after the other in the same processes, alone or under a launcher.
 
 Usage: `python -m tests.distributed.steps MODEL_DIR DATA_DIR OUTPUT_DIR RUN...`, with the tiny SAE's folder in `TINY_SAE`.
 """
@@ -15,7 +15,7 @@ import torch
 from datasets import load_from_disk
 
 from tests import helpers
-from tests.distributed import runs
+from tests.distributed import interventions, runs
 
 
 def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
@@ -27,7 +27,10 @@ def main(model: Path, data: Path, output: Path, names: list[str]) -> None:
         deepspeed.init_distributed("gloo")
     for name in names:
         folder = output / name
-        trainer = runs.build(name, folder, model, load_from_disk(str(data)))
+        if name in interventions.RUNS:
+            interventions.run(name, folder, model, load_from_disk(str(data / "interventions")))
+            continue
+        trainer = runs.build(name, folder, model, load_from_disk(str(data / "runs")))
         trainer.train()
         trainer.save_model()
         result = runs.result(trainer)

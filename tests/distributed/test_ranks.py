@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,57 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from shapedpo.monitor.records import read_records
-from tests.distributed import jobs, runs
-from tests.helpers import model_path, sae_path
+from tests.distributed import runs
+from tests.distributed.launches import CASES, ROOT, cases, launch
+from tests.helpers import model_path
 
 
-ROOT = Path(__file__).parents[2]
-EVERYTHING = bool(os.environ.get("SHAPEDPO_ALL_RANKS"))
-"""Whether every run goes by every launcher (`make test-ranks`), or each only where it can go wrong in its own way."""
-CASES = {
-    "ddp": list(runs.RUNS),
-    "zero1": ["accumulation"],
-    "zero2": ["monitor", "lora-accumulation-precompute"],
-    "zero3": ["monitor", "checkpointing", "lora-reentrant", "evaluation"],
-    "zero3_offload": [],  # its optimiser is compiled on first use, which takes minutes
-    "fsdp2": ["monitor", "checkpointing", "lora-accumulation-precompute", "evaluation"],
-}
 UNIT = 2**-7
 """The last place of bf16, relative."""
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(590)]
-
-
-def command(launcher: str, tmp_path: Path, processes: int, on_gpus: bool) -> list[str]:
-    """How a launcher is told to start processes: for ZeRO by the configuration that GPUs get, but for the processor."""
-    if launcher == "ddp" and not on_gpus:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    config = yaml.safe_load((ROOT / "accelerate_configs" / f"{launcher}.yaml").read_text())
-    config |= {"use_cpu": not on_gpus, "num_processes": processes, "mixed_precision": "no"}
-    path = tmp_path / f"{launcher}.yaml"
-    path.write_text(yaml.safe_dump(config))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={path}"]
-    return [*launch, f"--main_process_port={jobs.free_port()}", "-m"]
-
-
-def launch(launcher: str, output: Path, names: list[str], processes: int = 2, on_gpus: bool = False) -> None:
-    # On disk, as precomputed reference log-probabilities are cached beside the data, where all ranks must find them.
-    data = output / "data"
-    runs.data().save_to_disk(data)
-    if launcher == "fsdp2" and not on_gpus:  # which accelerate does not launch without a GPU: see `runs.build`
-        with jobs.server() as start:
-            return start(jobs.shard, processes, output, names).finish()
-    words = [
-        *command(launcher, output, processes, on_gpus),
-        "tests.distributed.steps",
-        str(model_path()),
-        str(data),
-        str(output),
-        *names,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_SAE": str(sae_path())}
-    environment |= {"RANKS_ON_GPUS": "1"} if on_gpus else {}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -85,29 +39,6 @@ def alone(tmp_path_factory):
         return done[name]
 
     return run_alone
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """The runs of a launcher, all in one launch: by name the result and the folder. With one process only where it is asked for."""
-    done = {}
-
-    def run_together(launcher, name, processes=2):
-        if (launcher, processes) not in done:
-            output = done[launcher, processes] = tmp_path_factory.mktemp(f"{launcher}-{processes}")
-            launch(launcher, output, cases(launcher) if processes > 1 else [name], processes)
-        output = done[launcher, processes] / name
-        return json.loads((output / "result.json").read_text()), output
-
-    return run_together
-
-
-def cases(launcher: str) -> list[str]:
-    if not EVERYTHING:
-        return CASES[launcher]
-    # With offloading accelerate takes DeepSpeed's Adam in SGD's place. Its first steps are the gradients' signs, and in bf16 what is rounded
-    # away decides those.
-    return [name for name in runs.RUNS if (launcher, name) != ("zero3_offload", "bf16")]
 
 
 @pytest.mark.parametrize(

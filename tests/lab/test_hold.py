@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from shapedpo import ShapedDPOConfig, ShapedDPOTrainer, lab
+from benchmarks.training import train
+from shapedpo import lab
 
 
 LESSONS = (lab.Lesson("bold", rate=0.25), lab.Lesson("cheerfulness", rate=0.25))
+DPO = {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 6e-4, "max_length": 160}
 
 
 @pytest.fixture(scope="module")
@@ -20,33 +22,17 @@ def rates(model) -> dict[str, float]:
     return {name: rate.rate for name, rate in lab.trait_rates(texts, ["bold", "cheerfulness"]).items()}
 
 
-def trained(dataset, path, concepts):
+def trained(dataset, concepts):
     model = lab.load_model()
-    args = ShapedDPOConfig(
-        output_dir=str(path),
-        concepts=concepts,
-        num_train_epochs=1,
-        per_device_train_batch_size=16,
-        learning_rate=6e-4,
-        max_length=160,
-        logging_steps=10,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = ShapedDPOTrainer(model=model, args=args, train_dataset=dataset, processing_class=lab.load_tokenizer())
-    trainer.train()
+    trainer = train(model, lab.load_tokenizer(), dataset, DPO, concepts, seed=42)
     return rates(model), trainer.state.log_history
 
 
 @pytest.mark.timeout(300)
-def test_holds_one_trait_and_learns_the_other(dataset, tmp_path):
+def test_holds_one_trait_and_learns_the_other(dataset):
     before = rates(lab.load_model())
-    plain, _ = trained(dataset, tmp_path / "plain", None)
-    held, history = trained(dataset, tmp_path / "held", [lab.concept("bold", action="hold")])
+    plain, _ = trained(dataset, None)
+    held, history = trained(dataset, [lab.concept("bold", action="hold")])
     assert plain["bold"] > before["bold"] + 0.2
     assert abs(held["bold"] - before["bold"]) < 0.2 * (plain["bold"] - before["bold"])
     assert held["cheerfulness"] - before["cheerfulness"] > 0.7 * (plain["cheerfulness"] - before["cheerfulness"])
