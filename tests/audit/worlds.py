@@ -48,9 +48,6 @@ class World:
     def prompt_features(self, topic: int) -> np.ndarray:
         return np.arange(topic * GROUP, (topic + 1) * GROUP)
 
-    def topic_features(self, topic: int) -> np.ndarray:
-        return self.prompt_features(self.topics + topic)
-
     def group_features(self, group: int) -> np.ndarray:
         return self.prompt_features(2 * self.topics + group)
 
