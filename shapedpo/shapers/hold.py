@@ -10,9 +10,15 @@ and other lessons bring some of it along.
 
 After each optimizer step the controller finds the multipliers \\( \lambda \\), the *strengths*, from the latest pairs:
 
-1. What the data still push, \\( P_c = \overline{\sigma(-m_i)\, w_{ic}} \\), is taken out, and a fifth more ([`UNREAD`]), for all held concepts
-   together: \\( \overline{w w^\top}\, \lambda/4 = P \\). Runs start with what the calibration sample says, where all pulls are 1/2.
-2. The excess of \\( A_c \\) over the target, as far as it is known, is worked off: \\( \kappa \\) times it is added to \\( P_c \\).
+1. What the data still push, \\( P_c = \overline{q_i\, \sigma(-m_i)\, w_{ic}} \\), is taken out, and a twentieth more ([`UNREAD`]), for all held
+   concepts together: \\( \overline{q w w^\top}\, \lambda/4 = P \\). Runs start with what the calibration sample says, where all pulls are 1/2.
+2. The excess of \\( A_c \\) over the target, as far as it is known, is worked off: \\( \kappa \\) times it counts as pressure on all pairs alike.
+
+Pairs count as they are loud: \\( q_i \\) is the cube of the delta's size over the typical one, added up over the held concepts. A readout also
+answers to other things, more faintly, on either side of pairs that have nothing to do with the concept. They hardly change the mean of
+\\( \sigma w \\) but add much to that of \\( w^2 \\): with all pairs alike, half of what the data teach of a concept that one pair in twenty shows
+stayed in (the attenuation of a regression on what is measured with noise). Loud pairs show the concept beyond doubt, so they decide how much is
+taken out. It is taken out of the quiet ones alike: they may be quiet ways of showing it, which would be learned in place of the others.
 
 Nothing winds up. The integrator is the policy itself, whose amplification is read and never summed.
 
@@ -49,7 +55,7 @@ MIDDLE = 0.3
 """Share of their typical size at which deltas count half."""
 BOUND = 1.0
 """Largest pull on a pair against DPO's own, which is at most 1 too."""
-UNREAD = 0.2
+UNREAD = 0.05
 """Share of the unshaped pressure that is taken out beyond the whole: for what the readout does not see and other lessons bring along."""
 RIDGE = 1e-3
 """Of the deltas' second moments, relative, so that concepts that go together share the work."""
@@ -190,10 +196,9 @@ class HoldController:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
-        self._pairs, self._gates = tensors["pairs"], tensors["gates"]
-        self._share, self.strengths = tensors["share"], tensors["strengths"]
-        self.bias, self._scale, self._doubt = tensors["bias"], tensors["scale"], tensors["doubt"]
-        self._size, self._probed = tensors["size"], tensors["probed"]
+        self._pairs, self._gates, self._share = tensors["pairs"], tensors["gates"], tensors["share"]
+        self._size, self._scale, self.strengths = tensors["size"], tensors["scale"], tensors["strengths"]
+        self.bias, self._doubt, self._probed = tensors["bias"], tensors["doubt"], tensors["probed"]
         self._step = int(tensors["step"])
 
     def weights(self, deltas: Tensor) -> Tensor:
@@ -223,13 +228,23 @@ class HoldController:
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
         error = (error**2 + self._probed * self._doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
-        pressure = (torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
-        moments = weights.T @ weights / len(weights)
-        moments += torch.diag(RIDGE * moments.diag() + 1e-12)
-        wanted = (1 + self.unread) * pressure + self.gain * self._share * excess
-        pull = torch.linalg.solve(moments, wanted)  # for one sd
+        loudness = (self._pairs[:, 2:].double() / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
+        pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
+        pull = (1 + self.unread) * pulls(loudness * weights, weights, pressure)
+        pull += pulls(weights, weights, self.gain * self._share * excess)
         limit = self.bound / self._scale
         self.strengths = 4 * pull.clamp(-limit, limit)
+
+
+def pulls(weighted: Tensor, weights: Tensor, pressure: Tensor) -> Tensor:
+    """What to take off pulls for one sd of each weight, `(C,)`, so that no pressure is left: weighted least squares.
+
+    Args:
+        weighted: `(N, C)`, the `weights` `(N, C)` times what their pair counts.
+        pressure: `(C,)`, the mean of pulls times `weighted`.
+    """
+    moments = weighted.T @ weights / len(weights)
+    return torch.linalg.solve(moments + torch.diag(RIDGE * moments.diag() + 1e-12), pressure)
 
 
 def recent_mean(values: Tensor, shortest: int) -> tuple[float, float]:
