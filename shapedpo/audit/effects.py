@@ -1,9 +1,8 @@
-"""What a prediction is made of: how chosen and rejected completions differ in every feature and cluster, everywhere and under conditions."""
+"""What a prediction starts from: how chosen and rejected completions differ in every feature and cluster, everywhere and under conditions."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,31 +11,19 @@ from scipy import sparse
 
 from .analysis.sampling import sample, thinned
 from .analysis.settings import AuditSettings
-from .conditions import VIEWS, Conditions, Things, passes
+from .conditions import VIEWS, Conditions, passes
 from .harvesting.store import Harvest
 
 
 Array = NDArray[np.float64]
 
-_RIDGE = 1e-3  # of a variance, where held features are solved for
 
+class _Tally:
+    """Sums over pairs of scores of both completions, of several groups of rows: `(groups, scores)` each, but `n`, `(groups, 1)`."""
 
-@dataclass
-class Tally:
-    """Sums over pairs of scores of both completions, of several groups of rows; arrays are `(groups, scores)`, but `n`, `(groups, 1)`."""
-
-    n: Array
-    delta: Array
-    square: Array
-    level: Array
-    level_square: Array
-    rate: Array
-    rate_delta: Array
-    rate_square: Array
-
-    @classmethod
-    def empty(cls, groups: int, scores: int) -> Tally:
-        return cls(np.zeros((groups, 1)), *(np.zeros((groups, scores)) for _ in range(7)))
+    def __init__(self, groups: int, scores: int) -> None:
+        self.n = np.zeros((groups, 1))
+        self.delta, self.square, self.level, self.level_square, self.rate = np.zeros((5, groups, scores))
 
     def add(self, members: Any, weights: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
         """Add pairs.
@@ -50,18 +37,15 @@ class Tally:
         groups = sparse.csr_matrix(members.T, dtype=np.float64)
         weighted = groups @ sparse.diags(weights)
         self.n += groups.sum(axis=1)
-        (chosen, rejected), (showing, other) = scores, shown
-        for name, group, values in (
-            ("delta", weighted, chosen - rejected),
-            ("square", weighted @ sparse.diags(weights), _squared(chosen - rejected)),
-            ("level", groups, chosen + rejected),
-            ("level_square", groups, _squared(chosen) + _squared(rejected)),
-            ("rate", groups, showing + other),
-            ("rate_delta", weighted, showing - other),
-            ("rate_square", weighted @ sparse.diags(weights), _squared(showing - other)),
+        chosen, rejected = scores
+        for total, group, values in (
+            (self.delta, weighted, chosen - rejected),
+            (self.square, weighted @ sparse.diags(weights), squared(chosen - rejected)),
+            (self.level, groups, chosen + rejected),
+            (self.level_square, groups, squared(chosen) + squared(rejected)),
+            (self.rate, groups, shown[0] + shown[1]),
         ):
-            total = group @ values
-            setattr(self, name, getattr(self, name) + (total.toarray() if sparse.issparse(total) else total))
+            total += dense(group @ values)
 
     def sd(self) -> Array:
         """`(groups, scores)`, of the score over completions; 1 where it does not vary."""
@@ -70,8 +54,14 @@ class Tally:
         return np.sqrt(np.where(variance > 1e-12, variance, 1.0))
 
 
-def _squared(values: Any) -> Any:
+def squared(values: Any) -> Any:
+    """Dense or sparse as they are."""
     return values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=np.float64)
+
+
+def dense(values: Any) -> Any:
+    """As an array."""
+    return values.toarray() if sparse.issparse(values) else values
 
 
 @dataclass(frozen=True)
@@ -84,10 +74,7 @@ class Part:
         condition: The condition's number, -1 everywhere.
         delta, se: Weighted mean over the (condition's) pairs of the score's difference, in sd of the score, and its standard error.
         rate: Share of the (condition's) completions in which it appears.
-        rate_delta, rate_se: Weighted mean difference of its appearing, and its standard error.
         sd: The score's standard deviation over all completions.
-        variance: The score's variance over the (condition's) completions, in these.
-        held: `(n, H)`, the mean differences of the held features in the same pairs, in sd.
     """
 
     kind: str
@@ -97,54 +84,30 @@ class Part:
     delta: Array
     se: Array
     rate: Array
-    rate_delta: Array
-    rate_se: Array
     sd: Array
-    variance: Array
-    held: Array
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Effects in a dataset, and how things go together in its completions.
+    """Effects in a dataset.
 
     Attributes:
         parts: The effects.
-        spread: `(things, H)` of each kind: covariance of scores in sd with the held features; and of appearing.
-        among: `(H, H)`, the held features' own.
+        differences: `(pairs, d_sae)` sparse, chosen less rejected completions' frequencies in a sample of the pairs.
     """
 
     parts: list[Part]
-    spread: dict[str, tuple[Array, Array]] = field(default_factory=dict)
-    among: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    differences: Any
 
-    def holding(self) -> Effects:
-        """The effects that are left when the held features do not move.
-
-        What they would have done to the others, by the regression of each on the held ones over completions of the reference, is taken off.
-        """
-        h = len(self.among)
-        if not h:
-            return self
-        solved = np.linalg.pinv(self.among + _RIDGE * np.eye(h))
-        parts = []
-        for part in self.parts:
-            by_score, by_rate = (spread[part.number] @ solved for spread in self.spread[part.kind])
-            parts.append(
-                dataclasses.replace(
-                    part,
-                    delta=part.delta - (by_score * part.held).sum(axis=1),
-                    rate_delta=part.rate_delta - (by_rate * part.held).sum(axis=1),
-                )
-            )
-        return Effects(parts)
+    def of(self, kind: str, view: str = "global") -> Part:
+        """The effects on a kind of thing in a view."""
+        return next(part for part in self.parts if (part.kind, part.view) == (kind, view))
 
 
 def measure(
     harvest: Harvest,
     conditions: Conditions,
     weights: Array,
-    held: NDArray[np.int64],
     settings: AuditSettings,
     sample_size: int,
     min_rows: int,
@@ -156,67 +119,35 @@ def measure(
         harvest: The harvest.
         conditions: Its analysis' conditions.
         weights: `(n_rows,)`, what each pair counts. A mean is over all pairs, whatever they count: half the weights are half the effect.
-        held: Features whose covariance with everything is wanted.
         settings: Of the analysis.
-        sample_size: Completions it is taken from.
+        sample_size: Pairs whose differences are kept, fewer where they have more entries than `settings.max_embedded`.
         min_rows: Rows of a condition that counts.
         progress: Whether to show progress bars.
     """
-    things = conditions.things
-    chosen_rows = sample(harvest.n_rows, max(1, sample_size // 2), settings.seed + 5) & (len(held) > 0)
+    chosen_rows = sample(harvest.n_rows, sample_size, settings.seed + 5)
     sampled = []
-    tallies: dict[tuple[str, str], Tally] = {}
+    tallies: dict[tuple[str, str], _Tally] = {}
     for place, shard in passes(harvest, "Effects", progress):
-        sides = [things.scores(shard.chosen.freq), things.scores(shard.rejected.freq)]
+        sides = [conditions.things.scores(shard.chosen.freq), conditions.things.scores(shard.rejected.freq)]
         groups = conditions.of_pairs(place, shard)
         for kind, view in VIEWS:
             chosen, rejected = (side[kind] for side in sides)
-            tally = tallies.setdefault((kind, view), Tally.empty(groups[view].shape[1], chosen[0].shape[1]))
+            tally = tallies.setdefault((kind, view), _Tally(groups[view].shape[1], chosen[0].shape[1]))
             tally.add(groups[view], weights[place], *zip(chosen, rejected, strict=True))
-        for view in groups if len(held) else ():
-            tally = tallies.setdefault(("held", view), Tally.empty(groups[view].shape[1], len(held)))
-            levels = shard.chosen.freq[:, held].toarray(), shard.rejected.freq[:, held].toarray()
-            tally.add(groups[view], weights[place], levels, levels)
-        sampled += [span.freq[chosen_rows[place]] for span in (shard.chosen, shard.rejected)]
-    everywhere = {kind: tally for (kind, view), tally in tallies.items() if view == "global"}
+        sampled.append((shard.chosen.freq - shard.rejected.freq)[chosen_rows[place]])
     parts = [
-        _part(
-            kind, view, tally, everywhere[kind].sd()[0], tallies.get(("held", view)), everywhere.get("held"), min_rows
-        )
-        for (kind, view), tally in tallies.items()
-        if kind != "held"
+        _part(kind, view, tally, tallies[kind, "global"].sd()[0], min_rows) for (kind, view), tally in tallies.items()
     ]
-    if not len(held):
-        return Effects(parts)
-    freq = thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed)
-    return Effects(parts, *_together(things, freq, held, everywhere))
+    return Effects(parts, thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed))
 
 
-def _part(
-    kind: str,
-    view: str,
-    tally: Tally,
-    sd: Array,
-    held: Tally | None,
-    held_everywhere: Tally | None,
-    min_rows: int,
-) -> Part:
+def _part(kind: str, view: str, tally: _Tally, sd: Array, min_rows: int) -> Part:
     large = np.flatnonzero(tally.n[:, 0] >= (min_rows if view != "global" else 1))
     n = tally.n[large]
     condition, number = np.indices((len(large), tally.delta.shape[1])).reshape(2, -1)
-
-    rate = tally.rate[large] / (2 * n)
-
-    def mean(values: Array, squares: Array, variance: Array) -> tuple[Array, Array]:
-        found = values[large] / n
-        # where no pair differs there is still doubt, as if half a pair did by as much as completions vary
-        return found, np.sqrt(np.maximum(squares[large] / n - found**2, 0.5 * variance / n) / n)
-
-    delta, se = mean(tally.delta, tally.square, sd**2)
-    rate_delta, rate_se = mean(tally.rate_delta, tally.rate_square, np.maximum(rate * (1 - rate), 0.1 / n))
-    moved = np.zeros((len(large), 0))
-    if held is not None and held_everywhere is not None:
-        moved = held.delta[large] / n / held_everywhere.sd()[0]
+    delta = tally.delta[large] / n
+    # where no pair differs there is still doubt, as if half a pair did by as much as completions vary
+    se = np.sqrt(np.maximum(tally.square[large] / n - delta**2, 0.5 * sd**2 / n) / n)
     return Part(
         kind=kind,
         view=view,
@@ -224,26 +155,6 @@ def _part(
         condition=np.full(len(number), -1) if view == "global" else large[condition],
         delta=(delta / sd).ravel(),
         se=(se / sd).ravel(),
-        rate=rate.ravel(),
-        rate_delta=rate_delta.ravel(),
-        rate_se=rate_se.ravel(),
+        rate=(tally.rate[large] / (2 * n)).ravel(),
         sd=np.broadcast_to(sd, delta.shape).ravel(),
-        variance=((tally.sd() / sd) ** 2)[large].ravel(),
-        held=moved[condition],
     )
-
-
-def _together(
-    things: Things, freq: Any, held: NDArray[np.int64], tallies: dict[str, Tally]
-) -> tuple[dict[str, tuple[Array, Array]], Array]:
-    """Covariance of everything's score (in sd), and appearing, with the held features' scores, over completions; and among these."""
-    z = freq[:, held].toarray().astype(np.float64)
-    z = (z - z.mean(axis=0)) / tallies["held"].sd()[0]
-    spread = {}
-    for kind, (score, shown) in things.scores(freq).items():
-        sd = tallies[kind].sd()[0][:, None]
-        spread[kind] = (
-            np.asarray(score.T @ z) / len(z) / sd,
-            np.asarray(shown.T @ z) / len(z),
-        )  # z has mean 0: no more to centre
-    return spread, z.T @ z / len(z)

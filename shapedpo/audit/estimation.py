@@ -1,117 +1,147 @@
-"""From effects in the data to changes of the model: what the reference can move in, how it generalises, and how sure that is."""
+"""From effects in the data to changes of the model: the reward that they imply, what it moves, and how sure that is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from .conditions import Conditions
 from .effects import Effects, Part
+from .harvesting.store import Harvest
+from .reward import Change, Within, answer_pairs, changes
 from .shrinkage import shrunk
 
 
 if TYPE_CHECKING:
     from .observed import Observed
     from .prediction import PredictionSettings
+    from .rollouts import Rollouts
 
 Array = NDArray[np.float64]
 
 LEVEL = 0.9
 """Of the intervals."""
+_PRIOR_PAIRS = 5  # of the data's completions, that a base rate in the answers is eked out with
+_TINY = 1e-9  # of a standard error, where nothing varies
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Changes of a part's things, `(n,)` each: of the score, in sd, and of the share of completions in which it appears; and standard errors."""
+
+    value: Array
+    se: Array
+    rate: Array
+    rate_se: Array
 
 
 def estimate(
-    effects: Effects, answers: Mapping[tuple[str, str], Observed], pilot: bool, settings: PredictionSettings
+    harvest: Harvest,
+    conditions: Conditions,
+    effects: Effects,
+    held: NDArray[np.int64],
+    answers: Rollouts | None,
+    pilot: Observed | None,
+    settings: PredictionSettings,
+    progress: bool = True,
 ) -> dict[str, NDArray[Any]]:
     """The columns of a [`~shapedpo.audit.prediction.Prediction`].
 
     Args:
-        effects: What the data shows.
-        answers: What the reference's answers show; empty where there are none.
-        pilot: Whether a pilot weighs them.
+        harvest, conditions: The data, and what is scored where.
+        effects: What it shows.
+        held: Features that are held.
+        answers: The reference's answers, if there are any.
+        pilot: How a pilot changed the features in them, if there is one.
         settings: How.
+        progress: Whether to show progress bars.
     """
+    features = effects.of("feature")
+    spoken = [] if answers is None else [one - other for _, (one, other) in answer_pairs(answers, progress)]
+    data = Within([effects.differences], features.sd)
+    own = Within(spoken, features.sd) if spoken else data
+    reward = data.solve(features.delta, settings.ridge)
+    if pilot is not None:
+        reward = _half_of_each(reward, own.solve(pilot.change[0] / features.sd, settings.ridge), own)
+    reward = own.holding(reward, held)
+    of_reference, of_all = changes(reward / features.sd, harvest, conditions, answers, progress)
+
     columns: dict[str, list[Any]] = {}
-    everywhere: dict[str, tuple[Array, Array]] = {}
-    pace: float | None = None  # the pilot's change for a mean delta of one sd
+    everywhere: dict[str, _Line] = {}
+    scale = settings.scale
     for part in sorted(effects.parts, key=lambda part: (part.view != "global", part.kind != "feature")):
-        value, se, rate, found = part.delta, part.se, part.rate, answers.get((part.kind, part.view))
-        if found is not None:
-            ratio, rate = _room(part, found, settings)
-            value, se = value * ratio, se * ratio
         if part.view == "global":
-            if pilot and found is not None:
-                change, change_se = found.change[0] / part.sd, found.se[0] / part.sd
-                both = _with_pilot(value, se, change, change_se)
-                if pace is None:  # features come first: there are most of them
-                    pace = float(value @ both[0]) / max(float(value @ value), 1e-300)
-                if pace > 0:
-                    value, se = both[0] / pace, both[1] / pace
-            everywhere[part.kind] = value, se
-        else:  # what a condition adds to what happens everywhere, which is little for most
-            base, base_se = (of[part.number] for of in everywhere[part.kind])
-            more, more_se = shrunk(value - base, se)
-            value, se = base + more, np.hypot(base_se, more_se)
-        scale = settings.scale
-        if pace is not None and pace > 0 and settings.pilot_share is not None:
-            scale = pace * settings.pilot_share**-settings.growth
-        _add(columns, part, value, se, rate, scale, settings)
+            line = everywhere[part.kind] = _everywhere(part, of_reference[part.kind, "global"])
+            if part.kind == "feature" and pilot is not None and settings.pilot_share is not None:  # features come first
+                pace = _pace(line.value, pilot.change[0] / part.sd, pilot.se[0] / part.sd)
+                scale = pace * settings.pilot_share**-settings.growth if pace > 0 else scale
+        else:
+            line = _under_condition(
+                part, everywhere[part.kind], of_all[part.kind, part.view], of_all[part.kind, "global"]
+            )
+        rate = _base_rate(part, of_reference.get((part.kind, part.view)) if spoken else None)
+        _add(columns, part, line, rate, scale, settings)
     types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
     return {name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}
 
 
-def _room(part: Part, found: Observed, settings: PredictionSettings) -> tuple[Array, Array]:
-    """How much more the reference's own answers vary than the data's completions, and the rates of appearing in them.
+def _half_of_each(reward: Array, shown: Array, within: Within) -> Array:
+    """The mean of the data's and of a pilot's reward, the latter scaled so that it moves the features as far."""
+    size, other = (float(np.linalg.norm(within @ each)) for each in (reward, shown))
+    return (reward + size / other * shown) / 2 if size > 0 and other > 0 else reward
 
-    A reward moves a model within what it says by itself: to first order a score's change is its covariance with the reward under the
-    reference, while the delta that the data shows is so under whoever wrote the data.
-    """
-    at = np.maximum(part.condition, 0), part.number
-    n = 2 * found.n[at[0], 0]
-    varies = (n * found.variance[at] / part.sd**2 + settings.prior_answers * part.variance) / (
-        n + settings.prior_answers
+
+def _pace(value: Array, seen: Array, seen_se: Array) -> float:
+    """How far a pilot has gone, of a prediction of 1; half of what is predicted was read off it, with its noise."""
+    size, other, own = (float(np.linalg.norm(each)) for each in (value, seen, seen_se))
+    return (float(value @ seen) - size / other * own**2 / 2) / size**2 if size > 0 and other > 0 else 0.0
+
+
+def _everywhere(part: Part, change: Change) -> _Line:
+    value, se = change.value[0] / part.sd, change.se[0] / part.sd
+    pairs = part.se * np.linalg.norm(value) / max(float(np.linalg.norm(part.delta)), 1e-300)  # they are a sample, too
+    return _Line(value, np.hypot(se, pairs), change.rate_change[0], change.rate_se[0])
+
+
+def _under_condition(part: Part, everywhere: _Line, change: Change, all_over: Change) -> _Line:
+    """What happens everywhere and what the condition adds to it, which is little for most things."""
+    at = part.condition, part.number
+    base, base_se, base_rate, base_rate_se = (of[part.number] for of in vars(everywhere).values())
+    more, more_se = shrunk(
+        (change.value[at] - all_over.value[0][part.number]) / part.sd, change.se[at] / part.sd + _TINY
     )
-    rate = (n / 2 * found.rate[at] + part.rate) / (n / 2 + 1)
-    return np.minimum(varies / np.maximum(part.variance, 1e-9), settings.max_ratio), rate
+    rate, rate_se = shrunk(change.rate_change[at] - all_over.rate_change[0][part.number], change.rate_se[at] + _TINY)
+    return _Line(base + more, np.hypot(base_se, more_se), base_rate + rate, np.hypot(base_rate_se, rate_se))
 
 
-def _with_pilot(value: Array, se: Array, change: Array, change_se: Array) -> tuple[Array, Array]:
-    """What the data and a pilot say together of the pilot's change, by empirical Bayes, and its standard error."""
-    from ..monitor.estimators import MIN_FEATURES, best_estimate
-
-    if len(value) < MIN_FEATURES or not value.any() or not change.any():
-        return value, se
-    # what no answer shows has an error of 0 that means nothing
-    both = best_estimate(value, se, (change, np.maximum(change_se, np.median(change_se[change_se > 0]))))
-    return both.value, both.se
+def _base_rate(part: Part, spoken: Change | None) -> Array:
+    if spoken is None:
+        return part.rate
+    at = np.maximum(part.condition, 0), part.number
+    n = spoken.n[at[0], 0]
+    return (n * spoken.rate[at] + _PRIOR_PAIRS * part.rate) / (n + _PRIOR_PAIRS)
 
 
 def _add(
-    columns: dict[str, list[Any]],
-    part: Part,
-    value: Array,
-    se: Array,
-    rate: Array,
-    scale: float,
-    settings: PredictionSettings,
+    columns: dict[str, list[Any]], part: Part, line: _Line, rate: Array, scale: float, settings: PredictionSettings
 ) -> None:
     """Add a part's lines."""
     half = float(norm.ppf(0.5 + LEVEL / 2))
-    usual = np.sqrt(np.mean(value**2)) if len(value) else 0.0
-    error = np.sqrt(se**2 + settings.error**2 * value**2 + (settings.common_error * usual) ** 2)
-    # A change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate; a score moves with its rate.
+    usual = np.sqrt(np.mean(line.value**2)) if len(line.value) else 0.0
+    # a change of p(1 - p) in the rate is one in the log-odds, which go on where a rate would saturate
     p = np.clip(rate, settings.least_rate, 1 - settings.least_rate)
-    moved = np.divide(
-        part.rate_delta, part.delta, out=np.zeros_like(part.delta), where=np.abs(part.delta) > 2 * part.se
-    )
-    usual_move = np.sqrt(p * (1 - p))  # of something that is on or off
-    per_score = np.where(moved > 0, np.clip(moved, usual_move / 4, 4 * usual_move), usual_move) / (p * (1 - p))
-    for name, per in (("score", 1.0), ("log_odds", per_score)):
+    odds = p * (1 - p)
+    for name, value, se, common in (
+        ("score", line.value, line.se, usual),
+        ("log_odds", line.rate / odds, line.rate_se / odds, usual / np.sqrt(odds)),  # that of something on or off
+    ):
+        error = np.sqrt(se**2 + (settings.error * value) ** 2 + (settings.common_error * common) ** 2)
         for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
-            columns.setdefault(name + suffix, []).append(scale * per * (value + shift * error))
+            columns.setdefault(name + suffix, []).append(scale * (value + shift * error))
     for name, values in (
         ("kind", np.full(len(part.number), part.kind)),
         ("view", np.full(len(part.number), part.view)),

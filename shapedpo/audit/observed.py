@@ -10,12 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from .conditions import OBSERVED, Conditions, passes
+from .effects import dense, squared
 from .rollouts import Rollouts
 
 
 Array = NDArray[np.float64]
 
-HALVES = 3  # all prompts, those of even and those of odd number
+HALVES = 3  # all prompts, and two halves of them
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,9 @@ class Observed:
     Attributes:
         n: `(groups, 1)`, pairs of rollouts.
         change, se: Change of the mean score, in the score's own units, and its standard error.
-        halves: `(2, groups, things)`, the change on rollouts of even and of odd number.
-        log_odds, log_odds_se: Change of the log-odds of appearing.
+        halves: `(2, groups, things)`, the change on either half of the prompts: answers to a prompt follow each other.
+        log_odds, log_odds_se, log_odds_halves: Change of the log-odds of appearing.
         rate: Share of the base model's rollouts in which it appears.
-        variance: Of the score, over all rollouts.
     """
 
     n: Array
@@ -37,8 +37,8 @@ class Observed:
     halves: Array
     log_odds: Array
     log_odds_se: Array
+    log_odds_halves: Array
     rate: Array
-    variance: Array
 
 
 class _Sums:
@@ -46,10 +46,9 @@ class _Sums:
 
     def __init__(self, groups: int, things: int) -> None:
         self.n, self.c, self.cc = (np.zeros((groups, 1)) for _ in range(3))
-        self.r, self.rr, self.cr, self.level, self.square = (np.zeros((groups, things)) for _ in range(5))
-        self.before, self.after = (np.zeros((groups, things)) for _ in range(2))
+        self.r, self.rr, self.cr, self.level = np.zeros((4, groups, things))
 
-    def add(self, members: Any, weights: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
+    def add(self, members: Any, weights: Array, scores: tuple[Any, Any]) -> None:
         """Add pairs; `weights`, `(n, 2)`, of the trained and of the base model's rollouts."""
         groups = sparse.csr_matrix(members.T, dtype=np.float64)
         c = weights.mean(axis=1)
@@ -57,42 +56,36 @@ class _Sums:
         self.n += groups.sum(axis=1)
         self.c += groups @ c[:, None]
         self.cc += groups @ (c**2)[:, None]
-        for name, values in (
-            ("r", r),
-            ("rr", _squared(r)),
-            ("cr", sparse.diags(c) @ r),
-            ("level", (scores[0] + scores[1]) / 2),
-            ("square", (_squared(scores[0]) + _squared(scores[1])) / 2),
-            ("after", shown[0]),
-            ("before", shown[1]),
+        for total, values in (
+            (self.r, r),
+            (self.rr, squared(r)),
+            (self.cr, sparse.diags(c) @ r),
+            (self.level, (scores[0] + scores[1]) / 2),
         ):
-            total = groups @ values
-            setattr(self, name, getattr(self, name) + (total.toarray() if sparse.issparse(total) else total))
+            total += dense(groups @ values)
 
-    def observed(self) -> Observed:
+    def change(self) -> tuple[Array, Array, Array, Array]:
+        """Pairs, mean over both sides, change and its standard error."""
         n = np.maximum(self.n, 1)
         level = self.level / n
         change = (self.r - self.c * level) / n
         square = (self.rr - 2 * level * self.cr + level**2 * self.cc) / n
-        se = np.sqrt(np.maximum(square - change**2, 0) / np.maximum(n - 1, 1))
-        after, before = (counts + 0.5 for counts in (self.after, self.before))  # Haldane and Anscombe
-        odds = [np.log(counts / (n + 1 - counts)) for counts in (after, before)]
-        odds_se = np.sqrt(sum(1 / counts + 1 / (n + 1 - counts) for counts in (after, before)))
-        of, half = np.split(np.arange(len(n)), HALVES)[0], np.split(change, HALVES)[1:]
-        return Observed(
-            n=self.n[of],
-            change=change[of],
-            se=se[of],
-            halves=np.stack(half),
-            log_odds=(odds[0] - odds[1])[of],
-            log_odds_se=odds_se[of],
-            rate=(self.before / n)[of],
-            variance=np.maximum(self.square / n - level**2, 0)[of],
-        )
+        return n, level, change, np.sqrt(np.maximum(square - change**2, 0) / np.maximum(n - 1, 1))
 
 
-def _squared(values: Any) -> Any:
-    return values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=np.float64)
+def _observed(score: _Sums, shown: _Sums, both: bool) -> Observed:
+    _, _, change, se = score.change()
+    n, rate, more, more_se = shown.change()
+    # what both models' answers show is their rates' mean, what the base model's alone show is its own
+    before = np.clip(rate - (more / 2 if both else 0), 0, 1)
+    after = np.clip(before + more, 0, 1)
+    p, q = ((n * each + 0.5) / (n + 1) for each in (after, before))  # Haldane and Anscombe
+    log_odds = np.log(p / (1 - p)) - np.log(q / (1 - q))
+    middle = (p + q) / 2
+    log_odds_se = np.hypot(more_se, 0.5 / (n + 1)) / (middle * (1 - middle))
+    of = np.split(np.arange(len(n)), HALVES)[0]
+    halves, odds_halves = (np.stack(np.split(values, HALVES)[1:]) for values in (change, log_odds))
+    return Observed(score.n[of], change[of], se[of], halves, log_odds[of], log_odds_se[of], odds_halves, before[of])
 
 
 def observe(
@@ -108,18 +101,22 @@ def observe(
         progress: Whether to show a progress bar.
     """
     weights = rollouts.weights if bridge else np.broadcast_to([2.0, -2.0], rollouts.log_ratios.shape)
-    sums: dict[tuple[str, str], _Sums] = {}
+    sums: dict[tuple[str, str], tuple[_Sums, _Sums]] = {}
     for place, shard in passes(rollouts.harvest, "Observing", progress):
         sides = [conditions.things.scores(span.freq) for span in (shard.chosen, shard.rejected)]
         groups = conditions.of_answers(shard)
-        even = sparse.diags((shard.rows % 2 == 0).astype(float))
+        even = sparse.diags((shard.rows // 2 % 2 == 0).astype(float))  # of prompts: both models answer each twice
         odd = sparse.eye(len(shard.rows)) - even
         for kind, view in OBSERVED:
             chosen, rejected = (side[kind] for side in sides)
             members = sparse.hstack([groups[view], even @ groups[view], odd @ groups[view]], format="csr")
-            found = sums.setdefault((kind, view), _Sums(members.shape[1], chosen[0].shape[1]))
-            found.add(members, np.asarray(weights[place]), *zip(chosen, rejected, strict=True))
-    return {key: found.observed() for key, found in sums.items()}
+            size = members.shape[1], chosen[0].shape[1]
+            found = sums.setdefault((kind, view), (_Sums(*size), _Sums(*size)))
+            for total, values in zip(
+                found, zip(chosen, rejected, strict=True), strict=True
+            ):  # scores, then where it appears
+                total.add(members, np.asarray(weights[place]), values)
+    return {key: _observed(*found, rollouts.both) for key, found in sums.items()}
 
 
 def r_squared(predicted: ArrayLike, observed: ArrayLike) -> float:

@@ -1,17 +1,15 @@
 r"""How far DPO on a dataset will move each feature and cluster, before anything is trained.
 
-The mean delta of the pairs is the first-order pressure on a score (the paper's global prediction). What is made of it, as far as there is
-something to make it of:
+The mean delta of the pairs is the first-order pressure on a score (the paper's global prediction). What is made of it:
 
-- A condition's own effect is what it adds to everywhere, shrunk as far as its rows are few ([`~shapedpo.audit.shrinkage`]).
-- A change can only come out of what the reference varies in: with the reference's answers at hand, an effect is multiplied by the ratio of a
-  score's variance in them to that in the data's completions, whoever wrote those.
-- How a model generalises, displacement above all, is in no count of features. A pilot of some steps shows it: the covariance of its log-ratios with
-  the scores over the reference's answers, put together with the data's effects by empirical Bayes. It also sets the scale.
+- The reward that explains the features' mean deltas, and what it moves: a score changes by its covariance with that reward over answers to the same
+  prompt ([`~shapedpo.audit.reward`]). The answers are the reference's own where they are at hand, or else the data's completions.
+- A condition's own effect is the same over its answers, less what happens everywhere, shrunk as far as they are few
+  ([`~shapedpo.audit.shrinkage`]).
+- How a model generalises, displacement above all, is in no count of features. A pilot of some steps shows it: its changes in the reference's answers
+  give a second reward, and the mean of both is what predicts. A pilot also sets the scale.
 
-`benchmarks/prediction.py` measures how true the result is: on worlds held out, neither answers nor pilots of 100 pairs made the ranks better in the median,
-pilots of 250 pairs did by little; a pilot's worth there is the scale. Source: ours, from METHOD section 6. Partial effects by ridge and logistic regression of the
-preference on deltas, and the features' covariance times the mean delta, were tried there and made it worse.
+`benchmarks/prediction.py` measures how true the result is, and what was tried and is worse. Source: ours, from METHOD section 6.
 """
 
 from __future__ import annotations
@@ -51,27 +49,26 @@ class PredictionSettings:
         pilot_share: The share of the run that a pilot has had: of its steps, or better, of the sum of its learning rates over steps. The scale
             then follows from the pilot.
         growth: Power of the rest of the run with which the pilot's change grows: less than 1, as DPO slows down.
+        ridge: Added to the features' covariance matrix, whose diagonal is 1, where the reward is solved for: what varies less along a direction
+            is mostly taken for noise.
         error: Standard error of a prediction as a share of its own size.
         common_error: The error that all have, as a share of the usual prediction: what moves although the data does not ask for it.
-        prior_answers: Answers that the data's own completions count as, where the reference's answers say how much a score varies.
-        max_ratio: Largest factor by which a prediction grows for the reference's answers varying more than the data.
         least_rate: Rates are taken as this at least, and at most as 1 less this, where log-odds are predicted.
-        sample: Completions whose covariance says how features go together.
+        sample: Pairs whose differences say how features go together.
         min_condition_rows: Rows of a condition that predictions are made for.
 
     Raises:
         ValueError: If a number is not above 0.
     """
 
-    scale: float = 0.5
+    scale: float = 1.0
     pilot_share: float | None = None
     growth: float = 0.9
+    ridge: float = 3.0
     error: float = 0.5
     common_error: float = 0.5
-    prior_answers: float = 20.0
-    max_ratio: float = 4.0
     least_rate: float = 1e-3
-    sample: int = 20_000
+    sample: int = 10_000
     min_condition_rows: int = 10
 
     def __post_init__(self) -> None:
@@ -189,7 +186,7 @@ def predict(
         weights: `(n_rows,)`, not negative, what each pair counts, in the order of `analysis.rows`: 0 for a row that is dropped, 1 as it is.
         held: Features that are held: they will not change, and what goes with them changes less.
         rollouts: Answers of the reference to some prompts, and if a pilot (a model trained on the data for a few steps) answered too, or weighs
-            them, its log-ratios. The answers say how much each score can move, the pilot how the model generalises. The pilot is left out
+            them, its log-ratios. The answers say what can move together, and how far, the pilot how the model generalises. The pilot is left out
             where features are held or pairs weighted: it was trained on the data as it is.
         conditions: The analysis' conditions, where they are at hand: saves a pass.
         progress: Whether to show progress bars.
@@ -205,20 +202,17 @@ def predict(
         harvest,
         conditions,
         found,
-        features,
         analysis.settings,
         settings.sample,
         settings.min_condition_rows,
         progress,
     )
-    answers: dict[tuple[str, str], Observed] = {}
-    pilot = False
-    if rollouts is not None:
+    pilot: Observed | None = None
+    if rollouts is not None and rollouts.log_ratios.any() and weights is None and not len(features):
         from .observed import observe  # needs torch
 
-        answers = observe(rollouts, conditions, progress=progress)
-        pilot = bool(rollouts.log_ratios.any()) and weights is None and not len(features)
-    return Prediction(**estimate(effects.holding(), answers, pilot, settings))
+        pilot = observe(rollouts, conditions, progress=progress)["feature", "global"]
+    return Prediction(**estimate(harvest, conditions, effects, features, rollouts, pilot, settings, progress))
 
 
 def _checked(

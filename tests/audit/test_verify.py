@@ -54,7 +54,7 @@ def test_observed_change_is_what_each_pair_of_answers_adds(audited, tmp_path, br
         np.testing.assert_allclose(result.change[group], adds.mean(axis=0), atol=1e-7)
         np.testing.assert_allclose(result.se[group], adds.std(axis=0, ddof=1) / len(rows) ** 0.5, rtol=1e-4, atol=1e-8)
         for half in range(2):
-            part = rows[rows % 2 == half]
+            part = rows[rows // 2 % 2 == half]
             level = (after[part].mean(axis=0) + before[part].mean(axis=0)) / 2
             adds = weights[part, :1] * (after[part] - level) / 2 + weights[part, 1:] * (before[part] - level) / 2
             np.testing.assert_allclose(result.halves[half][group], adds.mean(axis=0), atol=1e-7)
@@ -65,9 +65,14 @@ def test_observed_change_is_what_each_pair_of_answers_adds(audited, tmp_path, br
         np.stack([(x[:, c] > 0.01).mean(axis=1) for c in analysis.clusters["feature"]], axis=1) for x in (after, before)
     ]
     check(found["feature_cluster", "global"], 0, *shares, np.arange(ANSWERS.n))
-    shown = [(share >= 0.5 - 1e-9).sum(axis=0) + 0.5 for share in shares]
-    odds = [np.log(x / (ANSWERS.n + 1 - x)) for x in shown]
-    np.testing.assert_allclose(found["feature_cluster", "global"].log_odds[0], odds[0] - odds[1], atol=1e-9)
+    shown = [(share >= 0.5 - 1e-9).astype(float) for share in shares]
+    n, middle = ANSWERS.n, sum(each.mean(axis=0) for each in shown) / 2
+    adds = sum(weights[:, [i]] * (each - middle) / 2 for i, each in enumerate(shown)).mean(axis=0)
+    rates = [np.clip(middle + sign * adds / 2, 0, 1) for sign in (1, -1)]
+    if not bridge:  # the counts themselves
+        np.testing.assert_allclose(rates, [each.mean(axis=0) for each in shown], atol=1e-9)
+    odds = [np.log((n * rate + 0.5) / (n + 0.5 - n * rate)) for rate in rates]
+    np.testing.assert_allclose(found["feature_cluster", "global"].log_odds[0], odds[0] - odds[1], atol=1e-7)
 
     sd = np.where(conditions.things.prompt_view.delta_sd > 0, conditions.things.prompt_view.delta_sd, 1)
     moved = [
@@ -95,7 +100,9 @@ def test_figures_of_known_predictions() -> None:
     numbers |= {"score": score, "score_low": score - half, "score_high": score + half, "number": np.arange(n)}
     numbers |= {"kind": np.full(n, "feature"), "view": np.full(n, "global")}
     zeros = np.zeros(n)
-    outcome = Outcome(Prediction(**numbers), halves.mean(axis=0), np.full(n, noise), halves, zeros, zeros, zeros, zeros)
+    outcome = Outcome(
+        Prediction(**numbers), halves.mean(axis=0), np.full(n, noise), halves, zeros, zeros, halves, zeros, zeros
+    )
     found = Figures.of(outcome)
     assert found.r2 == pytest.approx(np.corrcoef(score, halves.mean(axis=0))[0, 1] ** 2)
     assert found.low < found.r2 < found.high < found.low + 0.1

@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 MIN_RATE = 0.005
 """What appears in fewer of the reference's completions is left out of the figures: there is too little to see."""
+MIN_ODDS_RATE = 0.02
+"""What appears in fewer of the base model's rollouts, or is missing in fewer, has no log-odds to speak of."""
 MIN_ROLLOUTS = 20  # pairs of rollouts under a condition that is looked at
 _DRAWS = 400  # of the bootstrap
 
@@ -34,7 +36,7 @@ class Outcome:
         prediction: The lines that rollouts say something of.
         observed, se: Change of the mean score that rollouts show, in sd, and its standard error.
         halves: `(2, n)`, that on every other rollout.
-        log_odds, log_odds_se: Change of the log-odds of appearing that they show.
+        log_odds, log_odds_se, log_odds_halves: Change of the log-odds of appearing that they show.
         rate: Share of the base model's rollouts in which it appears.
         n: Pairs of rollouts.
     """
@@ -45,6 +47,7 @@ class Outcome:
     halves: Array
     log_odds: Array
     log_odds_se: Array
+    log_odds_halves: Array
     rate: Array
     n: Array
 
@@ -70,12 +73,20 @@ class Outcome:
         own = {**vars(found), "prediction": changed, "observed": found.observed - self.observed[base]}
         return Outcome(**{**own, "halves": found.halves - self.halves[:, base]})
 
+    def in_log_odds(self) -> Outcome:
+        """The lines with the log-odds of appearing in place of the score, of what is neither too rare nor too common to have any."""
+        some = self.where((self.rate >= MIN_ODDS_RATE) & (self.rate <= 1 - MIN_ODDS_RATE))
+        p = some.prediction
+        odds = {"score": p.log_odds, "score_low": p.log_odds_low, "score_high": p.log_odds_high}
+        changes = {"observed": some.log_odds, "se": some.log_odds_se, "halves": some.log_odds_halves}
+        return Outcome(**{**vars(some), "prediction": Prediction(**{**vars(p), **odds}), **changes})
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the lines as `verify.parquet`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        own = {f.name: getattr(self, f.name) for f in fields(self)[1:] if f.name != "halves"}
+        own = {f.name: getattr(self, f.name) for f in fields(self)[1:] if "halves" not in f.name}
         own = {name if name in ("observed", "n") else f"observed_{name}": values for name, values in own.items()}
         table = pa.table({**vars(self.prediction), **own})
         pq.write_table(table, Path(folder) / "verify.parquet", compression="zstd")
@@ -174,6 +185,7 @@ def compare(
                 "halves": found.halves[:, group, number] / sd,
                 "log_odds": found.log_odds[group, number],
                 "log_odds_se": found.log_odds_se[group, number],
+                "log_odds_halves": found.log_odds_halves[:, group, number],
                 "rate": rate[kept],
                 "n": n[kept],
             }
@@ -192,12 +204,17 @@ GROUPS = {
 """What figures are given of: kind, view, and whether what happens everywhere is taken off."""
 
 
+ODDS = ", log-odds"
+"""What is added to a group's name where its figures are of the log-odds of appearing."""
+
+
 def figures(outcome: Outcome) -> dict[str, Figures]:
-    """The figures of each group of [`GROUPS`] that has three things or more."""
-    contrast = outcome.contrast()
+    """The figures of each group of [`GROUPS`] that has three things or more, of the scores and then of the log-odds."""
+    contrast, odds = outcome.contrast(), outcome.in_log_odds()
     found = {
         name: Figures.of((contrast if less else outcome).of(kind, view)) for name, (kind, view, less) in GROUPS.items()
     }
+    found |= {name + ODDS: Figures.of(odds.of(kind, view)) for name, (kind, view, less) in GROUPS.items() if not less}
     return {name: value for name, value in found.items() if value is not None}
 
 
