@@ -93,7 +93,7 @@ class Effects:
 
     Attributes:
         parts: The effects.
-        differences: `(pairs, d_sae)` sparse, chosen less rejected completions' frequencies in a sample of the pairs.
+        differences: `(pairs, d_sae)` sparse, chosen less rejected completions' frequencies in a sample of the pairs that count.
     """
 
     parts: list[Part]
@@ -124,7 +124,7 @@ def measure(
         min_rows: Rows of a condition that counts.
         progress: Whether to show progress bars.
     """
-    chosen_rows = sample(harvest.n_rows, sample_size, settings.seed + 5)
+    chosen_rows = sample(harvest.n_rows, sample_size, settings.seed + 5) & (weights > 0)
     sampled = []
     tallies: dict[tuple[str, str], _Tally] = {}
     for place, shard in passes(harvest, "Effects", progress):

@@ -43,6 +43,7 @@ def estimate(
     harvest: Harvest,
     conditions: Conditions,
     effects: Effects,
+    weights: Array,
     held: NDArray[np.int64],
     answers: Rollouts | None,
     pilot: Observed | None,
@@ -54,6 +55,7 @@ def estimate(
     Args:
         harvest, conditions: The data, and what is scored where.
         effects: What it shows.
+        weights: What each pair counts.
         held: Features that are held.
         answers: The reference's answers, if there are any.
         pilot: How a pilot changed the features in them, if there is one.
@@ -68,7 +70,7 @@ def estimate(
     if pilot is not None:
         reward = _half_of_each(reward, own.solve(pilot.change[0] / features.sd, settings.ridge), own)
     reward = own.holding(reward, held)
-    of_reference, of_all = changes(reward / features.sd, harvest, conditions, answers, progress)
+    of_reference, of_all = changes(reward / features.sd, harvest, conditions, weights > 0, answers, progress)
 
     columns: dict[str, list[Any]] = {}
     everywhere: dict[str, _Line] = {}

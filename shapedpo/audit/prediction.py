@@ -65,8 +65,8 @@ class PredictionSettings:
     pilot_share: float | None = None
     growth: float = 0.9
     ridge: float = 3.0
-    error: float = 0.5
-    common_error: float = 0.5
+    error: float = 0.4
+    common_error: float = 0.4
     least_rate: float = 1e-3
     sample: int = 10_000
     min_condition_rows: int = 10
@@ -212,7 +212,7 @@ def predict(
         from .observed import observe  # needs torch
 
         pilot = observe(rollouts, conditions, progress=progress)["feature", "global"]
-    return Prediction(**estimate(harvest, conditions, effects, features, rollouts, pilot, settings, progress))
+    return Prediction(**estimate(harvest, conditions, effects, found, features, rollouts, pilot, settings, progress))
 
 
 def _checked(

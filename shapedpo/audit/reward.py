@@ -45,10 +45,11 @@ class Within:
     def __init__(self, differences: Iterable[Any], sd: Array) -> None:
         scaled = sparse.vstack(list(differences), format="csr") @ sparse.diags(1 / (2**0.5 * sd))
         self.z = sparse.csr_matrix(scaled, dtype=np.float64)  # of variance 1 where two answers differ as any two do
+        self.n = max(self.z.shape[0], 1)
 
     def __matmul__(self, vector: Array) -> Array:
         """`(d_sae,)`: the covariance matrix times a vector."""
-        return np.asarray(self.z.T @ (self.z @ vector)) / self.z.shape[0]
+        return np.asarray(self.z.T @ (self.z @ vector)) / self.n
 
     def solve(self, effect: Array, ridge: float) -> Array:
         """`(d_sae,)`: the reward that explains an effect, by conjugate gradients."""
@@ -61,7 +62,7 @@ class Within:
         if not len(held):
             return reward
         own = self.z[:, held]
-        covariance = (own.T @ own).toarray() / self.z.shape[0]
+        covariance = (own.T @ own).toarray() / self.n
         still = reward.copy()
         still[held] -= np.linalg.pinv(covariance, rcond=1e-9, hermitian=True) @ (self @ reward)[held]
         return still
@@ -136,7 +137,12 @@ class _Sums:
 
 
 def changes(
-    reward: Array, harvest: Harvest, conditions: Conditions, answers: Rollouts | None, progress: bool = True
+    reward: Array,
+    harvest: Harvest,
+    conditions: Conditions,
+    counting: NDArray[np.bool_],
+    answers: Rollouts | None,
+    progress: bool = True,
 ) -> tuple[Mapping[Key, Change], Mapping[Key, Change]]:
     """What a reward changes, everywhere and under conditions.
 
@@ -144,6 +150,7 @@ def changes(
         reward: `(d_sae,)`, of a frequency of 1.
         harvest: The data, whose pairs are completions of the same prompt too.
         conditions: What is scored, and where.
+        counting: `(n_rows,)`, which pairs are there at all.
         answers: Answers of the reference.
         progress: Whether to show progress bars.
 
@@ -159,7 +166,9 @@ def changes(
             for collected in (everything, own):
                 collected.add(reward, conditions, groups, pair)
     for place, shard in passes(harvest, "Predicting", progress):
-        everything.add(reward, conditions, conditions.of_pairs(place, shard), (shard.chosen.freq, shard.rejected.freq))
+        kept = sparse.diags(counting[place].astype(float))
+        groups = {view: kept @ members for view, members in conditions.of_pairs(place, shard).items()}
+        everything.add(reward, conditions, groups, (shard.chosen.freq, shard.rejected.freq))
     found = everything.changes()
     return (own.changes() if answers is not None else found), found
 

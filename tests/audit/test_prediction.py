@@ -8,6 +8,7 @@ import pytest
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, analyse, predict
 from shapedpo.audit.conditions import Conditions
 from shapedpo.audit.effects import measure
+from shapedpo.audit.reward import answer_pairs
 from shapedpo.audit.rollouts import Rollouts
 
 from .worlds import TOKENS, Planted, World
@@ -33,7 +34,7 @@ def test_effects_of_features_and_clusters_are_weighted_means_of_deltas(audited) 
     harvest, analysis = audited
     weights = np.random.default_rng(0).random(WORLD.n)
     conditions = Conditions.of(harvest, analysis, progress=False)
-    effects = measure(harvest, conditions, weights, np.zeros(0, np.int64), analysis.settings, 1000, 10, progress=False)
+    effects = measure(harvest, conditions, weights, analysis.settings, 1000, 10, progress=False)
     parts = {(part.kind, part.view): part for part in effects.parts}
     chosen, rejected = frequencies()
 
@@ -44,7 +45,6 @@ def test_effects_of_features_and_clusters_are_weighted_means_of_deltas(audited) 
         sd = np.where(everything.std(axis=0) > 0, everything.std(axis=0), 1)
         np.testing.assert_allclose(part.delta, weighted.mean(axis=0) / sd, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(part.rate, (shown[rows].mean(axis=0) + other[rows].mean(axis=0)) / 2, atol=1e-6)
-        np.testing.assert_allclose(part.rate_delta, (weights[:, None] * (shown - other))[rows].mean(axis=0), atol=1e-6)
         # where no pair differs, as if half a pair did
         variance = np.maximum(weighted.var(axis=0) / sd**2, 0.5 / len(rows))
         np.testing.assert_allclose(part.se, np.sqrt(variance / len(rows)), rtol=1e-3)
@@ -89,45 +89,107 @@ def test_held_features_do_not_move_and_take_along_what_goes_with_them(audited) -
     np.testing.assert_allclose(still.of("feature").score[other], plain.of("feature").score[other], rtol=0.3)
 
 
-def test_what_the_reference_never_varies_in_does_not_move(audited, tmp_path) -> None:
+ANSWERING = World(450, topics=4, groups=6, loners=12, base=0.1, seed=2)
+
+
+def spread(sides: tuple[np.ndarray, np.ndarray], sd: np.ndarray) -> np.ndarray:
+    """Covariance within prompts, from two completions of each."""
+    z = (sides[0] - sides[1]) / sd
+    return z.T @ z / len(z) / 2
+
+
+def solved(effect: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    return np.linalg.solve(covariance + PredictionSettings().ridge * np.eye(len(effect)), effect)
+
+
+def expected(sides: tuple[np.ndarray, np.ndarray], sd: np.ndarray, reward: np.ndarray, scores, sd_of) -> np.ndarray:
+    """Mean product of the reward's and the scores' differences, halved: their covariance within prompts."""
+    moved = (sides[0] - sides[1]) / sd @ reward
+    return np.mean(moved[:, None] * (scores[0] - scores[1]) / sd_of, axis=0) / 2
+
+
+@pytest.mark.parametrize("told", ["the data alone", "answers"])
+def test_a_score_moves_by_its_covariance_with_the_reward_that_explains_the_data(audited, tmp_path, told) -> None:
     harvest, analysis = audited
-    answering = World(300, topics=4, groups=6, loners=12, base=0.05, seed=2)
-    answers = Rollouts(answering.harvest(tmp_path), np.zeros((300, 2)), both=False)
-    chosen, rejected = frequencies()
-    both, own = np.concatenate([chosen, rejected]), answering.counts()
-    n, prior = 600, PredictionSettings().prior_answers
-    said = np.concatenate([own["chosen"], own["rejected"]]) / TOKENS
-    varies = (n * said.var(axis=0) / both.var(axis=0) + prior) / (n + prior)
-    expected = 0.5 * (chosen - rejected).mean(axis=0) / both.std(axis=0) * np.minimum(varies, 4)
-    found = predict(harvest, analysis, rollouts=answers, progress=False).of("feature")
-    np.testing.assert_allclose(found.score, expected, rtol=1e-3, atol=1e-6)
+    data, counts = frequencies(), ANSWERING.counts()
+    answers = counts["chosen"] / TOKENS, counts["rejected"] / TOKENS
+    sd = np.concatenate(data).std(axis=0)
+    reward = solved((data[0] - data[1]).mean(axis=0) / sd, spread(data, sd))
+    own, rollouts = data, None
+    if told == "answers":
+        own, rollouts = answers, Rollouts(ANSWERING.harvest(tmp_path), np.zeros((ANSWERING.n, 2)), both=False)
+    found = predict(harvest, analysis, PredictionSettings(scale=2.0), rollouts=rollouts, progress=False)
+    feature = found.of("feature")
+    np.testing.assert_allclose(feature.score, 2 * expected(own, sd, reward, own, sd), rtol=1e-3, atol=1e-5)
+    on = tuple((side > 0).astype(float) for side in own)
+    rate = np.concatenate(on).mean(axis=0)
+    if told == "answers":
+        rate = (ANSWERING.n * rate + 5 * np.concatenate([side > 0 for side in data]).mean(axis=0)) / (ANSWERING.n + 5)
+    np.testing.assert_allclose(feature.base_rate, rate, rtol=1e-5)
+    rate = np.clip(rate, 1e-3, 1 - 1e-3)
+    moved = 2 * expected(own, sd, reward, on, 1) / rate / (1 - rate)
+    np.testing.assert_allclose(feature.log_odds, moved, rtol=1e-3, atol=1e-4)
+    shares, everywhere = (
+        [np.stack([(x[:, c] > 0.01).mean(axis=1) for c in analysis.clusters["feature"]], axis=1) for x in of]
+        for of in (own, data)
+    )
+    score = 2 * expected(own, sd, reward, shares, np.concatenate(everywhere).std(axis=0))
+    np.testing.assert_allclose(found.of("feature_cluster").score, score, rtol=1e-3, atol=1e-5)
+
+
+def test_a_lesson_of_a_condition_is_predicted_there(audited) -> None:
+    harvest, analysis = audited
+    found = predict(harvest, analysis, progress=False)
+    most = found.of("response_cluster", "prompt")
+    taught = set(WORLD.group_features(2).tolist())  # where the topic is the third, and nowhere else
+    cluster = max(
+        range(len(analysis.clusters["response"])), key=lambda c: len(taught & set(analysis.clusters["response"][c]))
+    )
+    prompts = set(WORLD.prompt_features(3).tolist())
+    there = [2 * len(prompts & set(features)) > len(features) for features in analysis.clusters["prompt"]]
+    scores = {c: most.at("response_cluster", cluster, "prompt", c)["score"] for c in np.unique(most.condition).tolist()}
+    inside, outside = ([score for c, score in scores.items() if there[c] == where] for where in (True, False))
+    assert min(inside) > 3 * max(outside)
+    assert min(inside) > found.at("response_cluster", cluster)["score"]
 
 
 def test_a_pilot_says_how_the_model_generalises_and_how_far(audited, tmp_path) -> None:
     harvest, analysis = audited
-    answering = World(900, topics=4, groups=6, loners=12, seed=2)
-    counts = answering.counts()
-    taught, spilt = WORLD.group_features(1), WORLD.group_features(5)  # the data says nothing of the second
-    shows = [
-        (counts[side][:, taught] > 0).mean(axis=1) + (counts[side][:, spilt] > 0).mean(axis=1)
-        for side in ("chosen", "rejected")
-    ]
+    counts, data = ANSWERING.counts(), frequencies()
+    spilt = WORLD.group_features(5)  # the data says nothing of it
+    shows = [(counts[side][:, spilt] > 0).mean(axis=1) for side in ("chosen", "rejected")]
     ratios = 0.2 * np.stack(shows, axis=1)
     ratios -= np.log(np.exp(ratios).mean())
-    answers = Rollouts(answering.harvest(tmp_path), ratios, both=False)
-    share = 0.1
-    how = PredictionSettings(pilot_share=share)
+    answers = Rollouts(ANSWERING.harvest(tmp_path), ratios, both=False)
+    how = PredictionSettings(pilot_share=0.1)
     found = predict(harvest, analysis, how, rollouts=answers, progress=False).of("feature")
-    z = np.concatenate([counts["chosen"], counts["rejected"]]) / TOKENS
-    z = (z - z.mean(axis=0)) / np.concatenate(frequencies()).std(axis=0)
-    change = (np.expm1(ratios).T.reshape(-1, 1) * z).mean(axis=0) * share**-how.growth
-    for features in (taught, spilt):
-        np.testing.assert_allclose(found.score[features].mean(), change[features].mean(), rtol=0.3)
-        assert (found.score[features] > 0).all()
+
+    own = counts["chosen"] / TOKENS, counts["rejected"] / TOKENS
+    sd = np.concatenate(data).std(axis=0)
+    z = np.concatenate(own) / sd
+    change = (np.expm1(ratios).T.reshape(-1, 1) * (z - z.mean(axis=0))).mean(axis=0)
+    covariance = spread(own, sd)
+    rewards = solved((data[0] - data[1]).mean(axis=0) / sd, spread(data, sd)), solved(change, covariance)
+    sizes = [np.linalg.norm(covariance @ reward) for reward in rewards]
+    both = covariance @ (rewards[0] / sizes[0] + rewards[1] / sizes[1])
+    assert np.corrcoef(found.score, both)[0, 1] > 0.9999
+    assert found.score[spilt].min() > 0.25 * found.score.max()
+    # the pilot has moved by what is predicted of a tenth of the run, as far as they agree
+    slope = found.score @ change / (found.score @ found.score)
+    assert slope == pytest.approx(0.1**how.growth, rel=0.3)
     # with rows left out the pilot no longer fits, and the data is asked alone
-    weights = np.ones(WORLD.n)
-    left = predict(harvest, analysis, how, weights=weights, rollouts=answers, progress=False).of("feature")
+    left = predict(harvest, analysis, how, weights=np.ones(WORLD.n), rollouts=answers, progress=False).of("feature")
     assert np.abs(left.score[spilt]).mean() < 0.2 * found.score[spilt].mean()
+
+
+def test_two_answers_of_the_reference_to_a_prompt_follow_each_other_where_both_models_answered(tmp_path) -> None:
+    harvest = ANSWERING.harvest(tmp_path, shard_rows=128)
+    rejected = ANSWERING.counts()["rejected"] / TOKENS
+    pairs = [pair for _, pair in answer_pairs(Rollouts(harvest, np.zeros((ANSWERING.n, 2))), progress=False)]
+    for side, start in enumerate((0, 1)):
+        np.testing.assert_allclose(
+            np.concatenate([pair[side].toarray() for pair in pairs]), rejected[start::2], rtol=1e-6
+        )
 
 
 def test_prediction_is_a_file_of_lines(audited, tmp_path) -> None:
