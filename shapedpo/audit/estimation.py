@@ -25,7 +25,7 @@ Array = NDArray[np.float64]
 
 LEVEL = 0.9
 """Of the intervals."""
-_PRIOR_PAIRS = 5  # of the data's completions, that a base rate in the answers is eked out with
+_PRIOR_PAIRS = 20  # of the data's completions, that a base rate in the answers is eked out with
 _TINY = 1e-9  # of a standard error, where nothing varies
 
 

@@ -48,7 +48,8 @@ class PredictionSettings:
             steps, which are not in the data: it is the same for all, and does not matter for ranks.
         pilot_share: The share of the run that a pilot has had: of its steps, or better, of the sum of its learning rates over steps. The scale
             then follows from the pilot.
-        growth: Power of the rest of the run with which the pilot's change grows: less than 1, as DPO slows down.
+        growth: Power of the rest of the run with which the pilot's change grows. Some more than 1: what the pilot is predicted to have done by then is a
+            little less than it has, as a prediction that is partly noise calls for.
         ridge: Added to the features' covariance matrix, whose diagonal is 1, where the reward is solved for: what varies less along a direction
             is mostly taken for noise.
         error: Standard error of a prediction as a share of its own size.
@@ -63,11 +64,11 @@ class PredictionSettings:
 
     scale: float = 1.0
     pilot_share: float | None = None
-    growth: float = 0.9
+    growth: float = 1.1
     ridge: float = 3.0
-    error: float = 0.4
-    common_error: float = 0.4
-    least_rate: float = 1e-3
+    error: float = 0.35
+    common_error: float = 0.35
+    least_rate: float = 0.01
     sample: int = 10_000
     min_condition_rows: int = 10
 

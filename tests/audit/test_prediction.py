@@ -124,9 +124,9 @@ def test_a_score_moves_by_its_covariance_with_the_reward_that_explains_the_data(
     on = tuple((side > 0).astype(float) for side in own)
     rate = np.concatenate(on).mean(axis=0)
     if told == "answers":
-        rate = (ANSWERING.n * rate + 5 * np.concatenate([side > 0 for side in data]).mean(axis=0)) / (ANSWERING.n + 5)
+        rate = (ANSWERING.n * rate + 20 * np.concatenate([side > 0 for side in data]).mean(axis=0)) / (ANSWERING.n + 20)
     np.testing.assert_allclose(feature.base_rate, rate, rtol=1e-5)
-    rate = np.clip(rate, 1e-3, 1 - 1e-3)
+    rate = np.clip(rate, 0.01, 0.99)
     moved = 2 * expected(own, sd, reward, on, 1) / rate / (1 - rate)
     np.testing.assert_allclose(feature.log_odds, moved, rtol=1e-3, atol=1e-4)
     shares, everywhere = (
