@@ -72,8 +72,7 @@ def answer_pairs(rollouts: Rollouts, progress: bool = True) -> Iterator[tuple[An
     """Each shard of some rollouts, and the frequencies, `(pairs, d_sae)` each, of two of the reference's answers to the same prompt."""
     for _, shard in passes(rollouts.harvest, "Answers", progress):
         if rollouts.both:  # a row has one of its answers, and two rows follow each other
-            own = shard.rejected.freq
-            yield shard, (own[0 : len(shard.rows) - 1 : 2], own[1::2])
+            yield shard, (shard.rejected.freq[::2], shard.rejected.freq[1::2])
         else:
             yield shard, (shard.chosen.freq, shard.rejected.freq)
 
