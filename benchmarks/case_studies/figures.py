@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.case_studies.methods import middle
+from benchmarks.case_studies.table import place
 from benchmarks.case_studies.worlds import WORLDS
 
 
@@ -64,7 +67,7 @@ def bars(table: Sequence[Row]) -> Any:
         axis.axvline(part[0]["plain"], color="tab:red", linewidth=1.2, linestyle="--")
         axis.set_yticks(range(len(part)), [row["method"] for row in part], fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_title(case if target in case or len(WORLDS[case].targets) == 1 else f"{case}: {target}", fontsize=10)
+        axis.set_title(_title(case, target), fontsize=10)
         axis.set_xlim(0, 1.08 * max(row[key] for row in part for key in ("rate", "plain", "before")))
         axis.set_ylim(len(part) - most - 0.6, len(part) - 0.4)  # bars of one height in all panels
         axis.spines[["top", "right"]].set_visible(False)
@@ -73,6 +76,42 @@ def bars(table: Sequence[Row]) -> Any:
         fontsize=10,
     )
     return chart
+
+
+def overview(table: Sequence[Row]) -> Any:
+    """Recovery of the target by method and case, and which are as expected in everything."""
+    panels = _panels(table)
+    methods = sorted({row["method"] for part in panels.values() for row in part}, key=place)
+    if not methods:
+        return None
+    values = np.full((len(methods), len(panels)), np.nan)
+    chart, [[axis]] = _figure(1, 1, 3.2 + 0.78 * len(panels), 1.4 + 0.3 * len(methods))
+    for column, part in enumerate(panels.values()):
+        for row in part:
+            values[methods.index(row["method"]), column] = row["recovery"]
+    # 0: as plain DPO leaves it; 100: as before DPO; beyond: too little of it, or what was to come back in excess
+    axis.imshow(-np.abs(values - 100), cmap="Blues", vmin=-110, vmax=110, aspect="auto")
+    for column, part in enumerate(panels.values()):
+        for row in part:
+            place_of = methods.index(row["method"])
+            text = f"{row['recovery']:.0f}"
+            bold = {"weight": "bold"} if row["meets"] else {"color": "0.25"}
+            axis.text(
+                column, place_of, f"✓ {text}" if row["meets"] else text, ha="center", va="center", fontsize=8, **bold
+            )
+    axis.set_xticks(range(len(panels)), [_title(*key).replace(": ", ":\n") for key in panels], fontsize=8)
+    axis.set_yticks(range(len(methods)), methods, fontsize=8)
+    axis.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    chart.suptitle(
+        "Recovery of the target, %: 0 is plain DPO, 100 before DPO.  ✓: target, other traits and capability as expected",
+        fontsize=9,
+    )
+    return chart
+
+
+def _title(case: str, target: str) -> str:
+    return case if target in case or len(WORLDS[case].targets) == 1 else f"{case}: {target}"
 
 
 def recovery(table: Sequence[Row]) -> Any:
@@ -164,6 +203,7 @@ def strength(table: Sequence[Row]) -> Any:
 
 
 FIGURES: dict[str, Callable[[Sequence[Row]], Any]] = {
+    "-overview": overview,
     "": bars,
     "-recovery": recovery,
     "-frontier": frontier,
