@@ -235,7 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", nargs="+", help="names of worlds")
     parser.add_argument("--cached", action="store_true", help="only study the runs that are there")
     parser.add_argument("--cache", type=Path, default=CACHE / "estimates")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
     from benchmarks.estimates_runs import WORLDS, collect, settings
 
@@ -245,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [path for path in paths if path.exists()]
     else:
         paths = [collect(setting, options.cache) for setting in tqdm(wanted, desc="Runs")]
-    print(write(*study(paths), paths, options.out))
+    print(write(*study(paths), paths, options.out or (CACHE / "quick" if options.quick else RESULTS)))
 
 
 if __name__ == "__main__":

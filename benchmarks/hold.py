@@ -249,8 +249,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="runs whose name begins so, such as lab/goblin")
     parser.add_argument("--finished", action="store_true", help="no new runs: the table of what is in the cache")
     parser.add_argument("--fresh", action="store_true", help="do not take finished runs from the cache")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
+    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
     found: dict[Job, dict[str, Any]] = {}
 
     def find(job: Job) -> dict[str, Any]:
@@ -269,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         rows.append(row(job, find))
         print(rows[-1], flush=True)
-        write(rows, options.out)
+        write(rows, out)
 
 
 if __name__ == "__main__":

@@ -322,8 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="names of runs, beside plain DPO")
     parser.add_argument("--fresh", action="store_true", help="make runs anew that are in the cache")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
+    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
     world = cached_world(recipe)
     rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0, "seconds": 0.0}]
@@ -339,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     kept.write_text(json.dumps(measured(world, concepts)))
                 rows.append({"unwanted": trait if concepts else "", "run": name, **json.loads(kept.read_text())})
                 print(rows[-1], flush=True)
-                write(rows, world, options.out)
+                write(rows, world, out)
 
 
 def measured(world: World, concepts: list[Any]) -> dict[str, float]:

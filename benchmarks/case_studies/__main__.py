@@ -41,14 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two cases and the main methods at a small size")
     parser.add_argument("--finished", action="store_true", help="no new runs: tables and figures of what is there")
     parser.add_argument("--fresh", action="store_true", help="make runs anew that are there")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
 
     from benchmarks.case_studies.methods import middle
     from benchmarks.case_studies.report import write
     from benchmarks.case_studies.study import Job, beside, jobs, result
     from benchmarks.case_studies.table import rows
+    from benchmarks.case_studies.worlds import CACHE
 
+    out = options.out or (CACHE / "quick" if options.quick else Path(__file__).parents[1] / "results")
     cases = QUICK if options.quick and options.case == NAMES else options.case
     planned = jobs(cases, options.seeds, options.quick)
     if options.method:
@@ -63,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from benchmarks.case_studies.figures import draw
 
         table = rows(planned, find)
-        write(table, [job for job in planned if not job.file.exists()], options.out)
-        draw(table, options.out)
+        write(table, [job for job in planned if not job.file.exists()], out)
+        draw(table, out)
         if "goblin" in options.case:
             kept = [
                 job
@@ -72,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if job.world == dose.TARGET and job.seed == 0 and job.strength == middle(job.method)
             ]
             if kept and (found := dose.responses([*beside(kept[0]), *kept])):
-                dose.draw(found, options.out / "case-studies-dose.png")
+                dose.draw(found, out / "case-studies-dose.png")
 
     failed = []
     for job in planned if not options.finished else ():
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     traceback.print_exc()
                     failed.append(one)
             made.add(one)
-        write(rows(planned, find), [job for job in planned if not job.file.exists()], options.out)
+        write(rows(planned, find), [job for job in planned if not job.file.exists()], out)
     report()
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(map(str, failed))}.")
