@@ -137,12 +137,12 @@ def _trained(setting: Setting, seed: int, callbacks: Sequence[Any] = ()) -> Any:
 def audit(setting: Setting, folder: Path) -> tuple[Harvest, Analysis]:
     """The harvest and the analysis of a run's data: the same for all learning rates and betas."""
     kept = folder / f"audit-{setting.key.split('-lr')[0]}-n{setting.pairs}-seed{setting.seed}"
-    world = ground(setting)
-    read = harvest(model_of(setting), world.sae, world.rows, kept / "harvest", HarvestSettings(max_length=160))
     try:
-        return read, Analysis.load(kept)
+        return Harvest.open(kept / "harvest"), Analysis.load(kept)
     except FileNotFoundError:
-        return read, analyse(read, out=kept, progress=False)
+        world = ground(setting)
+    read = harvest(model_of(setting), world.sae, world.rows, kept / "harvest", HarvestSettings(max_length=160))
+    return read, analyse(read, out=kept, progress=False)
 
 
 def rollouts(setting: Setting, folder: Path) -> Rollouts:

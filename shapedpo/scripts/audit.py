@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="the reference answers N of the prompts twice, which says what can move, and what with it (512 do well; %(default)s: none)",
+        help="the reference answers N of the prompts twice, which says what can move, and what with it (%(default)s: none)",
     )
     predicted.add_argument(
         "--pilot",
         metavar="M2",
-        help="the model after the first part of a run on this data (an eighth or a quarter of its steps), or its adapter: how it generalises, by its "
+        help="the model after the first part of a run on this data (a quarter of its steps, say), or its adapter: how it generalises, by its "
         "log-probabilities of the answers",
     )
     predicted.add_argument(
