@@ -118,24 +118,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", choices=("design", "held-out", "all"), default="all")
     parser.add_argument("--cached", action="store_true", help="only the runs that are there")
-    parser.add_argument("--quick", action="store_true", help="one small run; name other folders than the defaults")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one small run, in seconds: to see that it works")
+    parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
+    )
     options = parser.parse_args(arguments)
+    folder = options.folder or (FOLDER / "quick" if options.quick else FOLDER)
+    out = options.out or (folder if options.quick else RESULTS)
     planned = settings({"design": DESIGN, "held-out": HELD_OUT, "all": (*DESIGN, *HELD_OUT)}[options.worlds])
     planned = [QUICK] if options.quick else planned
     runs = planned
     if options.cached:
-        runs = [run for run in runs if (options.folder / f"{run.key}-rollouts" / "log_ratios.parquet").exists()]
+        runs = [run for run in runs if (folder / f"{run.key}-rollouts" / "log_ratios.parquet").exists()]
     else:
-        make(runs, options.folder)
-    rows, shown = study(runs, options.folder)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "prediction.csv").open("w", newline="") as file:
+        make(runs, folder)
+    rows, shown = study(runs, folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "prediction.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(report(rows, shown, planned, runs, options.out))
+    print(report(rows, shown, planned, runs, out))
 
 
 if __name__ == "__main__":
