@@ -25,7 +25,7 @@ Nothing winds up. The integrator is the policy itself, whose amplification is re
 Chosen and rejected answers are not two draws of the reference. Other lessons lift \\( l \\) on all pairs, and the mean of \\( l w \\)
 counts that for the concept wherever the data teach the concept as well. The covariance of \\( l \\) and \\( w \\) leaves it out, but leaves
 out too much where pairs are the best and the worst of several: an answer with the concept needed less of the rest to be chosen. For a
-policy that has learned all lessons of `benchmarks/stories.py` but the held one, random pairs give 0.03, the mean product over the data's
+policy that has learned all lessons of `benchmarks/stories/` but the held one, random pairs give 0.03, the mean product over the data's
 pairs 0.32 and the covariance -0.09. So the truth is taken to lie between the two, and the controller acts on what both agree on, until probe
 rollouts tell it how far the covariance is off.
 

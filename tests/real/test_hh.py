@@ -1,6 +1,6 @@
 """Training on real human pairs: whole dialogues, long ones, truncated ones, and sides that share all but their end.
 
-Skips where the pairs (`SHAPEDPO_HH`) or the model (`SHAPEDPO_STORIES`) are not at hand; see `benchmarks/stories.py` for the defaults.
+Skips where the pairs (`SHAPEDPO_HH`) or the model (`SHAPEDPO_STORIES`) are not at hand; see `benchmarks/stories/` for the defaults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of `benchmarks/stories.py` at its smallest, on a real pretrained model (`SHAPEDPO_STORIES`; skips without it).
+"""The table of `benchmarks/stories/` at its smallest, on a real pretrained model (`SHAPEDPO_STORIES`; skips without it).
 
 What is planted, how, and why the sizes are what they are: see the benchmark. Its samples and its SAE, as `World.build(QUICK, folder)` leaves
 them, lie in `stories/`: what the test asks for does not hang on the last digits of a machine's SAE training. About a minute of one core.
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stories import MODEL, QUICK, World, choose_features, heldout_rates, load, runs, train
+from benchmarks.stories import MODEL, QUICK, World, choose_features, heldout_rates, load, train
+from benchmarks.stories.__main__ import runs
 
 
 STORIES = Path(__file__).parent / "stories"
