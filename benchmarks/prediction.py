@@ -39,10 +39,10 @@ from benchmarks.prediction_runs import (
 )
 from benchmarks.stories import RESULTS
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, predict
-from shapedpo.audit.conditions import Conditions
-from shapedpo.audit.effects import measure
-from shapedpo.audit.observed import Observed, observe
-from shapedpo.audit.rollouts import Rollouts
+from shapedpo.audit.prediction.conditions import Conditions
+from shapedpo.audit.prediction.effects import measure
+from shapedpo.audit.rollouts.observed import Observed, observe
+from shapedpo.audit.rollouts.run import Rollouts
 from shapedpo.audit.verify.comparison import GROUPS, ODDS, Outcome, compare, figures
 
 

@@ -23,7 +23,7 @@ from benchmarks import stories
 from benchmarks.estimates_runs import LAB_LESSONS, Ground, Setting, dpo_config, ground_of
 from shapedpo import SAEFeatures, lab
 from shapedpo.audit import Analysis, Harvest, HarvestSettings, analyse, harvest
-from shapedpo.audit.rollouts import Rollouts, RolloutSettings, log_probs, roll_out
+from shapedpo.audit.rollouts.run import Rollouts, RolloutSettings, log_probs, roll_out
 from shapedpo.lab import measures, text
 
 

@@ -6,7 +6,8 @@ would move each feature and cluster. In the order in which an audit is made:
 
     harvesting/   pairs to a harvest: the one pass of the reference, and the files it leaves
     analysis/     a harvest to hypotheses, lessons and their rows
-    prediction    how far training would move what was found (with conditions, effects, estimation, shrinkage, rollouts, observed)
+    prediction/   how far training would move what was found
+    rollouts/     what models answer, read as a harvest, and how far it has moved
     labels/       what features, clusters and findings are called
     summary       the end of an audit in words
     page/         `audit.html` and `shapedpo view`
@@ -29,11 +30,11 @@ _HOME = {
     "Harvest": "harvesting.store",
     "HarvestSettings": "harvesting.run",
     "Hypothesis": "analysis.hypotheses",
-    "Prediction": "prediction",
-    "PredictionSettings": "prediction",
+    "Prediction": "prediction.run",
+    "PredictionSettings": "prediction.run",
     "analyse": "analysis.run",
     "harvest": "harvesting.run",
-    "predict": "prediction",
+    "predict": "prediction.run",
 }
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from .analysis.settings import AuditSettings
     from .harvesting.run import HarvestSettings, harvest
     from .harvesting.store import Harvest
-    from .prediction import Prediction, PredictionSettings, predict
+    from .prediction.run import Prediction, PredictionSettings, predict
 
 __all__ = [
     "Analysis",

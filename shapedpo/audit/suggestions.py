@@ -13,7 +13,7 @@ from .analysis.hypotheses import Analysis, Hypothesis
 from .analysis.lessons import MAX_Q
 from .harvesting.store import Harvest
 from .labels.names import Label, Labels, hypothesis_key
-from .prediction import Prediction
+from .prediction.run import Prediction
 from .summary import summarise
 
 

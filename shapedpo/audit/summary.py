@@ -11,7 +11,7 @@ import numpy as np
 from .analysis.hypotheses import Analysis, Hypothesis
 from .analysis.lessons import Lesson, lessons
 from .harvesting.store import Harvest
-from .prediction import Prediction
+from .prediction.run import Prediction
 
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ of it, the latter scaled and with an error of its own. What the model needs to k
 Bayes); whether \\( C \\) helps is decided by cross-validation. `benchmarks/estimates.py` measures how true the result is.
 
 Everything is a function of arrays: scores are standardised on the training data, changes are in its standard deviations. Leave out
-features that never vary. Source: ours, from METHOD section 5.
+features that never vary. Source: ours.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from ..audit.labels.names import Labels, token_labels
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
-    from ..audit.prediction import PredictionSettings, predict
+    from ..audit.prediction.run import PredictionSettings, predict
     from ..audit.summary import summarise
     from ..sources import model_source
 
@@ -175,9 +175,9 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     import torch
     from transformers import AutoTokenizer
 
-    from ..audit.answering import answer_length, load_model, longest_prompt, prompt_tokens
     from ..audit.harvesting.pairs import load_pairs
-    from ..audit.rollouts import RolloutSettings, roll_out
+    from ..audit.rollouts.models import answer_length, load_model, longest_prompt, prompt_tokens
+    from ..audit.rollouts.run import RolloutSettings, roll_out
     from ..readouts import SAEFeatures
     from ..sources import model_source
 

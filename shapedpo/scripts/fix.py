@@ -156,7 +156,7 @@ def _preview(
     import numpy as np
 
     from ..audit.fixes.preview import preview
-    from ..audit.prediction import FILE, Prediction
+    from ..audit.prediction.run import FILE, Prediction
 
     held = {feature for one in targets for feature in one.features}
     responsible = np.isin(analysis.rows, np.concatenate([one.rows for one in targets]))

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.analysis.hypotheses import Analysis
     from ..audit.harvesting.store import Harvest
     from ..audit.labels.names import Labels
-    from ..audit.prediction import FILE, Prediction
+    from ..audit.prediction.run import FILE, Prediction
     from ..audit.suggestions import embedder, suggest
 
     folder = Path(args.audit)

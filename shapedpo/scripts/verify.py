@@ -72,12 +72,12 @@ def main(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     from ..audit.analysis.hypotheses import Analysis
-    from ..audit.answering import answer_length, load_model, longest_prompt
-    from ..audit.conditions import Conditions
     from ..audit.harvesting.store import Harvest
-    from ..audit.observed import observe
-    from ..audit.prediction import Prediction
-    from ..audit.rollouts import RolloutSettings, roll_out
+    from ..audit.prediction.conditions import Conditions
+    from ..audit.prediction.run import Prediction
+    from ..audit.rollouts.models import answer_length, load_model, longest_prompt
+    from ..audit.rollouts.observed import observe
+    from ..audit.rollouts.run import RolloutSettings, roll_out
     from ..audit.verify.comparison import compare
     from ..audit.verify.report import report
     from ..readouts import SAEFeatures
@@ -139,8 +139,8 @@ def held_out_prompts(
     """
     from datasets import load_dataset
 
-    from ..audit.answering import prompt_tokens
     from ..audit.harvesting.pairs import load_pairs
+    from ..audit.rollouts.models import prompt_tokens
     from ..sources import local_source
 
     if file is not None:

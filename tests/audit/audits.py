@@ -15,7 +15,7 @@ from shapedpo.audit.analysis.settings import AuditSettings
 from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
 from shapedpo.audit.labels.names import token_labels
 from shapedpo.audit.page.source import Audit
-from shapedpo.audit.prediction import predict
+from shapedpo.audit.prediction.run import predict
 from shapedpo.sources import model_source
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, analyse, predict
-from shapedpo.audit.conditions import Conditions
-from shapedpo.audit.effects import measure
-from shapedpo.audit.reward import answer_pairs
-from shapedpo.audit.rollouts import Rollouts
+from shapedpo.audit.prediction.conditions import Conditions
+from shapedpo.audit.prediction.effects import measure
+from shapedpo.audit.prediction.reward import answer_pairs
+from shapedpo.audit.rollouts.run import Rollouts
 
 from .worlds import TOKENS, Planted, World
 

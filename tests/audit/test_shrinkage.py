@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.stats import norm
 
-from shapedpo.audit.shrinkage import shrunk
+from shapedpo.audit.prediction.shrinkage import shrunk
 
 
 def test_posterior_is_bayes_rule_for_a_sparse_prior() -> None:

@@ -11,11 +11,11 @@ import torch
 
 from shapedpo import lab
 from shapedpo.audit import analyse, predict
-from shapedpo.audit.answering import prompt_tokens
-from shapedpo.audit.conditions import Conditions
-from shapedpo.audit.observed import observe
-from shapedpo.audit.prediction import Prediction
-from shapedpo.audit.rollouts import Rollouts, RolloutSettings, roll_out
+from shapedpo.audit.prediction.conditions import Conditions
+from shapedpo.audit.prediction.run import Prediction
+from shapedpo.audit.rollouts.models import prompt_tokens
+from shapedpo.audit.rollouts.observed import observe
+from shapedpo.audit.rollouts.run import Rollouts, RolloutSettings, roll_out
 from shapedpo.audit.verify.comparison import Figures, Outcome, compare
 from shapedpo.cli import main
 from shapedpo.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import prediction, prediction_report
 from benchmarks.prediction_runs import DESIGN, GENTLE, HELD_OUT, settings
 from shapedpo.audit import Prediction
-from shapedpo.audit.observed import Observed
+from shapedpo.audit.rollouts.observed import Observed
 from shapedpo.audit.verify.comparison import GROUPS, compare, figures
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.lessons import lessons
-from ..conditions import Conditions
 from ..harvesting.store import Harvest
-from ..prediction import Prediction, predict
+from ..prediction.conditions import Conditions
+from ..prediction.run import Prediction, predict
 from ..summary import feature_names
 from .targets import Target
 

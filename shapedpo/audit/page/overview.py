@@ -14,7 +14,7 @@ from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.maps import ClusterMap
 from ..harvesting.store import Harvest
 from ..labels.names import Label, Labels, hypothesis_key
-from ..prediction import Prediction
+from ..prediction.run import Prediction
 from ..summary import RARE, Finding, Summary
 
 

@@ -12,8 +12,8 @@ from ..analysis.maps import ClusterMap, cluster_maps
 from ..folder import ANALYSIS, HARVEST
 from ..harvesting.store import Harvest
 from ..labels.names import Labels
-from ..prediction import FILE as PREDICTION
-from ..prediction import Prediction
+from ..prediction.run import FILE as PREDICTION
+from ..prediction.run import Prediction
 from .overview import overview
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from ..conditions import OBSERVED, Conditions
-from ..estimation import LEVEL
-from ..observed import Observed, r_squared
-from ..prediction import Prediction
+from ..prediction.conditions import OBSERVED, Conditions
+from ..prediction.estimation import LEVEL
+from ..prediction.run import Prediction
+from ..rollouts.observed import Observed, r_squared
 
 
 Array = NDArray[np.float64]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..analysis.hypotheses import Analysis
-from ..conditions import Conditions
 from ..harvesting.store import Harvest
 from ..labels.names import exciting_tokens
-from ..rollouts import Rollouts
+from ..prediction.conditions import Conditions
+from ..rollouts.run import Rollouts
 from ..summary import feature_names
 from .comparison import GROUPS, Figures, Miss, Outcome, as_json, figures, largest_misses
 

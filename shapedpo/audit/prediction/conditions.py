@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from .analysis.hypotheses import Analysis
-from .analysis.leading import Leading
-from .analysis.views import FeatureView, PromptView, membership, on
-from .harvesting.store import Harvest, Shard
+from ..analysis.hypotheses import Analysis
+from ..analysis.leading import Leading
+from ..analysis.views import FeatureView, PromptView, membership, on
+from ..harvesting.store import Harvest, Shard
 
 
 Array = NDArray[np.float64]

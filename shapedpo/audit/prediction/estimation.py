@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from ..harvesting.store import Harvest
 from .conditions import Conditions
 from .effects import Effects, Part
-from .harvesting.store import Harvest
 from .reward import Change, Within, answer_pairs, changes
 from .shrinkage import shrunk
 
 
 if TYPE_CHECKING:
-    from .observed import Observed
-    from .prediction import PredictionSettings
-    from .rollouts import Rollouts
+    from ..rollouts.observed import Observed
+    from ..rollouts.run import Rollouts
+    from .run import PredictionSettings
 
 Array = NDArray[np.float64]
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from .conditions import OBSERVED, Conditions, passes
-from .effects import dense, squared
-from .rollouts import Rollouts
+from ..prediction.conditions import OBSERVED, Conditions, passes
+from ..prediction.effects import dense, squared
+from .run import Rollouts
 
 
 Array = NDArray[np.float64]

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from .analysis.sampling import sample, thinned
-from .analysis.settings import AuditSettings
+from ..analysis.sampling import sample, thinned
+from ..analysis.settings import AuditSettings
+from ..harvesting.store import Harvest
 from .conditions import VIEWS, Conditions, passes
-from .harvesting.store import Harvest
 
 
 Array = NDArray[np.float64]

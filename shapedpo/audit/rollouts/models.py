@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 
-from ..errors import UserError, as_user_error
-from ..monitor.probe.rollouts import choose_prompts, context_length
-from ..openings import tokenised
-from ..sources import model_source
+from ...errors import UserError, as_user_error
+from ...monitor.probe.rollouts import choose_prompts, context_length
+from ...openings import tokenised
+from ...sources import model_source
 
 
 def answer_length(model: Any, asked: int | None) -> int:

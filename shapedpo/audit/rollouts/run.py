@@ -15,17 +15,17 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..collator import ROW
-from ..files import replacing
-from ..monitor.estimators import bridge_weights
-from ..monitor.probe.rollouts import Probe, Reading, Readings, Rows
-from ..readouts.sae_reader import SAEReader
-from .harvesting import store
-from .harvesting.harvester import Harvester
-from .harvesting.layout import Tokens
-from .harvesting.pairs import Pairs
-from .harvesting.run import HarvestSettings
-from .harvesting.store import Harvest
+from ...collator import ROW
+from ...files import replacing
+from ...monitor.estimators import bridge_weights
+from ...monitor.probe.rollouts import Probe, Reading, Readings, Rows
+from ...readouts.sae_reader import SAEReader
+from ..harvesting import store
+from ..harvesting.harvester import Harvester
+from ..harvesting.layout import Tokens
+from ..harvesting.pairs import Pairs
+from ..harvesting.run import HarvestSettings
+from ..harvesting.store import Harvest
 
 
 FILE = "log_ratios.parquet"

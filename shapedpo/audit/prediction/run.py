@@ -3,15 +3,16 @@ r"""How far DPO on a dataset will move each feature and cluster, before anything
 The mean delta of the pairs is the first-order pressure on a score (the paper's global prediction). What is made of it:
 
 - The reward that explains the features' mean deltas, and what it moves: a score changes by its covariance with that reward over answers to the same
-  prompt ([`~shapedpo.audit.reward`]). The answers are the reference's own where they are at hand, or else the data's completions.
+  prompt ([`~shapedpo.audit.prediction.reward`]). The answers are the reference's own where they are at hand, or else the data's completions.
 - A condition's own effect is the same over its answers, less what happens everywhere, shrunk as far as they are few
-  ([`~shapedpo.audit.shrinkage`]).
+  ([`~shapedpo.audit.prediction.shrinkage`]).
 - How a model generalises, displacement above all, is in no count of features. A pilot of some steps shows it: its changes in the reference's answers
   give a second reward, and the mean of both is what predicts. A pilot also sets the scale.
 
 `benchmarks/prediction.py` measures how true the result is. On the worlds held out the reward, from the data alone, is better than the plain mean delta. The reference's
 answers alone and a pilot of an eighth of the run, which helped on the worlds of the design, did not help there; a pilot of a quarter helped under conditions and sets the
-scale. A pilot on fewer pairs at four or eight times the learning rate was worse than the same share of the run itself. Source: ours, from METHOD section 6.
+scale. A pilot on fewer pairs at four or eight times the learning rate was worse than the same share of the run itself.
+Source: ours; the global prediction is that of Bergen et al. (arXiv 2606.12360).
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..files import replacing
-from .analysis.hypotheses import Analysis
+from ...files import replacing
+from ..analysis.hypotheses import Analysis
+from ..harvesting.store import Harvest
 from .conditions import Conditions
 from .effects import measure
 from .estimation import estimate
-from .harvesting.store import Harvest
 
 
 if TYPE_CHECKING:
-    from .observed import Observed
-    from .rollouts import Rollouts
+    from ..rollouts.observed import Observed
+    from ..rollouts.run import Rollouts
 
 FILE = "prediction.parquet"
 KINDS = ("feature", "feature_cluster", "response_cluster")
@@ -212,7 +213,7 @@ def predict(
     )
     pilot: Observed | None = None
     if rollouts is not None and rollouts.log_ratios.any() and weights is None and not len(features):
-        from .observed import observe  # needs torch
+        from ..rollouts.observed import observe  # needs torch
 
         pilot = observe(rollouts, conditions, progress=progress)["feature", "global"]
     return Prediction(**estimate(harvest, conditions, effects, found, features, rollouts, pilot, settings, progress))

@@ -6,7 +6,7 @@ explains it is \( \theta = (C + \rho I)^{-1} d \), with \( C \) the features' co
 discriminant, regularised as Friedman 1989 does). A score then moves by its covariance with \( \theta \cdot z \): a feature of which the data says little
 by itself moves with those that it goes together with, and what the reference never says does not move.
 
-Source: ours, from METHOD sections 1 and 6.
+Source: ours (a first-order expansion of the KL-regularised optimum of Rafailov et al., arXiv 2305.18290).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, cg
 
+from ..harvesting.store import Harvest
 from .conditions import VIEWS, Conditions, passes
 from .effects import dense, squared
-from .harvesting.store import Harvest
 
 
 if TYPE_CHECKING:
-    from .rollouts import Rollouts
+    from ..rollouts.run import Rollouts
 
 Array = NDArray[np.float64]
 Key = tuple[str, str]  # kind and view
