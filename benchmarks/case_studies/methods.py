@@ -42,6 +42,7 @@ class Method:
         meaning: What the strength is; empty where there is nothing to set.
         gated: Whether it takes a gate.
         suppresses: Whether it can only suppress.
+        restores: Whether it is for what is to be brought back.
         means: Whether it reads, and steers along, the difference of means in place of the SAE's features.
     """
 
@@ -50,6 +51,7 @@ class Method:
     meaning: str = ""
     gated: bool = True
     suppresses: bool = False
+    restores: bool = False
     means: bool = False
 
     @property
@@ -72,6 +74,12 @@ def taught_by(trait: str) -> str:
 
 METHODS = {
     "hold": Method(lambda strength, share, target: {"action": "hold"}),
+    "hold above": Method(
+        lambda strength, share, target: {"action": "hold", "target": strength},
+        (0.5, 1.0),
+        "sd above before",
+        restores=True,
+    ),
     "reward": Method(lambda strength, share, target: {"strength": strength}, (0.25, 1.0, 4.0), "nats per sd"),
     "reweight": Method(
         lambda strength, share, target: {"method": "reweight", "strength": strength}, (0.25, 1.0, 4.0), "per sd"
@@ -148,7 +156,7 @@ def methods(world: World) -> dict[str, tuple[float, ...]]:
     fitting = {
         name: one.strengths
         for name, one in METHODS.items()
-        if not (one.suppresses and restored) and (one.gated or not world.topics)
+        if not (one.suppresses and restored) and (restored or not one.restores) and (one.gated or not world.topics)
     }
     if world.topics:
         fitting[f"reward{NO_GATE}"] = (middle("reward"),)

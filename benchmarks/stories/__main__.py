@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or (CACHE / "quick" if options.quick else RESULTS)
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
     world = cached_world(recipe)
-    rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0, "seconds": 0.0}]
+    rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0}]
     for trait in options.trait:
         features, auroc = choose_features(world, trait=trait)
         print(f"{trait}: features {features}, AUROC {[round(area, 3) for area in auroc]}")
@@ -109,15 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(world: World, concepts: list[Any]) -> dict[str, float]:
-    """The rates after a run, the divergence from the model before it (nats a token, on a quarter of the rollouts), and its seconds."""
-    started = time.perf_counter()
+    """The rates after a run, and the divergence from the model before it (nats a token, on a quarter of the rollouts)."""
     model, _ = train(world, concepts)
-    seconds = time.perf_counter() - started
     texts = heldout_rollouts(world, model)
     reference, tokenizer = load()
     every = list(zip(repeated(world), texts, strict=True))[:: world.recipe.rollouts]
     examples = [(tokenizer(prompt + text)["input_ids"], len(tokenizer(prompt)["input_ids"])) for prompt, text in every]
-    return {**rates(texts), "kl": kl_per_token(model, reference, examples), "seconds": seconds}
+    return {**rates(texts), "kl": kl_per_token(model, reference, examples)}
 
 
 def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
@@ -134,8 +131,8 @@ def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
         "is 100 % x (plain - this)/(plain - before) of the unwanted trait, *off target* the mean of the same over the others that plain DPO moves by 5",
         "points or more; *KL* to the model before DPO, nats a token. `its rows out`: without the pairs where only the chosen text shows the trait.",
         "",
-        "| unwanted | run | " + " | ".join(REWARDS) + " | recovery, % | off target, % | KL | training, s |",
-        "| --- | --- |" + " ---: |" * (len(REWARDS) + 4),
+        "| unwanted | run | " + " | ".join(REWARDS) + " | recovery, % | off target, % | KL |",
+        "| --- | --- |" + " ---: |" * (len(REWARDS) + 3),
     ]
     before, plain = rows[0], next((row for row in rows if row["run"] == "plain"), rows[0])
     for row in rows:
@@ -148,7 +145,7 @@ def write(rows: Sequence[dict[str, Any]], world: World, out: Path) -> None:
         }
         others = [value for name, value in recovered.items() if name != trait]
         cells += [f"{recovered[trait]:.0f}", f"{statistics.fmean(others):.0f}"] if trait else ["", ""]
-        lines.append(f"| {trait} | {row['run']} | {' | '.join(cells)} | {row['kl']:.3f} | {row['seconds']:.0f} |")
+        lines.append(f"| {trait} | {row['run']} | {' | '.join(cells)} | {row['kl']:.3f} |")
     (out / "stories.md").write_text("\n".join(lines) + "\n")
 
 
