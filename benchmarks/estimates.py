@@ -22,7 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from benchmarks.estimates_study import MAIN, REPEATS, Run, Spectrum, best_estimate, r2, study
-from benchmarks.stories import CACHE, RESULTS
+from benchmarks.folders import CACHE, add_out, out_folder
 from shapedpo.monitor.estimators import Probe
 
 
@@ -235,11 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--worlds", nargs="+", help="names of worlds")
     parser.add_argument("--cached", action="store_true", help="only study the runs that are there")
     parser.add_argument("--cache", type=Path, default=CACHE / "estimates")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
     from benchmarks.estimates_runs import WORLDS, collect, settings
 
@@ -249,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [path for path in paths if path.exists()]
     else:
         paths = [collect(setting, options.cache) for setting in tqdm(wanted, desc="Runs")]
-    print(write(*study(paths), paths, options.out or (CACHE / "quick" if options.quick else RESULTS)))
+    print(write(*study(paths), paths, out_folder(options, CACHE / "quick")))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import stories
+from benchmarks import folders, stories
+from benchmarks.folders import add_out, out_folder
 from benchmarks.training import train
 
 
-CACHE = Path(__file__).parent / "cache" / "hold"
-RESULTS = Path(__file__).parent / "results"
+CACHE = folders.CACHE / "hold"
 PACKAGE = Path(__file__).parents[1] / "shapedpo"
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
@@ -249,13 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="runs whose name begins so, such as lab/goblin")
     parser.add_argument("--finished", action="store_true", help="no new runs: the table of what is in the cache")
     parser.add_argument("--fresh", action="store_true", help="do not take finished runs from the cache")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
-    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
+    out = out_folder(options, CACHE / "quick")
     found: dict[Job, dict[str, Any]] = {}
 
     def find(job: Job) -> dict[str, Any]:

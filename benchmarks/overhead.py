@@ -215,27 +215,29 @@ class Turns:
         self._device = device
         self._turn = 0
         self._change = threading.Condition()
-        self._started: tuple[float, float] | None = None
+        self._holder: int | None = None  # the other thread may come for its first turn while this one has its own
+        self._started = (0.0, 0.0)
         self.seconds: list[list[tuple[float, float]]] = [[], []]  # (wall, CPU) by thread
         self.failed = False
 
     def take(self, who: int) -> None:
-        """Ends the turn that this thread has, if it has one, and waits for its next."""
-        if self._started is not None:
-            self.end(who)
+        """Ends the turn that this thread has, if it has one, and waits for its next one."""
+        self.end(who)
         with self._change:
             self._change.wait_for(lambda: self.failed or self._schedule[self._turn : self._turn + 1] == [who])
             if self.failed:
                 raise RuntimeError("the other trainer failed")
+            self._holder = who
             self._started = self._now()
 
     def end(self, who: int) -> None:
+        """Ends the turn of this thread, if it has one."""
         with self._change:
-            if self._started is None:
+            if self._holder != who:
                 return
             wall, cpu = (now - then for now, then in zip(self._now(), self._started, strict=True))
             self.seconds[who].append((wall, cpu))
-            self._started = None
+            self._holder = None
             self._turn += 1
             self._change.notify_all()
 

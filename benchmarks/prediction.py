@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimates_runs import Setting
+from benchmarks.folders import add_out, out_folder
 from benchmarks.prediction_report import report
 from benchmarks.prediction_runs import (
     DESIGN,
@@ -37,7 +38,6 @@ from benchmarks.prediction_runs import (
     rollouts,
     settings,
 )
-from benchmarks.stories import RESULTS
 from shapedpo.audit import Analysis, Harvest, Prediction, PredictionSettings, predict
 from shapedpo.audit.prediction.conditions import Conditions
 from shapedpo.audit.prediction.effects import measure
@@ -120,14 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cached", action="store_true", help="only the runs that are there")
     parser.add_argument("--quick", action="store_true", help="one small run, in seconds: to see that it works")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
     folder = options.folder or (FOLDER / "quick" if options.quick else FOLDER)
-    out = options.out or (folder if options.quick else RESULTS)
+    out = out_folder(options, folder)
     planned = settings({"design": DESIGN, "held-out": HELD_OUT, "all": (*DESIGN, *HELD_OUT)}[options.worlds])
     planned = [QUICK] if options.quick else planned
     runs = planned

@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks import stories
 from benchmarks.estimates_runs import LAB_LESSONS, Ground, Setting, dpo_config, ground_of
+from benchmarks.folders import CACHE
 from shapedpo import SAEFeatures, lab
 from shapedpo.audit import Analysis, Harvest, HarvestSettings, analyse, harvest
 from shapedpo.audit.rollouts.run import Rollouts, RolloutSettings, log_probs, roll_out
@@ -61,7 +62,7 @@ DESIGN = ("lab: goblin world", "lab: conditions", "stories: dialogue")
 HELD_OUT = ("lab: manners", "lab: topics", "lab: style", "lab: mixed", "stories: outdoors")
 
 PILOTS = (8, 4)  # after one part in so many of the steps
-FOLDER = stories.CACHE / "prediction"
+FOLDER = CACHE / "prediction"
 VIOLENT = (2e-4, 0.1)  # learning rate and beta
 GENTLE = (2e-5, 1.0)
 SECOND = 101  # seed of the order of pairs in a run's second go

@@ -23,12 +23,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from benchmarks import folders
+from benchmarks.folders import REPOSITORY, add_out, out_folder
 from benchmarks.scaling_cases import LAUNCHES, Case, cases, split_launch
 
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-CACHE = Path(__file__).parent / "cache" / "scaling"
+CACHE = folders.CACHE / "scaling"
 FEWEST = 12
 """Measured steps, so that among them are plain, shaped and logged ones."""
 
@@ -41,7 +41,7 @@ def command(launch: str, device: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = ROOT / "accelerate_configs" / f"{'cpu_' if device == 'cpu' else ''}{kind}.yaml"
+    config = REPOSITORY / "accelerate_configs" / f"{'cpu_' if device == 'cpu' else ''}{kind}.yaml"
     start = ["-m", "accelerate.commands.launch", f"--config_file={config}", f"--num_processes={processes}"]
     return [*start, f"--main_process_port={port}"]
 
@@ -59,12 +59,14 @@ def measure(launch: str, wanted: Sequence[Case], device: str, steps: int, cache:
     environment = {
         **os.environ,
         **threads,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
-    words = [sys.executable, *command(launch, device), str(ROOT / "benchmarks" / "scaling_steps.py"), str(jobs)]
+    words = [sys.executable, *command(launch, device), str(REPOSITORY / "benchmarks" / "scaling_steps.py"), str(jobs)]
     log = cache / f"{launch}.log"
     with log.open("w") as file, tqdm(total=len(missing), desc=launch) as bar:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
+        process = subprocess.Popen(
+            words, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=file, text=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             bar.update(line.strip().endswith(".json"))
@@ -86,11 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=32, help="measured steps of a case, plain and shaped together")
     parser.add_argument("--cached", action="store_true", help="measure nothing, take what there is")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of the tables and the picture (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
     if options.steps < FEWEST:
         parser.error(f"--steps must be at least {FEWEST}: a case needs a step of every kind, got {options.steps}")
@@ -111,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.scaling_report import write
 
     found = [one for launch in launches for one in load(cache, [launch], wanted[launch])]
-    out = options.out or (cache if options.quick else RESULTS)
+    out = out_folder(options, cache)
     print(write(found, scale, options.device, out))
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from benchmarks.folders import add_out, out_folder
 
 
 NAMES = (
@@ -41,11 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two cases and the main methods at a small size")
     parser.add_argument("--finished", action="store_true", help="no new runs: tables and figures of what is there")
     parser.add_argument("--fresh", action="store_true", help="make runs anew that are there")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
 
     from benchmarks.case_studies.methods import middle
@@ -54,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from benchmarks.case_studies.table import rows
     from benchmarks.case_studies.worlds import CACHE
 
-    out = options.out or (CACHE / "quick" if options.quick else Path(__file__).parents[1] / "results")
+    out = out_folder(options, CACHE / "quick")
     cases = QUICK if options.quick and options.case == NAMES else options.case
     planned = jobs(cases, options.seeds, options.quick)
     if options.method:

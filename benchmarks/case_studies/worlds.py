@@ -7,15 +7,15 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks import folders
 from shapedpo import lab
 from shapedpo.lab.measures import Prompt, as_prompt
 from shapedpo.lab.text import Question, draw_questions, draw_traits, render
 
 
-CACHE = Path(__file__).parents[1] / "cache" / "case-studies"
+CACHE = folders.CACHE / "case-studies"
 DPO = {
     "beta": 0.1,
     "learning_rate": 8e-4,

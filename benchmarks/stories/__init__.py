@@ -24,12 +24,10 @@ import numpy as np
 import torch
 
 from benchmarks import training
+from benchmarks.folders import CACHE, REPOSITORY
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = Path(os.environ.get("SHAPEDPO_STORIES") or REPOSITORY.parent / "shared" / "models" / "stories260k")
-CACHE = REPOSITORY / "benchmarks" / "cache"
-RESULTS = REPOSITORY / "benchmarks" / "results"
 
 # What the planted reward sees: a pattern and its reward.
 REWARDS = {

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.divergence import kl_per_token
+from benchmarks.folders import CACHE, add_out, out_folder
 from benchmarks.stories import (
-    CACHE,
     QUICK,
-    RESULTS,
     REWARDS,
     SHOWN,
     Recipe,
@@ -82,13 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", help="names of runs, beside plain DPO")
     parser.add_argument("--fresh", action="store_true", help="make runs anew that are in the cache")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder of tables and pictures (default: benchmarks/results; of a quick run, in the cache)",
-    )
+    add_out(parser)
     options = parser.parse_args(arguments)
-    out = options.out or (CACHE / "quick" if options.quick else RESULTS)
+    out = out_folder(options, CACHE / "quick")
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
     world = cached_world(recipe)
     rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0}]

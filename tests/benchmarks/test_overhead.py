@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import statistics
+import threading
 from pathlib import Path
 
 import pytest
 
-from benchmarks.overhead import QUICK, VARIANTS, WARM_UP, interval, run, write
+from benchmarks.overhead import QUICK, VARIANTS, WARM_UP, Turns, interval, run, write
 
 
 @pytest.mark.slow
@@ -33,3 +34,17 @@ def test_interval_encloses_the_median(n: int) -> None:
     assert 0 <= low < median < high <= n - 1
     if n == 100:  # the textbook's ranks of 95 %: the 40th and the 61st
         assert (low, high) == (39.0, 60.0)
+
+
+def test_a_thread_that_comes_early_does_not_end_the_others_turn() -> None:
+    turns = Turns([0, 1], "cpu")
+    turns.take(0)
+    early = threading.Thread(target=turns.take, args=(1,))
+    early.start()
+    early.join(0.2)
+    assert early.is_alive()  # waits
+    assert turns.seconds == [[], []]
+    turns.end(0)
+    early.join()
+    turns.end(1)
+    assert [len(seconds) for seconds in turns.seconds] == [1, 1]

@@ -11,7 +11,8 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from benchmarks.stories import MODEL, REPOSITORY
+from benchmarks.folders import REPOSITORY
+from benchmarks.stories import MODEL
 from shapedpo.audit import HarvestSettings, harvest
 from shapedpo.audit.harvesting.pairs import Pairs, load_pairs
 from shapedpo.audit.harvesting.store import SPANS

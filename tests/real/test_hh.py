@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from benchmarks.stories import MODEL, REPOSITORY
+from benchmarks.folders import REPOSITORY
+from benchmarks.stories import MODEL
 from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOConfig, ShapedDPOTrainer
 
 

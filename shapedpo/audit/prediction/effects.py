@@ -69,7 +69,7 @@ class Part:
     """Effects on the things of a kind in a view, `(n,)` each.
 
     Attributes:
-        kind, view: As in [`~shapedpo.audit.prediction.Prediction`].
+        kind, view: As in [`~shapedpo.audit.prediction.run.Prediction`].
         number: Of each thing.
         condition: The condition's number, -1 everywhere.
         delta, se: Weighted mean over the (condition's) pairs of the score's difference, in sd of the score, and its standard error.

@@ -50,7 +50,7 @@ def estimate(
     settings: PredictionSettings,
     progress: bool = True,
 ) -> dict[str, NDArray[Any]]:
-    """The columns of a [`~shapedpo.audit.prediction.Prediction`].
+    """The columns of a [`~shapedpo.audit.prediction.run.Prediction`].
 
     Args:
         harvest, conditions: The data, and what is scored where.

@@ -47,7 +47,7 @@ class PredictionSettings:
     """How effects in the data become changes of the model.
 
     Args:
-        scale: The change of a score, in sd, that a mean delta of one sd brings. How far a run goes depends on its learning rate, beta and
+        scale: What the changes that the reward makes are multiplied by. How far a run goes depends on its learning rate, beta and
             steps, which are not in the data: it is the same for all, and does not matter for ranks.
         pilot_share: The share of the run that a pilot has had: of its steps, or better, of the sum of its learning rates over steps. The scale
             then follows from the pilot.

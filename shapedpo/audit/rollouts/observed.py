@@ -112,9 +112,8 @@ def observe(
             members = sparse.hstack([groups[view], even @ groups[view], odd @ groups[view]], format="csr")
             size = members.shape[1], chosen[0].shape[1]
             found = sums.setdefault((kind, view), (_Sums(*size), _Sums(*size)))
-            for total, values in zip(
-                found, zip(chosen, rejected, strict=True), strict=True
-            ):  # scores, then where it appears
+            pairs = zip(chosen, rejected, strict=True)  # scores, then where it appears
+            for total, values in zip(found, pairs, strict=True):
                 total.add(members, np.asarray(weights[place]), values)
     return {key: _observed(*found, rollouts.both) for key, found in sums.items()}
 

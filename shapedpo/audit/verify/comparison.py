@@ -246,7 +246,7 @@ def largest_misses(
 
     Args:
         outcome: Predicted and observed.
-        rollouts: The [`~shapedpo.audit.rollouts.Rollouts`] that it was observed on.
+        rollouts: The [`~shapedpo.audit.rollouts.run.Rollouts`] that it was observed on.
         conditions: Of the audit.
         most: How many, at most two of a thing.
         slopes: What to scale predictions of a kind and view by first.
