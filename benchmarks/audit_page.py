@@ -177,7 +177,7 @@ ACTIONS = {
     "next page of the table": "byId('next').click()",
     "choose a cluster on a map": "choose('condition', turn * 7)",
     "the other view's maps": "all('[data-view]')[turn % 2].click()",
-    "search labels and texts": "setSearch(['word1', 'row25', 'word77', 'the', 'word4242 nothing'][turn % 5])",
+    "search labels and texts (waits 120 ms for more typing)": "setSearch(['word1', 'row25', 'word77', 'the', 'word4242 nothing'][turn % 5])",
 }
 """What a reader does: by name, what the page runs."""
 
