@@ -38,6 +38,20 @@ def test_all_rows_of_a_lesson_are_found_from_some() -> None:
     np.testing.assert_array_equal(model.named(*model.log_odds(pairs)), found)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_lesson_that_every_row_teaches_has_every_row() -> None:
+    draw = np.random.default_rng(0)
+    on = draw.random((3, N, FEATURES)) < 0.2
+    on[1][:, RESPONSE], on[2][:, RESPONSE] = True, False
+    prompt, chosen, rejected = on
+    parts = (chosen & ~rejected, rejected & ~chosen, prompt)
+    pairs = Shown(np.arange(N), *(sparse.csr_matrix(part.astype(np.float32)) for part in parts))
+    model, found = attributed(pairs, np.ones(N, bool), np.zeros(N, bool), 20, 0.1)
+    assert found.all()
+    assert set(RESPONSE) <= set(model.columns.response)
+    assert model.told_by_prompt(pairs, found) == 0.5
+
+
 def test_rows_that_agree_by_chance_are_no_lesson() -> None:
     pairs, topic, _ = shown(1, taught=False)
     more = pairs.more[:, RESPONSE].sum(axis=1) == len(RESPONSE)  # in the topic as many go the other way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -111,6 +112,18 @@ def test_analysis_comes_back_from_its_files(found) -> None:
     (folder / "analysis" / "rows.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"rows\.parquet"):
         Analysis.load(folder / "analysis")
+
+
+def test_a_write_that_is_cut_off_leaves_no_mixture_of_two_analyses(found, tmp_path, monkeypatch) -> None:
+    analysis, _ = found
+    analysis.save(tmp_path)
+    (tmp_path / "prediction.parquet").write_bytes(b"of the first analysis")
+    monkeypatch.setattr("pyarrow.parquet.write_table", Mock(side_effect=OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        dataclasses.replace(analysis, hypotheses=analysis.hypotheses[:1]).save(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"hypotheses\.json"):
+        Analysis.load(tmp_path)
+    assert not (tmp_path / "prediction.parquet").exists()
 
 
 def test_the_same_again_and_whatever_the_size_of_shards(found, tmp_path) -> None:

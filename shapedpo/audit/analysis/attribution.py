@@ -95,9 +95,11 @@ class Model(NamedTuple):
         return real, mirrored
 
     def told_by_prompt(self, shown: Shown, rows: NDArray[np.bool_]) -> float:
-        """How well the prompt alone tells some pairs from the others: the area under the ROC curve."""
+        """How well the prompt alone tells some pairs from the others: the area under the ROC curve; 0.5 where there are no others."""
         from sklearn.metrics import roc_auc_score
 
+        if rows.all():
+            return 0.5
         prompt = (
             shown.prompt[:, self.columns.prompt] @ self.weights[:, len(self.weights.T) - len(self.columns.prompt) :].T
         )
@@ -121,7 +123,7 @@ def attributed(
     A logistic regression tells the seeds from all other pairs and from all pairs mirrored (chosen and rejected exchanged), by what
     differs between the completions and by the prompt. So it finds what the seeds' difference has that the opposite has not, under the condition
     that they share. The rows so found are the seeds of the next round, until they stay the same. Each row is judged by a model that has
-    not seen it.
+    not seen it. Where every pair is a seed, the mirrored ones are all that it is told from.
 
     Seeds are some of the lesson's rows, and more alike than all of them are. The first two rounds take every row nearer to the
     seeds' median than to the others'. Later ones are strict: the rows that are not yet found make all odds a constant times too low,
@@ -147,7 +149,8 @@ def attributed(
         model = _fitted(shown, labels, learned, features)
         real, mirrored = model.log_odds(shown)
         if number < _GENEROUS:
-            enough = float(np.median(real[labels]) + np.median(real[~labels])) / 2
+            others = mirrored if labels.all() else real[~labels]
+            enough = float(np.median(real[labels]) + np.median(others)) / 2
         else:
             enough = float(logit(expit(real[labels]).mean() / 2))
         least = max(enough, _beyond_chance(real, mirrored, max_chance))
@@ -173,7 +176,8 @@ def _beyond_chance(real: NDArray[np.floating], mirrored: NDArray[np.floating], m
 def _fitted(shown: Shown, labels: NDArray[np.bool_], learned: NDArray[np.bool_], features: int) -> Model:
     from sklearn.linear_model import LogisticRegression
 
-    more, less, prompt = (_telling(values, labels, features) for values in shown[1:])
+    spans = (shown.more, shown.less), (shown.less, shown.more), (shown.prompt, shown.prompt)
+    more, less, prompt = (_telling(values, mirrored, labels, features) for values, mirrored in spans)
     columns = Columns(np.union1d(more, less), prompt)
     x = np.concatenate([shown.columns(columns), shown.columns(columns, mirrored=True)])
     y = np.concatenate([labels, np.zeros_like(labels)])
@@ -188,9 +192,12 @@ def _fitted(shown: Shown, labels: NDArray[np.bool_], learned: NDArray[np.bool_],
     return Model(columns, weights, bias, 0.0)
 
 
-def _telling(values: sparse.csr_matrix, labels: NDArray[np.bool_], n: int) -> NDArray[np.int64]:
-    """The features whose rate among the labelled rows is farthest from that of all, in standard errors (one row more or less aside)."""
-    rate = np.bincount(values.indices, minlength=values.shape[1]) / len(labels)
+def _telling(
+    values: sparse.csr_matrix, mirrored: sparse.csr_matrix, labels: NDArray[np.bool_], n: int
+) -> NDArray[np.int64]:
+    """The features whose rate among the labelled rows is farthest from that of all (of all mirrored, where all rows are labelled), in standard
+    errors (one row more or less aside)."""
+    rate = np.bincount((mirrored if labels.all() else values).indices, minlength=values.shape[1]) / len(labels)
     inside = np.bincount(values[labels].indices, minlength=values.shape[1])
     count = labels.sum()
     z = (inside - count * rate) / np.sqrt(count * rate * (1 - rate) + 1)

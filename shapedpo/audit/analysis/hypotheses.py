@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files import replacing
 from .settings import AuditSettings
 from .statistics import Comparison, corrected
 
@@ -20,15 +21,15 @@ from .statistics import Comparison, corrected
 View = Literal["global", "feature", "prompt"]
 
 FILES = (
-    "hypotheses.json",
-    "lessons.json",
     "clusters.json",
     "settings.json",
+    "lessons.json",
     "rows.parquet",
     "lessons.parquet",
     "data.parquet",
+    "hypotheses.json",
 )
-"""What [`Analysis.save`] writes."""
+"""What [`Analysis.save`] writes, in this order: with the last, the analysis is whole."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +190,19 @@ class Analysis:
         return self.rows[members[np.argsort(-self.typicality[members], kind="stable")[:n]]]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it as plain files, [`FILES`]: JSON, and Parquet for what has a line a row."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Write it as plain files, [`FILES`]: JSON, and Parquet for what has a line a row.
 
+        What an earlier analysis left in the folder goes first, also what was predicted from it: a kill half-way leaves no analysis rather than
+        parts of two.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in (folder / FILES[-1], *folder.glob("*.parquet")):
+            stale.unlink(missing_ok=True)
         plain = [
             {key: value for key, value in vars(h).items() if key not in ("rows", "contributions")}
             for h in self.hypotheses
         ]
-        _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
         _write(folder / "clusters.json", self.clusters)
         _write(folder / "settings.json", asdict(self.settings))
         _write(
@@ -211,15 +214,16 @@ class Analysis:
             "row": _joined([h.rows for h in self.hypotheses], np.int64),
             "contribution": _joined([h.contributions for h in self.hypotheses], np.float32),
         }
-        pq.write_table(pa.table(responsible), folder / "rows.parquet", compression="zstd")
+        _write_table(folder / "rows.parquet", responsible)
         taught = {
             "lesson": _numbered([lesson.rows for lesson in self.attributions]),
             "row": _joined([lesson.rows for lesson in self.attributions], np.int64),
             "log_odds": _joined([lesson.log_odds for lesson in self.attributions], np.float32),
         }
-        pq.write_table(pa.table(taught), folder / "lessons.parquet", compression="zstd")
+        _write_table(folder / "lessons.parquet", taught)
         data = {"row": self.rows, "data_cluster": self.data_clusters, "typicality": self.typicality}
-        pq.write_table(pa.table(data), folder / "data.parquet", compression="zstd")
+        _write_table(folder / "data.parquet", data)
+        _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Analysis:
@@ -281,4 +285,13 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
 
 
 def _write(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_table(path: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with replacing(path) as partial:
+        pq.write_table(pa.table(columns), partial, compression="zstd")
