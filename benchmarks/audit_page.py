@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from shapedpo import lab
 from shapedpo.audit.analysis.hypotheses import Analysis, Hypothesis
+from shapedpo.audit.analysis.leading import Leading
 from shapedpo.audit.analysis.maps import ClusterMap
 from shapedpo.audit.analysis.settings import AuditSettings
 from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
@@ -80,6 +81,8 @@ def made_up(folder: Path, sizes: Sizes) -> Audit:
         rows=harvest.rows,
         data_clusters=draw.integers(k, size=n).astype(np.int32),
         typicality=draw.random(n, np.float32),
+        leading=Leading(k, 1),
+        delta_sd=np.ones(sizes.d_sae),
         tested=dict.fromkeys(("feature", "prompt"), k * k),
     )
     maps = {

@@ -54,23 +54,20 @@ def predictions(
     setting: Setting,
     harvest: Harvest,
     analysis: Analysis,
-    conditions: Conditions,
     given: Rollouts,
     pilots: Mapping[int, Rollouts],
 ) -> Iterator[tuple[str, Prediction]]:
     """Each estimator's name and what it predicts."""
-    first = predict(harvest, analysis, conditions=conditions, progress=False)
+    first = predict(harvest, analysis, progress=False)
+    conditions = Conditions.of(analysis)
     parts = measure(harvest, conditions, np.ones(harvest.n_rows), analysis.settings, 1, 10, progress=False).parts
     plain = np.concatenate([part.delta for part in sorted(parts, key=lambda part: part.view != "global")])
     yield PLAIN, dataclasses.replace(first, score=plain, score_low=plain, score_high=plain)
     yield DATA, first
-    yield ANSWERS, predict(harvest, analysis, rollouts=given, conditions=conditions, progress=False)
+    yield ANSWERS, predict(harvest, analysis, rollouts=given, progress=False)
     for share, weighed in pilots.items():
         how = PredictionSettings(pilot_share=learnt(setting, share))
-        yield (
-            PILOT.format(share),
-            predict(harvest, analysis, how, rollouts=weighed, conditions=conditions, progress=False),
-        )
+        yield PILOT.format(share), predict(harvest, analysis, how, rollouts=weighed, progress=False)
 
 
 def another_run(prediction: Prediction, observed: Seen, second: Seen) -> dict[str, float]:
@@ -92,14 +89,14 @@ def study(runs: Sequence[Setting], folder: Path) -> tuple[list[dict[str, Any]], 
     rows, shown = [], {}
     for setting in runs:
         harvest, analysis = audit(setting, folder)
-        conditions = Conditions.of(harvest, analysis, progress=False)
+        conditions = Conditions.of(analysis)
         observed = observe(rollouts(setting, folder), conditions, progress=False)
         pilots = {share: pilot(setting, share, folder) for share in sorted(PILOTS, reverse=True)}
         twice = again(setting, folder, made=False)
         second = None if twice is None else observe(twice, conditions, progress=False)
         where = {"world": setting.world, "held out": setting.world in HELD_OUT, "lr": setting.learning_rate}
         where |= {"beta": setting.beta, "pairs": setting.pairs}
-        for name, prediction in predictions(setting, harvest, analysis, conditions, answers(setting, folder), pilots):
+        for name, prediction in predictions(setting, harvest, analysis, answers(setting, folder), pilots):
             outcome = compare(prediction, observed)
             if setting.learning_rate == runs[0].learning_rate and setting.pairs != 250:
                 shown[setting.world] = outcome

@@ -182,7 +182,8 @@ def asked(setting: Setting, world: Ground) -> list[list[int]]:
     if setting.world in LESSONS:
         questions = [measures.as_prompt(q) for q in text.draw_questions(n, 99, "train")]
         return [world.tokenizer.apply_chat_template(q, add_generation_prompt=True)["input_ids"] for q in questions]
-    return world.tokenizer(world.rows["prompt"][:n], add_special_tokens=world.special_tokens)["input_ids"]
+    rows = ground(dataclasses.replace(setting, pairs=max(n, setting.pairs))).rows  # a small run's have too few
+    return world.tokenizer(rows["prompt"][:n], add_special_tokens=world.special_tokens)["input_ids"]
 
 
 def pilot(setting: Setting, share: int, folder: Path) -> Rollouts:

@@ -12,17 +12,22 @@ What is realistic, and why:
 * **Six features in ten fire in groups** of 16, each group in the texts of some topics more than in others, so that there are clusters to
   find; the rest fire by themselves. A row's chosen and rejected completions share half of what they draw.
 * **Lessons are planted**: on the rows of a topic, most chosen completions show a group that the rejected ones do not.
+* **Texts** are random tokens of the lab's tokenizer, as many as were read.
 
 Only the first 8,192 rows are drawn afresh, which is slow. The rest repeat them, each time without another 15 % of their entries.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
+from shapedpo import lab
 from shapedpo.audit.harvesting.store import (
     MANIFEST,
     SPANS,
@@ -90,12 +95,17 @@ class Synthetic:
             fresh = FRESH // self.shard_rows
             spans = self._fresh(index) if index < fresh else self._thinned(folder, index, index % fresh)
             rows = self._rows(index)
-            texts = {span: [f"{span} {row}" for row in rows] for span in SPANS}
-            write_shard(folder, index, rows, spans, {span: [[]] * len(rows) for span in SPANS}, texts)
+            ids = {span: self._ids(index, number, spans[span].tokens) for number, span in enumerate(SPANS)}
+            write_shard(folder, index, rows, spans, ids, {span: _split().batch_decode(ids[span]) for span in SPANS})
         return Harvest.open(folder)
 
     def _rows(self, index: int) -> np.ndarray:
         return np.arange(index * self.shard_rows, min(self.n_rows, (index + 1) * self.shard_rows))
+
+    def _ids(self, index: int, span: int, tokens: np.ndarray) -> list[list[int]]:
+        draw = np.random.default_rng([self.seed, index, span])
+        ids = draw.choice(_whole_tokens(), tokens.sum())
+        return [part.tolist() for part in np.split(ids, tokens.cumsum()[:-1])]
 
     def _thinned(self, folder: Path, index: int, source: int) -> dict[str, Active]:
         draw, n = np.random.default_rng([self.seed, index]), len(self._rows(index))
@@ -169,6 +179,18 @@ class Synthetic:
             peak=(draw.random(len(keys)) * length).astype(np.int32),
             tokens=tokens,
         )
+
+
+@functools.cache
+def _split() -> Any:
+    return AutoTokenizer.from_pretrained(lab.model_path())
+
+
+@functools.cache
+def _whole_tokens() -> list[int]:
+    """The tokens that are whole characters."""
+    every = range(max(_split().all_special_ids) + 1, len(_split()))
+    return [token for token in every if "\N{REPLACEMENT CHARACTER}" not in _split().decode([token])]
 
 
 def _cumulative(weights: np.ndarray) -> np.ndarray:

@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else folder / VERIFY
     with as_user_error(ValueError):
         rollouts = roll_out(base, trained, tokenizer, prompts, reader, out / "rollouts", settings)
-    conditions = Conditions.of(harvest, analysis)
+    conditions = Conditions.of(analysis)
     outcome = compare(prediction, observe(rollouts, conditions))
     report(
         outcome, rollouts, conditions, harvest, analysis, tokenizer.decode, out, concepts=concepts, misses=args.misses

@@ -107,8 +107,10 @@ def test_analysis_comes_back_from_its_files(found) -> None:
     for one, other in zip(back.attributions, analysis.attributions, strict=True):
         np.testing.assert_array_equal(one.rows, other.rows)
         np.testing.assert_array_equal(one.log_odds, other.log_odds)
-    for name in ("rows", "data_clusters", "typicality"):
+    for name in ("rows", "data_clusters", "typicality", "delta_sd"):
         np.testing.assert_array_equal(getattr(back, name), getattr(analysis, name))
+    for name in ("scores", "rows", "most"):
+        np.testing.assert_array_equal(getattr(back.leading, name), getattr(analysis.leading, name))
     (folder / "analysis" / "rows.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"rows\.parquet"):
         Analysis.load(folder / "analysis")

@@ -33,7 +33,7 @@ def frequencies() -> tuple[np.ndarray, np.ndarray]:
 def test_effects_of_features_and_clusters_are_weighted_means_of_deltas(audited) -> None:
     harvest, analysis = audited
     weights = np.random.default_rng(0).random(WORLD.n)
-    conditions = Conditions.of(harvest, analysis, progress=False)
+    conditions = Conditions.of(analysis)
     effects = measure(harvest, conditions, weights, analysis.settings, 1000, 10, progress=False)
     parts = {(part.kind, part.view): part for part in effects.parts}
     chosen, rejected = frequencies()

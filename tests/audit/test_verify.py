@@ -33,7 +33,7 @@ ANSWERS = World(300, topics=4, groups=6, loners=12, lessons=LESSONS, seed=1)
 def audited(tmp_path_factory):
     harvest = DATA.harvest(tmp_path_factory.mktemp("harvest"), shard_rows=128)
     analysis = analyse(harvest, progress=False)
-    return harvest, analysis, Conditions.of(harvest, analysis, progress=False)
+    return harvest, analysis, Conditions.of(analysis)
 
 
 @pytest.mark.parametrize("bridge", [True, False])
@@ -120,7 +120,7 @@ def test_figures_of_known_predictions() -> None:
 def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
     harvest, analysis, conditions = audited
     ratios = np.zeros((ANSWERS.n, 2))
-    prediction = predict(harvest, analysis, conditions=conditions, progress=False)
+    prediction = predict(harvest, analysis, progress=False)
     observed = observe(Rollouts(ANSWERS.harvest(tmp_path), ratios), conditions, bridge=False, progress=False)
     outcome = compare(prediction, observed)
     contrast = outcome.contrast()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import synthetic_harvest
-from benchmarks.harvest import QUICK, analyse_alone, measure_cost, write_cost, write_growth
+from benchmarks.harvest import QUICK, audit_alone, measure_cost, write_cost, write_growth
 from benchmarks.synthetic_harvest import BURST, Synthetic
 
 
@@ -51,6 +51,6 @@ def test_made_up_harvests(tmp_path, monkeypatch):
     ]
     assert shown[0] > 0.7
     assert shown[1] < 0.5
-    row = {"pairs": 190, "harvest, GB": 0.01, **analyse_alone(tmp_path)}
+    row = {"pairs": 190, "harvest, GB": 0.01, **audit_alone(tmp_path)}
     assert row["peak, GB"] > 0.05
     assert "| 190 | 0.01 |" in write_growth([row], 2048, tmp_path / "out")

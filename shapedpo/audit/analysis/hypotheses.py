@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...files import replacing
+from .files import joined, numbered, parts, write_json, write_table
+from .leading import Leading
 from .settings import AuditSettings
 from .statistics import Comparison, corrected
 
@@ -27,6 +27,7 @@ FILES = (
     "rows.parquet",
     "lessons.parquet",
     "data.parquet",
+    "conditions.safetensors",
     "hypotheses.json",
 )
 """What [`Analysis.save`] writes, in this order: with the last, the analysis is whole."""
@@ -158,6 +159,8 @@ class Analysis:
         rows: `(n_rows,)` int64, row numbers in the source dataset.
         data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
         typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
+        leading: The rows that express each prompt cluster `A_k` most.
+        delta_sd: `(d_sae,)`, standard deviation of each feature's delta of frequency, in which `R_m` are scored.
         tested: How many hypotheses each view tested, over which its q values are.
         attributions: What the hypotheses come to, as [`~shapedpo.audit.analysis.lessons.lessons`] has it.
     """
@@ -169,6 +172,8 @@ class Analysis:
     rows: NDArray[np.int64] = field(repr=False)
     data_clusters: NDArray[np.int32] = field(repr=False)
     typicality: NDArray[np.float32] = field(repr=False)
+    leading: Leading = field(repr=False)
+    delta_sd: NDArray[np.float64] = field(repr=False)
     tested: dict[str, int] = field(default_factory=dict)
     attributions: list[Attribution] = field(default_factory=list)
 
@@ -190,11 +195,13 @@ class Analysis:
         return self.rows[members[np.argsort(-self.typicality[members], kind="stable")[:n]]]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it as plain files, [`FILES`]: JSON, and Parquet for what has a line a row.
+        """Write it as plain files, [`FILES`]: JSON, Parquet for what has a line a row, arrays as safetensors.
 
         What an earlier analysis left in the folder goes first, also what was predicted from it: a kill half-way leaves no analysis rather than
         parts of two.
         """
+        from safetensors.numpy import save_file
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / FILES[-1], *folder.glob("*.parquet")):
@@ -203,27 +210,30 @@ class Analysis:
             {key: value for key, value in vars(h).items() if key not in ("rows", "contributions")}
             for h in self.hypotheses
         ]
-        _write(folder / "clusters.json", self.clusters)
-        _write(folder / "settings.json", asdict(self.settings))
-        _write(
+        write_json(folder / "clusters.json", self.clusters)
+        write_json(folder / "settings.json", asdict(self.settings))
+        write_json(
             folder / "lessons.json",
             [{"hypotheses": one.hypotheses, "told_by_prompt": one.told_by_prompt} for one in self.attributions],
         )
         responsible = {
-            "hypothesis": _numbered([h.rows for h in self.hypotheses]),
-            "row": _joined([h.rows for h in self.hypotheses], np.int64),
-            "contribution": _joined([h.contributions for h in self.hypotheses], np.float32),
+            "hypothesis": numbered([h.rows for h in self.hypotheses]),
+            "row": joined([h.rows for h in self.hypotheses], np.int64),
+            "contribution": joined([h.contributions for h in self.hypotheses], np.float32),
         }
-        _write_table(folder / "rows.parquet", responsible)
+        write_table(folder / "rows.parquet", responsible)
         taught = {
-            "lesson": _numbered([lesson.rows for lesson in self.attributions]),
-            "row": _joined([lesson.rows for lesson in self.attributions], np.int64),
-            "log_odds": _joined([lesson.log_odds for lesson in self.attributions], np.float32),
+            "lesson": numbered([lesson.rows for lesson in self.attributions]),
+            "row": joined([lesson.rows for lesson in self.attributions], np.int64),
+            "log_odds": joined([lesson.log_odds for lesson in self.attributions], np.float32),
         }
-        _write_table(folder / "lessons.parquet", taught)
+        write_table(folder / "lessons.parquet", taught)
         data = {"row": self.rows, "data_cluster": self.data_clusters, "typicality": self.typicality}
-        _write_table(folder / "data.parquet", data)
-        _write(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
+        write_table(folder / "data.parquet", data)
+        leading = {"scores": self.leading.scores, "rows": self.leading.rows}
+        with replacing(folder / "conditions.safetensors") as partial:
+            save_file({**leading, "delta_sd": self.delta_sd}, partial)
+        write_json(folder / "hypotheses.json", {"n_rows": self.n_rows, "tested": self.tested, "hypotheses": plain})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Analysis:
@@ -233,6 +243,7 @@ class Analysis:
             FileNotFoundError: If a file is missing; the text names it.
         """
         import pyarrow.parquet as pq
+        from safetensors.numpy import load_file
 
         folder = Path(folder)
         if missing := [name for name in FILES if not (folder / name).is_file()]:
@@ -240,58 +251,31 @@ class Analysis:
                 f"'{folder}' holds no analysis: {', '.join(missing)} missing. Run `shapedpo audit` first."
             )
         found = json.loads((folder / "hypotheses.json").read_text(encoding="utf-8"))
-        responsible = _parts(folder / "rows.parquet", len(found["hypotheses"]))
+        responsible = parts(folder / "rows.parquet", len(found["hypotheses"]))
         hypotheses = [
             Hypothesis(**{**plain, "halves": tuple(plain["halves"])}, rows=rows, contributions=contributions)
             for plain, (rows, contributions) in zip(found["hypotheses"], responsible, strict=True)
         ]
         lessons = json.loads((folder / "lessons.json").read_text(encoding="utf-8"))
-        taught = _parts(folder / "lessons.parquet", len(lessons))
+        taught = parts(folder / "lessons.parquet", len(lessons))
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         data = pq.ParquetFile(folder / "data.parquet").read()
         known = {f.name for f in fields(AuditSettings)}
+        settings = AuditSettings(**{key: value for key, value in settings.items() if key in known})
+        where = load_file(folder / "conditions.safetensors")
         return cls(
-            settings=AuditSettings(**{key: value for key, value in settings.items() if key in known}),
+            settings=settings,
             n_rows=found["n_rows"],
             hypotheses=hypotheses,
             clusters=json.loads((folder / "clusters.json").read_text(encoding="utf-8")),
             rows=data["row"].to_numpy(),
             data_clusters=data["data_cluster"].to_numpy(),
             typicality=data["typicality"].to_numpy(),
+            leading=Leading(where["rows"].shape[1], settings.prompt_rows, where["scores"], where["rows"]),
+            delta_sd=where["delta_sd"],
             tested=found["tested"],
             attributions=[
                 Attribution(**plain, rows=part[0], log_odds=part[1])
                 for plain, part in zip(lessons, taught, strict=True)
             ],
         )
-
-
-def _numbered(parts: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
-    lengths = [len(part) for part in parts]
-    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-
-
-def _parts(path: Path, n: int) -> list[list[NDArray[Any]]]:
-    """The other columns of a table whose first numbers its parts, of each of `n` parts."""
-    import pyarrow.parquet as pq
-
-    of, *columns = (column.to_numpy() for column in pq.ParquetFile(path).read().columns)
-    ends = np.searchsorted(of, np.arange(n + 1))
-    return [[column[start:end] for column in columns] for start, end in pairwise(ends)]
-
-
-def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-
-
-def _write(path: Path, data: Any) -> None:
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _write_table(path: Path, columns: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with replacing(path) as partial:
-        pq.write_table(pa.table(columns), partial, compression="zstd")

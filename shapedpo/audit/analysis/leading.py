@@ -16,12 +16,19 @@ class Leading:
     Args:
         n_columns: Number of columns.
         most: Rows that are kept of each.
+        scores, rows: `(n, n_columns)` each, those kept so far; an empty place has a score of 0.
     """
 
-    def __init__(self, n_columns: int, most: int) -> None:
+    def __init__(
+        self,
+        n_columns: int,
+        most: int,
+        scores: NDArray[np.floating] | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
         self.most = most
-        self.scores: NDArray[np.floating] = np.zeros((0, n_columns))
-        self.rows: NDArray[np.int64] = np.zeros((0, n_columns), np.int64)
+        self.scores: NDArray[np.floating] = np.zeros((0, n_columns)) if scores is None else scores
+        self.rows: NDArray[np.int64] = np.zeros((0, n_columns), np.int64) if rows is None else rows
 
     def add(self, rows: NDArray[np.int64], scores: NDArray[np.floating], luck: NDArray[np.float64]) -> None:
         """Adds rows, `(n,)`, and their scores, `(n, n_columns)`, of which only those above 0 count.

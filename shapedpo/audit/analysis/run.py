@@ -231,6 +231,8 @@ def _compare(
         rows=rows,
         data_clusters=labels,
         typicality=typicality,
+        leading=leading,
+        delta_sd=prompt_view.delta_sd,
         tested={"global": everywhere_tested, "feature": conditional_tested, "prompt": prompted_tested},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.lessons import lessons
 from ..harvesting.store import Harvest
-from ..prediction.conditions import Conditions
 from ..prediction.run import Prediction, predict
 from ..summary import feature_names
 from .targets import Target
@@ -95,9 +94,10 @@ def preview(
         progress: Whether to show progress bars.
     """
     labels = labels or {}
-    same: Any = {"conditions": Conditions.of(harvest, analysis, progress), "progress": progress}
-    before = now or predict(harvest, analysis, **same)
-    after = [predict(harvest, analysis, weights=weights, held=held, **same) for weights, held in fixes.values()]
+    before = now or predict(harvest, analysis, progress=progress)
+    after = [
+        predict(harvest, analysis, weights=weights, held=held, progress=progress) for weights, held in fixes.values()
+    ]
 
     lines: list[Line] = []
     seen: set[tuple[str, int]] = set()

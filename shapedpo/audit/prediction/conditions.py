@@ -45,9 +45,9 @@ class Things:
     prompt_view: PromptView
 
     @classmethod
-    def of(cls, analysis: Analysis, d_sae: int, delta_sd: Array) -> Things:
+    def of(cls, analysis: Analysis) -> Things:
         def numbers(name: str) -> NDArray[np.int32]:
-            clusters = np.full(d_sae, -1, np.int32)
+            clusters = np.full(len(analysis.delta_sd), -1, np.int32)
             for number, features in enumerate(analysis.clusters[name]):
                 clusters[features] = number
             return clusters
@@ -55,7 +55,7 @@ class Things:
         none = np.zeros((0, len(analysis.clusters["feature"])), np.float32)
         return cls(
             FeatureView(numbers("feature"), none, 0.0, analysis.settings.tau),
-            PromptView(numbers("prompt"), numbers("response"), delta_sd),
+            PromptView(numbers("prompt"), numbers("response"), analysis.delta_sd),
         )
 
     def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:
@@ -94,24 +94,12 @@ class Conditions:
     n_data_clusters: int
 
     @classmethod
-    def of(cls, harvest: Harvest, analysis: Analysis, progress: bool = True) -> Conditions:
-        """The conditions of an analysis, in one pass over its harvest."""
-        n, d = harvest.n_rows, harvest.d_sae
-        settings = analysis.settings
-        total, square = np.zeros(d), np.zeros(d)
-        things = Things.of(analysis, d, np.ones(d))
-        leading = Leading(len(analysis.clusters["prompt"]), settings.prompt_rows)
-        luck = np.random.default_rng(settings.seed + 3).random(n)  # as the analysis breaks ties
-        for place, shard in passes(harvest, "Conditions", progress):
-            delta = shard.chosen.freq - shard.rejected.freq
-            total += np.bincount(delta.indices, delta.data, d)
-            square += np.bincount(delta.indices, np.square(delta.data, dtype=np.float64), d)
-            leading.add(shard.rows, things.prompt_view.expression(shard), luck[place])
-        things = Things.of(analysis, d, np.sqrt(np.maximum(square / n - (total / n) ** 2, 0)))
-        kept = np.where(leading.scores > 0, leading.scores, np.inf)
-        least = kept.min(axis=0, initial=np.inf)
+    def of(cls, analysis: Analysis) -> Conditions:
+        """The conditions of an analysis."""
+        leading = analysis.leading
+        least = np.where(leading.scores > 0, leading.scores, np.inf).min(axis=0, initial=np.inf)
         k = int(analysis.data_clusters.max(initial=-1)) + 1
-        return cls(things, leading, analysis.data_clusters, least, k)
+        return cls(Things.of(analysis), leading, analysis.data_clusters, least, k)
 
     def of_pairs(self, place: slice, shard: Shard) -> dict[str, Any]:
         """Of pairs of the harvest, `(n, groups)` of each view: 1 where a pair is in a group."""

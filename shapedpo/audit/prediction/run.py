@@ -178,7 +178,6 @@ def predict(
     weights: ArrayLike | None = None,
     held: Collection[int] = (),
     rollouts: Rollouts | None = None,
-    conditions: Conditions | None = None,
     progress: bool = True,
 ) -> Prediction:
     """Predict what DPO on a harvested dataset will amplify and suppress, everywhere and under each condition.
@@ -192,7 +191,6 @@ def predict(
         rollouts: Answers of the reference to some prompts, and if a pilot (a model trained on the data for a few steps) answered too, or weighs
             them, its log-ratios. The answers say what can move together, and how far, the pilot how the model generalises. The pilot is left out
             where features are held or pairs weighted: it was trained on the data as it is.
-        conditions: The analysis' conditions, where they are at hand: saves a pass.
         progress: Whether to show progress bars.
 
     Raises:
@@ -201,7 +199,7 @@ def predict(
     settings = settings or PredictionSettings()
     found = _checked(harvest, analysis, weights, held)
     features = np.array(sorted(set(held)), np.int64)
-    conditions = conditions or Conditions.of(harvest, analysis, progress)
+    conditions = Conditions.of(analysis)
     effects = measure(
         harvest,
         conditions,
