@@ -14,7 +14,8 @@ from ..errors import UserError, as_user_error
 HELP = """\
 Have a language model name what an audit found: a title, a description and keywords for the strongest findings and the clusters that
 they are about. Without it they are called by tokens and words. The model is behind any OpenAI-compatible endpoint (the
-extra `labels`), or on this machine. Before anything is asked, the number of tokens is printed and you are asked whether to go on.
+extra `labels`), or on this machine. Before anything is asked, the number of tokens is printed and you are asked whether to go on; what
+a reasoning model thinks comes on top.
 
 What the model is shown are rows of the dataset: choose one that may see them. Answers are kept in DIR/labels-cache.jsonl, labels go to
 DIR/labels.json, and DIR/audit.html is written anew.

@@ -143,9 +143,25 @@ def test_clusters_and_findings_are_named_at_once_and_only_once(
     asked = len(server.requests)
     assert label(folder, server) == 0  # everything is known: nothing to agree to
     assert len(server.requests) == asked
-    with (folder / CACHE).open("a") as file:
-        file.write('{"key": "cut o')
+    known = (folder / CACHE).read_text().splitlines()
+    (folder / CACHE).write_text("\n".join(known)[:-20])  # cut off
+    assert len(read_cache(folder / CACHE)) == asked - 2
+    assert label(folder, server, "--yes") == 0
+    assert len(server.requests) == asked + 1
     assert len(read_cache(folder / CACHE)) == asked - 1
+
+
+def test_a_reasoning_model_is_asked_its_way(folder: Path, serve: Callable[..., Server]) -> None:
+    def reply(number: int, body: Any) -> tuple[int, Any, dict[str, str]]:
+        for name in ("max_tokens", "temperature"):
+            if name in body:
+                return 400, {"error": {"message": f"Unsupported parameter: '{name}'", "param": name}}, {}
+        return said(json.dumps(GOOD))
+
+    server = serve(reply)
+    assert label(folder, server, "--yes", "--concurrency", "1") == 0
+    assert all("max_completion_tokens" in request for request in server.requests[1:])
+    assert sum("temperature" in request for request in server.requests) == 2  # the first, and the first the other way
 
 
 def test_bad_answers_are_asked_again_and_then_left(

@@ -11,6 +11,8 @@ Message = dict[str, str]
 
 MAX_TOKENS = 300
 """Of an answer."""
+MAX_THINKING_TOKENS = 4000
+"""Of an answer and of what a reasoning model thinks before it."""
 
 
 class LabellerError(ValueError):
@@ -30,7 +32,8 @@ class Labeller(Protocol):
 class Endpoint:
     """Chat completions of an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama and others.
 
-    The `openai` client retries what may pass (connections, 408, 409, 429, 5xx) with growing waits, or as long as `Retry-After` says.
+    The `openai` client retries what may pass (connections, 408, 409, 429, 5xx) with growing waits, or as long as `Retry-After` says. A model
+    that takes no temperature, or `max_completion_tokens` in place of `max_tokens`, as OpenAI's reasoning models do, is asked its way.
 
     Args:
         url: The API's base, such as `http://localhost:8000/v1`.
@@ -50,7 +53,8 @@ class Endpoint:
             raise ImportError("An endpoint needs the `openai` client: pip install 'shapedpo[labels]'.") from error
 
         self.name, self.url = model, url
-        self._errors = openai.OpenAIError
+        self._errors, self._refused = openai.OpenAIError, openai.BadRequestError
+        self._options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout, organization="", project=""
         )
@@ -61,13 +65,25 @@ class Endpoint:
         Raises:
             LabellerError: If the server refuses, or still does not answer after the last retry.
         """
-        request: Any = {"model": self.name, "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0}
         try:
-            found = await self._client.chat.completions.create(**request)
+            found = await self._completion(messages)
         except self._errors as error:
             raise LabellerError(f"{self.url}, model {self.name}: {type(error).__name__}: {error}") from error
         choices = getattr(found, "choices", None)
         return (choices[0].message.content or "") if choices else ""
+
+    async def _completion(self, messages: list[Message]) -> Any:
+        while True:
+            options = self._options  # as other requests have left them
+            try:
+                return await self._client.chat.completions.create(model=self.name, messages=messages, **options)  # type: ignore[arg-type]
+            except self._refused as error:
+                refused = getattr(error, "param", None)
+                if refused not in options:
+                    raise
+                self._options = {name: value for name, value in options.items() if name != refused}
+                if refused == "max_tokens":
+                    self._options["max_completion_tokens"] = MAX_THINKING_TOKENS
 
     async def close(self) -> None:
         await self._client.close()

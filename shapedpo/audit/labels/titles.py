@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,6 +204,14 @@ def read_cache(path: Path) -> dict[str, Answer]:
     return answers
 
 
+def _cut_off(path: Path) -> bool:
+    """Whether a file ends in the middle of a line."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        return file.read(1) not in (b"", b"\n")
+
+
 def estimate(wanted: Iterable[Task]) -> tuple[int, int]:
     """About how many tokens asking takes, and how many the answers have at most: four characters a token."""
     lengths = [sum(len(message["content"]) for message in task.messages) for task in wanted]
@@ -230,6 +239,8 @@ async def ask(
     turns = asyncio.Semaphore(concurrency)
     alike = {task.key(labeller.name): task for task in wanted}  # what looks the same is asked once
     with cache.open("a", encoding="utf-8") as file, tqdm(total=len(alike), desc="Labels", disable=not progress) as bar:
+        if _cut_off(cache):
+            file.write("\n")  # or the next answer would be lost with it
 
         async def one(key: str, task: Task) -> Answer | None:
             answer = known.get(key)
