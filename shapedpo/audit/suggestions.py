@@ -154,16 +154,17 @@ def _similarity(queries: Sequence[str], texts: Sequence[str], embed: Embed | Non
 def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Prediction | None) -> list[_Thing]:
     """Everything with words, and its effect. What chosen completions have less of is a thing of its own, which the data push away from."""
     things = []
+    predicted = _predicted(prediction) if prediction else {}
 
     def add(
         kind: str, number: int, words: str, place: tuple[str, int, str, int], sign: int = 0, what: str = ""
     ) -> None:
         """`sign` is that of a finding's effect on the words, which its tests are sure of."""
-        found = prediction.at(*place) if prediction else None
         effect, clear = None, False
-        if found:
-            effect = sign * abs(found["score"]) if sign else found["score"]
-            clear = bool(sign) or found["score_low"] > 0 or found["score_high"] < 0
+        if place in predicted:
+            score, low, high = predicted[place]
+            effect = sign * abs(score) if sign else score
+            clear = bool(sign) or low > 0 or high < 0
         things.append(_Thing(kind, number, what or words, words, effect, clear))
 
     summary = summarise(analysis, harvest, labels.features, most=len(analysis.attributions))
@@ -196,6 +197,13 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
 def _place(one: Hypothesis) -> tuple[str, int, str, int]:
     kind = "response_cluster" if one.view == "prompt" else "feature_cluster"
     return kind, one.response, one.view, one.condition
+
+
+def _predicted(prediction: Prediction) -> dict[tuple[str, int, str, int], tuple[float, float, float]]:
+    """Score, and the ends of its interval, by kind, number, view and condition: for many things, each of which `Prediction.at` would look for."""
+    names = "kind", "number", "view", "condition", "score", "score_low", "score_high"
+    lines = zip(*(getattr(prediction, name).tolist() for name in names), strict=True)
+    return {line[:4]: line[4:] for line in lines}
 
 
 def _words(label: Label) -> str:

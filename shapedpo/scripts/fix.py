@@ -105,8 +105,12 @@ def _say(console: Any, one: Any, labels: dict[int, str]) -> None:
 
 
 def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any]) -> None:
-    from ..audit.fixes.data import changed, write
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from ..audit.fixes.data import changed, check_audited, write
     from ..audit.harvesting.pairs import load_pairs
+    from ..sources import model_source
 
     settings = harvest.settings
     if not settings["dataset"]:
@@ -114,6 +118,11 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
     data = load_pairs(settings["dataset"], settings.get("split", "train"), settings.get("config"))
     with as_user_error(ValueError):
         new = changed(data, rows, args.rows, args.weight)
+        with as_user_error(
+            OSError, prefix=f"The tokenizer of {settings['model']!r}, to see that the data are what was audited: "
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(model_source(settings["model"]))
+        check_audited(data, harvest, np.unique(np.concatenate(list(rows.values()))), tokenizer)
         write(new, args.dataset_out)
     unread = len(data) - harvest.n_rows
     print(

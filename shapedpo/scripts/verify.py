@@ -157,20 +157,21 @@ def _unread(harvest: Any, load_pairs: Any) -> Any:
     """The rows of the harvest's dataset that it has not read."""
     import numpy as np
 
-    name = harvest.settings.get("dataset")
+    name, audited, config = (harvest.settings.get(key) for key in ("dataset", "split", "config"))
     if name is None:
         raise UserError("The audit does not say which dataset it read: give held-out prompts with --prompts FILE.")
-    data = load_pairs(name)
+    data = load_pairs(name, audited or "train", config)
     rest = np.setdiff1d(np.arange(len(data)), harvest.rows)
     # rows that the harvest dropped since their prompts are too long are of no use here either
     if len(rest) >= max(1, len(data) // 100):
         return data.select(rest)
-    for split in HELD_OUT_SPLITS:
+    others = [split for split in HELD_OUT_SPLITS if split != audited]
+    for split in others:
         try:
-            return load_pairs(name, split)
+            return load_pairs(name, split, config)
         except UserError:
             continue
     raise UserError(
-        f"The audit read every row of {name!r}, and it has no split {' or '.join(HELD_OUT_SPLITS)}: give held-out prompts with "
+        f"The audit read every row of {name!r}, and it has no split {' or '.join(others)}: give held-out prompts with "
         "--prompts FILE, or audit a part of the rows (--sample N)."
     )

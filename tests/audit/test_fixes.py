@@ -183,6 +183,13 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     )
     assert (folder / "pairs.jsonl").read_bytes() == source
 
+    lines = source.splitlines(keepends=True)
+    (folder / "pairs.jsonl").write_bytes(b"".join([lines[-1], *lines[:-1]]))  # as many rows, each in another place
+    assert main([*asked, "--dataset-out", str(folder / "other.parquet"), "--no-preview"]) == 2
+    assert "is not the one that was audited: the data have changed since" in capsys.readouterr().err
+    assert not (folder / "other.parquet").exists()
+    (folder / "pairs.jsonl").write_bytes(source)
+
 
 def test_suggest_says_what_goes_against_a_description(goblins, capsys) -> None:
     folder, _ = goblins

@@ -11,10 +11,16 @@ from datasets import Dataset, IterableDataset, Value
 from numpy.typing import NDArray
 
 from ...files import replacing
+from ..harvesting.layout import separate
+from ..harvesting.pairs import Pairs
+from ..harvesting.store import SPANS, Harvest
 
 
 HOW = ("drop", "weight", "flag")
 WRITERS = {".parquet": "to_parquet", ".jsonl": "to_json"}
+
+COMPARED = 64
+"""Rows that are compared with what the audit read."""
 
 
 def changed(
@@ -64,6 +70,34 @@ def _marks(rows: NDArray[np.int64], n: int) -> NDArray[np.bool_]:
     marks = np.zeros(n, bool)
     marks[rows] = True
     return marks
+
+
+def check_audited(dataset: Dataset, harvest: Harvest, rows: NDArray[np.int64], tokenizer: Any) -> None:
+    """Compare some rows of a dataset with what the audit read, token by token: in a file that has changed, numbers stand for other rows.
+
+    Args:
+        dataset: The data as they are now.
+        harvest: The audit's.
+        rows: Row numbers of the findings, at most [`COMPARED`] of which are looked at.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: If a row is another one now.
+    """
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(COMPARED, len(rows))).astype(int))]
+    lengths = {name: harvest.settings[name] for name in ("max_length", "truncation_mode")}
+    pairs = Pairs(dataset.select(rows), tokenizer, **lengths)
+    _, slot, ids, _ = separate(pairs.collated(range(len(pairs))), None, pairs.tokens)
+    now = {
+        int(row): {span: ids[slot == 3 * pair + number].tolist() for number, span in enumerate(SPANS)}
+        for pair, row in enumerate(rows[pairs.rows])
+    }
+    for row, then in zip(rows.tolist(), harvest.ids(rows), strict=True):
+        if now.get(row) != then:
+            raise ValueError(
+                f"Row {row} of the dataset is not the one that was audited: the data have changed since. Audit them again, or bring back "
+                "what was audited."
+            )
 
 
 def check_target(path: str | Path, suffixes: Sequence[str] = tuple(WRITERS)) -> Path:

@@ -227,7 +227,9 @@ def recipe(
         dataset: Another dataset than the audited one, a file.
     """
     settings = harvest.settings
-    found: dict[str, Any] = {"model_name_or_path": settings["model"], "dataset_name": dataset or settings["dataset"]}
+    found: dict[str, Any] = {"model_name_or_path": settings["model"]}
+    if dataset or settings["dataset"]:  # else it was audited from Python, and the base recipe has to name it
+        found["dataset_name"] = dataset or settings["dataset"]
     if dataset is None:
         if settings.get("config"):
             found["dataset_config"] = settings["config"]
