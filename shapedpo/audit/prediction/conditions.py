@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
 from ..analysis.views import FeatureView, PromptView, membership, on
-from ..harvesting.store import Harvest, Shard
+from ..harvesting.store import SPANS, Harvest, Shard
 
 
 Array = NDArray[np.float64]
 
+COMPLETIONS = ("chosen", "rejected")
 VIEWS = (
     ("feature", "global"),
     ("feature_cluster", "global"),
@@ -63,15 +64,13 @@ class Things:
         features, responses = self.feature_view.clusters, self.prompt_view.responses
         sd = self.prompt_view.delta_sd
         active = on(freq, 0)
-        shares = on(freq, self.feature_view.tau) @ membership(features, mean=True)
-        moved = freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)
+        shares = (on(freq, self.feature_view.tau) @ membership(features, mean=True)).toarray()
+        moved = (freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)).toarray()
+        moving = (active @ membership(responses, mean=True)).toarray()
         return {
             "feature": (freq, active),
-            "feature_cluster": (shares.toarray(), (shares.toarray() >= APPEARS).astype(np.float32)),
-            "response_cluster": (
-                moved.toarray(),
-                ((active @ membership(responses, mean=True)).toarray() >= APPEARS).astype(np.float32),
-            ),
+            "feature_cluster": (shares, (shares >= APPEARS).astype(np.float32)),
+            "response_cluster": (moved, (moving >= APPEARS).astype(np.float32)),
         }
 
 
@@ -117,11 +116,11 @@ class Conditions:
         return {"global": sparse.csr_matrix(np.ones((len(shard.rows), 1))), "prompt": prompt.astype(np.float64)}
 
 
-def passes(harvest: Harvest, what: str, progress: bool) -> Iterator[tuple[slice, Shard]]:
-    """The shards with their frequencies, and where each begins and ends."""
+def passes(harvest: Harvest, what: str, progress: bool, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
+    """The shards with the frequencies of some spans, and where each begins and ends."""
     begin = 0
     with tqdm(total=harvest.n_rows, desc=what, unit=" pairs", disable=not progress) as bar:
-        for shard in harvest.shards(("freq",)):
+        for shard in harvest.shards(("freq",), spans):
             yield slice(begin, begin + len(shard.rows)), shard
             begin += len(shard.rows)
             bar.update(len(shard.rows))

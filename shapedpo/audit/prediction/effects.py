@@ -12,56 +12,67 @@ from scipy import sparse
 from ..analysis.sampling import sample, thinned
 from ..analysis.settings import AuditSettings
 from ..harvesting.store import Harvest
-from .conditions import VIEWS, Conditions, passes
+from .conditions import COMPLETIONS, VIEWS, Conditions, passes
 
 
 Array = NDArray[np.float64]
 
 
 class _Tally:
-    """Sums over pairs of scores of both completions, of several groups of rows: `(groups, scores)` each, but `n`, `(groups, 1)`."""
+    """Sums over pairs of what their scores differ by, of several groups of rows: `(groups, scores)` each, but `n`, `(groups, 1)`."""
 
     def __init__(self, groups: int, scores: int) -> None:
         self.n = np.zeros((groups, 1))
-        self.delta, self.square, self.level, self.level_square, self.rate = np.zeros((5, groups, scores))
+        self.delta, self.square, self.rate = np.zeros((3, groups, scores))
 
-    def add(self, members: Any, weights: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
+    def add(self, members: Any, weights: Array, delta: Any, shown: tuple[Any, Any]) -> None:
         """Add pairs.
 
         Args:
             members: `(n, groups)` sparse, 1 where a pair is in a group.
             weights: `(n,)`.
-            scores: `(n, scores)` of the chosen and of the rejected completions, both dense or both sparse.
-            shown: The same of where something appears, 0 or 1.
+            delta: `(n, scores)`, the chosen completions' scores less the rejected ones', dense or sparse.
+            shown: The same of where something appears in either, 0 or 1.
         """
-        groups = sparse.csr_matrix(members.T, dtype=np.float64)
-        weighted = groups @ sparse.diags(weights)
-        self.n += groups.sum(axis=1)
-        chosen, rejected = scores
-        for total, group, values in (
-            (self.delta, weighted, chosen - rejected),
-            (self.square, weighted @ sparse.diags(weights), squared(chosen - rejected)),
-            (self.level, groups, chosen + rejected),
-            (self.level_square, groups, squared(chosen) + squared(rejected)),
-            (self.rate, groups, shown[0] + shown[1]),
-        ):
-            total += dense(group @ values)
+        weighted = sparse.diags(weights) @ members
+        self.n += members.sum(axis=0).T
+        self.delta += summed(weighted, delta)
+        self.square += summed(sparse.diags(weights) @ weighted, squared(delta))
+        for side in shown:
+            self.rate += summed(members, side)
+
+
+class _Spread:
+    """How scores vary over completions."""
+
+    def __init__(self, scores: int) -> None:
+        self.n, self.level, self.square = 0, np.zeros(scores), np.zeros(scores)
+
+    def add(self, scores: tuple[Any, Any]) -> None:
+        """Add the scores of pairs' completions, `(n, scores)` each."""
+        for side in scores:
+            self.n += side.shape[0]
+            self.level += np.asarray(side.sum(axis=0, dtype=np.float64)).ravel()
+            self.square += np.asarray(squared(side).sum(axis=0)).ravel()
 
     def sd(self) -> Array:
-        """`(groups, scores)`, of the score over completions; 1 where it does not vary."""
-        n = 2 * np.maximum(self.n, 1)
-        variance = self.level_square / n - (self.level / n) ** 2
+        """`(scores,)`; 1 where a score does not vary."""
+        variance = self.square / self.n - (self.level / self.n) ** 2
         return np.sqrt(np.where(variance > 1e-12, variance, 1.0))
 
 
 def squared(values: Any) -> Any:
     """Dense or sparse as they are."""
-    return values.multiply(values) if sparse.issparse(values) else np.square(values, dtype=np.float64)
+    if not sparse.issparse(values):
+        return np.square(values, dtype=np.float64)
+    square = np.square(values.data, dtype=np.float64)
+    return sparse.csr_matrix((square, values.indices, values.indptr), shape=values.shape)
 
 
-def dense(values: Any) -> Any:
-    """As an array."""
-    return values.toarray() if sparse.issparse(values) else values
+def summed(members: Any, values: Any) -> Array:
+    """`(groups, scores)`: sums of dense or sparse values, `(n, scores)`, over each group; `members`, `(n, groups)` sparse, says what a row counts."""
+    found = (values.T @ members.toarray()).T if sparse.issparse(values) else members.T @ values
+    return np.asarray(found)
 
 
 @dataclass(frozen=True)
@@ -127,17 +138,20 @@ def measure(
     chosen_rows = sample(harvest.n_rows, sample_size, settings.seed + 5) & (weights > 0)
     sampled = []
     tallies: dict[tuple[str, str], _Tally] = {}
-    for place, shard in passes(harvest, "Effects", progress):
+    spreads: dict[str, _Spread] = {}
+    for place, shard in passes(harvest, "Effects", progress, COMPLETIONS):
         sides = [conditions.things.scores(shard.chosen.freq), conditions.things.scores(shard.rejected.freq)]
         groups = conditions.of_pairs(place, shard)
-        for kind, view in VIEWS:
-            chosen, rejected = (side[kind] for side in sides)
-            tally = tallies.setdefault((kind, view), _Tally(groups[view].shape[1], chosen[0].shape[1]))
-            tally.add(groups[view], weights[place], *zip(chosen, rejected, strict=True))
-        sampled.append((shard.chosen.freq - shard.rejected.freq)[chosen_rows[place]])
-    parts = [
-        _part(kind, view, tally, tallies[kind, "global"].sd()[0], min_rows) for (kind, view), tally in tallies.items()
-    ]
+        for kind in sides[0]:
+            scores, shown = zip(*(side[kind] for side in sides), strict=True)
+            delta = scores[0] - scores[1]
+            spreads.setdefault(kind, _Spread(delta.shape[1])).add(scores)
+            for view in (view for of, view in VIEWS if of == kind):
+                tally = tallies.setdefault((kind, view), _Tally(groups[view].shape[1], delta.shape[1]))
+                tally.add(groups[view], weights[place], delta, shown)
+            if kind == "feature":
+                sampled.append(delta[chosen_rows[place]])
+    parts = [_part(kind, view, tallies[kind, view], spreads[kind].sd(), min_rows) for kind, view in VIEWS]
     return Effects(parts, thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed))
 
 

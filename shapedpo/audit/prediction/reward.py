@@ -21,8 +21,8 @@ from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, cg
 
 from ..harvesting.store import Harvest
-from .conditions import VIEWS, Conditions, passes
-from .effects import dense, squared
+from .conditions import COMPLETIONS, VIEWS, Conditions, passes
+from .effects import squared, summed
 
 
 if TYPE_CHECKING:
@@ -104,17 +104,18 @@ class _Sums:
         self.value, self.value_square, self.shown, self.shown_square, self.rate = np.zeros((5, groups, things))
 
     def add(self, members: Any, reward: Array, scores: tuple[Any, Any], shown: tuple[Any, Any]) -> None:
-        groups, half = sparse.csr_matrix(members.T, dtype=np.float64), sparse.diags(reward / 2)
-        value, appeared = half @ (scores[0] - scores[1]), half @ (shown[0] - shown[1])
-        self.n += groups.sum(axis=1)
-        for total, of in (
-            (self.value, value),
-            (self.value_square, squared(value)),
-            (self.shown, appeared),
-            (self.shown_square, squared(appeared)),
-            (self.rate, (shown[0] + shown[1]) / 2),
+        half = sparse.diags(reward / 2)
+        product = half @ members
+        square = half @ product
+        self.n += members.sum(axis=0).T
+        for value, value_square, (one, other) in (
+            (self.value, self.value_square, scores),
+            (self.shown, self.shown_square, shown),
         ):
-            total += dense(groups @ of)
+            value += summed(product, one - other)
+            value_square += summed(square, squared(one - other))
+        for side in shown:
+            self.rate += summed(members, side) / 2
 
     def change(self, usual: tuple[Array, Array] | None = None) -> Change:
         """`usual`: `(things,)` each, the products' variances everywhere."""
@@ -164,7 +165,7 @@ def changes(
             groups = {view: members[::2] if answers.both else members for view, members in groups.items()}
             for collected in (everything, own):
                 collected.add(reward, conditions, groups, pair)
-    for place, shard in passes(harvest, "Predicting", progress):
+    for place, shard in passes(harvest, "Predicting", progress, COMPLETIONS):
         kept = sparse.diags(counting[place].astype(float))
         groups = {view: kept @ members for view, members in conditions.of_pairs(place, shard).items()}
         everything.add(reward, conditions, groups, (shard.chosen.freq, shard.rejected.freq))
@@ -177,7 +178,7 @@ class _Collected:
         self.sums: dict[Key, _Sums] = {}
 
     def add(self, reward: Array, conditions: Conditions, groups: Mapping[str, Any], pair: tuple[Any, Any]) -> None:
-        difference = np.asarray((pair[0] - pair[1]) @ reward)
+        difference = pair[0] @ reward - pair[1] @ reward
         sides = [conditions.things.scores(freq) for freq in pair]
         for kind, view in VIEWS:
             if view in groups:

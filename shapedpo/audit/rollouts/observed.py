@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
 from ..prediction.conditions import OBSERVED, Conditions, passes
-from ..prediction.effects import dense, squared
+from ..prediction.effects import squared, summed
 from .run import Rollouts
 
 
@@ -50,19 +50,18 @@ class _Sums:
 
     def add(self, members: Any, weights: Array, scores: tuple[Any, Any]) -> None:
         """Add pairs; `weights`, `(n, 2)`, of the trained and of the base model's rollouts."""
-        groups = sparse.csr_matrix(members.T, dtype=np.float64)
         c = weights.mean(axis=1)
         r = sum(sparse.diags(w / 2) @ side for w, side in zip(weights.T, scores, strict=True))
-        self.n += groups.sum(axis=1)
-        self.c += groups @ c[:, None]
-        self.cc += groups @ (c**2)[:, None]
+        self.n += members.sum(axis=0).T
+        self.c += members.T @ c[:, None]
+        self.cc += members.T @ (c**2)[:, None]
         for total, values in (
             (self.r, r),
             (self.rr, squared(r)),
             (self.cr, sparse.diags(c) @ r),
             (self.level, (scores[0] + scores[1]) / 2),
         ):
-            total += dense(groups @ values)
+            total += summed(members, values)
 
     def change(self) -> tuple[Array, Array, Array, Array]:
         """Pairs, mean over both sides, change and its standard error."""
