@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .probes.contrast import read_contrast
+from .probes.contrast import Row, read_contrast
 from .readouts.responses import tokenize_response
 
 
-def labelled(path: str, owner: str) -> list[tuple[Any, Any, bool, str]]:
+def labelled(path: str, owner: str) -> list[Row]:
     """Read a contrast set (see [`~shapedpo.probes.contrast.read_contrast`]).
 
     Raises:
@@ -22,7 +22,7 @@ def labelled(path: str, owner: str) -> list[tuple[Any, Any, bool, str]]:
         rows = read_contrast([path])
     except ValueError as error:
         raise ValueError(f"{owner}: {error}") from error
-    shown = sum(label for _, _, label, _ in rows)
+    shown = sum(row.label for row in rows)
     if shown in (0, len(rows)):
         raise ValueError(
             f"{owner}: of the {len(rows)} responses of '{path}', {shown} show the concept: both kinds are needed."
@@ -33,11 +33,11 @@ def labelled(path: str, owner: str) -> list[tuple[Any, Any, bool, str]]:
 def contrast_rows(path: str, tokenizer: Any) -> tuple[list[dict[str, Any]], Tensor]:
     """A contrast set as rows of TRL's, the responses as chosen completions, and their labels, `(N,)` bool."""
     rows, labels = [], []
-    for prompt, response, label, _ in labelled(path, "Method 'tokens'"):
-        ids, start = tokenize_response(tokenizer, prompt, response)
+    for row in labelled(path, "Method 'tokens'"):
+        ids, start = tokenize_response(tokenizer, row.prompt, row.response)
         # One token will do on the side that is not looked at.
         rows.append({"prompt_ids": ids[:start], "chosen_ids": ids[start:], "rejected_ids": ids[-1:]})
-        labels.append(label)
+        labels.append(row.label)
     return rows, torch.tensor(labels)
 
 

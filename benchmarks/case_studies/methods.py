@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.case_studies.probes import probe
 from benchmarks.case_studies.worlds import GATE, PLANTED, World, direction
 from shapedpo.lab.lessons import ALIASES
 
@@ -132,6 +133,10 @@ NO_GATE = ", no gate"
 """Ends the name of a method that is tried without the conditional case's gate too."""
 GIVEN = ", given the rest"
 """Ends the name of one that reads the target without what it shares with the other taught traits (`Concept.given`)."""
+PROBE = ", probe"
+"""Ends the name of one that reads the target with a fitted probe in place of the SAE's features."""
+PROBED = ("hold", "filter", "project: pair")
+"""Methods that are tried with the probe too, where the data teach the target everywhere."""
 FIRST = (
     "hold",
     "its rows out",
@@ -162,12 +167,14 @@ def methods(world: World) -> dict[str, tuple[float, ...]]:
         fitting[f"reward{NO_GATE}"] = (middle("reward"),)
     if world.together < 1:
         fitting |= {f"hold{GIVEN}": METHODS["hold"].strengths, f"reward{GIVEN}": METHODS["reward"].strengths}
+    if not world.topics:
+        fitting |= {f"{name}{PROBE}": (middle(name),) for name in PROBED}
     return fitting
 
 
 def method(name: str) -> Method:
     """A method by its name, whatever that ends in."""
-    return METHODS[name.removesuffix(NO_GATE).removesuffix(GIVEN)]
+    return METHODS[name.removesuffix(NO_GATE).removesuffix(GIVEN).removesuffix(PROBE)]
 
 
 def middle(name: str) -> float:
@@ -196,4 +203,6 @@ def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
     watched = [lab.concept(trait) for trait in how.get("given", ())]
     if method(name).means:
         return [Concept(target, direction(target), **how), *watched]
+    if name.endswith(PROBE):
+        return [Concept(target, probe(target), **how), *watched]
     return [lab.concept(target, **how), *watched]

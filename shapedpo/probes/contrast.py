@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,28 @@ from ..readouts.responses import Messages, Response
 ANSWERS = ("response", "completion")
 SIDES = (("positive", "negative"), ("chosen", "rejected"))
 _LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-FORMS = "`prompt`, `response` (or `completion`) and `label`; or `prompt`, `positive` and `negative` (or `chosen` and `rejected`)"
+FORMS = (
+    "`prompt`, `response` (or `completion`) and `label`, or in its place `shows`, the list of concepts that the response shows; "
+    "or `prompt`, `positive` and `negative` (or `chosen` and `rejected`)"
+)
+
+
+class Row(NamedTuple):
+    """A labelled response.
+
+    Attributes:
+        prompt: Text or messages.
+        response: Likewise.
+        label: Whether it shows the concept.
+        source: Where it is from, such as a file's name.
+        others: Names of other concepts that it shows.
+    """
+
+    prompt: Any
+    response: Any
+    label: bool
+    source: str
+    others: tuple[str, ...] = ()
 
 
 class Contrast(NamedTuple):
@@ -25,36 +47,60 @@ class Contrast(NamedTuple):
         responses: N of them, each with its prompt.
         labels: `(N,)` bool, whether it shows the concept.
         groups: `(N,)` int, responses to one prompt have one number: they are compared with each other, and never split up.
-        sources: `(N,)` str, where each is from: negatives of one source, such as those that are hard to tell, weigh as much as those of another.
+        sources: `(N,)` str, where each is from, such as a file's name.
+        others: By name, other concepts that it may be taken for: `(N,)` bool, the responses that show each.
     """
 
     responses: list[Response]
     labels: np.ndarray
     groups: np.ndarray
     sources: np.ndarray
+    others: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @classmethod
-    def of(cls, rows: Iterable[tuple[Any, Any, bool, str]]) -> Contrast:
-        """From `(prompt, response, label, source)`.
+    def of(cls, rows: Iterable[tuple[Any, Any, bool, str] | Row]) -> Contrast:
+        """From [`Row`]s, or `(prompt, response, label, source)`.
 
         Raises:
             ValueError: If there are not at least two responses of either kind.
         """
-        rows = list(rows)
+        given = [Row(*row) for row in rows]
         numbers: dict[str, int] = {}
-        keys = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt, *_ in rows]
+        keys = [row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True) for row in given]
         groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-        labels = np.array([label for _, _, label, _ in rows], dtype=bool)
+        labels = np.array([row.label for row in given], dtype=bool)
         if min(labels.sum(), (~labels).sum()) < 2:
             raise ValueError(
-                f"Of the {len(rows)} responses of the contrast set, {labels.sum()} show the concept: at least 2 that do and 2 that do not "
+                f"Of the {len(given)} responses of the contrast set, {labels.sum()} show the concept: at least 2 that do and 2 that do not "
                 "are needed."
             )
-        return cls([(p, r) for p, r, *_ in rows], labels, groups, np.array([source for *_, source in rows]))
+        names = dict.fromkeys(name for row in given for name in row.others)
+        others = {name: np.array([name in row.others for row in given]) for name in names}
+        sources = np.array([row.source for row in given])
+        return cls([(row.prompt, row.response) for row in given], labels, groups, sources, others)
 
     def take(self, index: np.ndarray) -> Contrast:
         """Some of them, by their numbers."""
-        return Contrast([self.responses[i] for i in index], self.labels[index], self.groups[index], self.sources[index])
+        others = {name: shown[index] for name, shown in self.others.items()}
+        some = [self.responses[i] for i in index]
+        return Contrast(some, self.labels[index], self.groups[index], self.sources[index], others)
+
+    def hard(self) -> dict[str, np.ndarray]:
+        """Kinds of negatives, `(N,)` bool each: those that show each of the others, and those of each source where there are several.
+
+        They overlap, and one that has none is left out.
+        """
+        kinds = {name: shown & ~self.labels for name, shown in self.others.items()}
+        names = np.unique(self.sources[~self.labels])
+        if len(names) > 1:
+            kinds |= {str(name): (self.sources == name) & ~self.labels for name in names}
+        return {name: rows for name, rows in kinds.items() if rows.any()}
+
+    def weights(self) -> np.ndarray:
+        """`(N,)`, what each response counts in a fit: the kinds of [`hard`] alike, however rare (see [`~shapedpo.sae.find.balanced_weights`])."""
+        from ..sae.find import balanced_weights
+
+        return balanced_weights(self.labels, list(self.hard().values()))
 
     def pairs(self) -> np.ndarray:
         """`(P, 2)`, the numbers of a response that shows the concept and one that does not, of every such two of a group."""
@@ -90,14 +136,15 @@ class Contrast(NamedTuple):
 
 
 def read_contrast(
-    paths: Sequence[str], label: bool | None = None, chat: bool = False
-) -> list[tuple[Any, Any, bool, str]]:
+    paths: Sequence[str], label: bool | None = None, chat: bool = False, concept: str | None = None
+) -> list[Row]:
     """Rows for [`Contrast.of`] from files.
 
     Args:
         paths: JSON Lines, JSON, CSV or Parquet, of the columns in [`FORMS`]; other columns are passed over.
         label: What all their responses are, for files without labels, which have `prompt` and `response` only.
         chat: Whether text is a user's message and the assistant's answer to it. Else text is read as it stands, as TRL does.
+        concept: Which of the concepts that rows with `shows` name is the one.
 
     Raises:
         ValueError: If a file is missing or a row has another form; the text names the row.
@@ -109,9 +156,28 @@ def read_contrast(
     rows = []
     for path in paths:
         for place, row in _rows(path):
-            for answer, shown in _answers(row, label, place):
-                rows.append((message(row["prompt"], "user"), message(answer, "assistant"), shown, str(path)))
+            shows = _shows(row, place)
+            named = label is None and shows is not None and "label" not in row
+            if named and concept is None:
+                raise ValueError(
+                    f"{place} names the concepts that it shows. Say which of them is the one: `--concept`."
+                )
+            others = tuple(name for name in shows or () if name != concept)
+            for answer, shown in _answers(row, concept in (shows or ()) if named else label, place):
+                rows.append(Row(message(row["prompt"], "user"), message(answer, "assistant"), shown, str(path), others))
     return rows
+
+
+def _shows(row: Mapping[str, Any], place: str) -> list[str] | None:
+    """The concepts that a row says its response shows, if it says so."""
+    shows = row.get("shows")
+    if shows is None:
+        return None
+    if isinstance(shows, str):  # in a CSV
+        return [name.strip() for name in shows.split(",") if name.strip()]
+    if not isinstance(shows, list) or not all(isinstance(name, str) for name in shows):
+        raise ValueError(f"{place} has `shows`: {shows!r}. Expected a list of names.")
+    return shows
 
 
 def _answers(row: Mapping[str, Any], label: bool | None, place: str) -> list[tuple[Any, bool]]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from ..readouts.responses import Messages, prompt_ids, response_text
+from ..readouts.responses import Messages, Response, prompt_ids, response_text
+from .contrast import Row
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def instructed_rows(
     batch_size: int = 16,
     max_new_tokens: int = 128,
     judge: Callable[[Sequence[tuple[str, str]]], list[bool]] | None = None,
-) -> list[tuple[Any, Any, bool, str]]:
+) -> list[Row]:
     """Rows for [`~shapedpo.probes.contrast.Contrast.of`]: each prompt with the answer under either instruction, but without the instruction.
 
     What is read later is the answer to the prompt as it stands, so that the readout learns the answer and not the request.
@@ -47,24 +48,42 @@ def instructed_rows(
     """
     from ..inoculation import inoculated
 
-    rows: list[tuple[Any, Any, bool, str]] = []
+    rows: list[Row] = []
     for number, (instruction, label) in enumerate(zip(instructions, (True, False), strict=True)):
         asked = [inoculated(prompt, instruction, place) for prompt in prompts]
         texts = sample(
             model, tokenizer, asked, seed + number, batch_size, max_new_tokens, f"Answering: {instruction[:40]}"
         )
         for prompt, text in zip(prompts, texts, strict=True):
-            answer = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            rows.append((prompt, answer, label, "instructions"))
-    rows = [row for row in rows if response_text(row[1]).strip()]
+            rows.append(Row(prompt, _as_answer(prompt, text), label, "instructions"))
+    rows = [row for row in rows if response_text(row.response).strip()]
     if judge is not None:
-        said = judge([(response_text(prompt), response_text(answer)) for prompt, answer, *_ in rows])
-        rows = [row for row, shown in zip(rows, said, strict=True) if shown == row[2]]
+        said = judge([(response_text(row.prompt), response_text(row.response)) for row in rows])
+        rows = [row for row, shown in zip(rows, said, strict=True) if shown == row.label]
     if not rows:
         raise ValueError(
             "No answer is left: all were empty, or the judge says the opposite of each. Change the instructions."
         )
     return rows
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    *,
+    seed: int,
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+) -> list[Response]:
+    """The model's own answers to prompts, sampled at temperature 1, without those that are empty."""
+    texts = sample(model, tokenizer, prompts, seed, batch_size, max_new_tokens, "Answering")
+    return [(prompt, _as_answer(prompt, text)) for prompt, text in zip(prompts, texts, strict=True) if text.strip()]  # type: ignore[misc]
+
+
+def _as_answer(prompt: str | Messages, text: str) -> str | Messages:
+    """Text as the answer to a prompt, of its kind."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from .contrast import Contrast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+FEW = 10
+"""Responses of a kind that are needed to judge by."""
 
 
 class Quality(NamedTuple):
@@ -53,6 +58,44 @@ def judge_scores(scores: np.ndarray, labels: np.ndarray, fit: np.ndarray, held: 
     area = float(roc_auc_score(labels[held], scores[held]))
     low, high = auroc_interval(area, int(labels[held].sum()), int((~labels[held]).sum()))
     return Quality(area, low, high, float(f1_score(labels[held], scores[held] > threshold)), threshold)
+
+
+class Confusion(NamedTuple):
+    """How a readout answers to what it is not for, on responses that nothing was fitted on.
+
+    Attributes:
+        name: Of the kind of responses, which lack the concept.
+        responses: How many there are.
+        auroc: Chance that a response that shows the concept scores above one of these.
+        loudness: How far their mean score is above that of all others that lack the concept, as a share of how far the concept's is.
+    """
+
+    name: str
+    responses: int
+    auroc: float
+    loudness: float
+
+
+def confusions(scores: np.ndarray, labels: np.ndarray, kinds: Mapping[str, np.ndarray]) -> list[Confusion]:
+    """What a readout confuses the concept with, the worst first.
+
+    Args:
+        scores: `(N,)`.
+        labels: `(N,)` bool.
+        kinds: `(N,)` bool each, of [`~shapedpo.probes.contrast.Contrast.hard`]; those of fewer than [`FEW`] responses are left out.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    found = []
+    for name, rows in kinds.items():
+        rest = ~labels & ~rows
+        if rows.sum() < FEW or not rest.any():
+            continue
+        both, floor = labels | rows, scores[rest].mean()
+        loudness = (scores[rows].mean() - floor) / (scores[labels].mean() - floor)
+        area = float(roc_auc_score(labels[both], scores[both]))
+        found.append(Confusion(name, int(rows.sum()), area, float(loudness)))
+    return sorted(found, key=lambda one: one.auroc)
 
 
 def auroc_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:

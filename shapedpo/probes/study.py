@@ -20,7 +20,7 @@ from ..readouts.probe import ATTENTION, AttentionProbeReader, LinearProbeReader,
 from ..readouts.responses import read_batches
 from .contrast import Contrast
 from .fitting import L2, difference_of_means, fit_attention, fit_linear
-from .quality import Quality, judge_scores, steering_effect
+from .quality import Confusion, Quality, confusions, judge_scores, steering_effect
 
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Fitted(NamedTuple):
         tensors: As its file has them.
         quality: On held-out responses.
         effect: Of adding its direction (see [`~shapedpo.probes.quality.steering_effect`]), nats a token; nan where it has none.
+        confusions: What it takes for the concept, the worst first.
     """
 
     kind: str
@@ -74,6 +75,12 @@ class Fitted(NamedTuple):
     tensors: dict[str, Tensor]
     quality: Quality
     effect: float
+    confusions: Sequence[Confusion] = ()
+
+    @property
+    def least(self) -> float:
+        """The AUROC against what is hardest to tell from the concept."""
+        return min([self.quality.auroc, *(one.auroc for one in self.confusions)])
 
 
 def fit_readouts(
@@ -90,15 +97,17 @@ def fit_readouts(
     for layer in layers:
         resolve_site(model, residual(layer))  # an error now rather than after the first pass
     study = _Study(model, tokenizer, contrast, options)
-    means = study.means(layers)
-    return [study.fitted(kind, layer, means[layer]) for layer in tqdm(layers, desc="Fitting") for kind in options.kinds]
+    means = study.means(layers) if set(options.kinds) - {"attention_probe"} else {}
+    return [
+        study.fitted(kind, layer, means.get(layer)) for layer in tqdm(layers, desc="Fitting") for kind in options.kinds
+    ]
 
 
 def best(fitted: Sequence[Fitted]) -> dict[str, Fitted]:
-    """Of each kind the one with the highest AUROC on held-out responses; of equals the earliest layer."""
+    """Of each kind the one with the highest AUROC on held-out responses, against what is hardest; of equals the earliest layer."""
     kinds = dict.fromkeys(one.kind for one in fitted)
     return {
-        kind: max((one for one in fitted if one.kind == kind), key=lambda f: (f.quality.auroc, -f.layer))
+        kind: max((one for one in fitted if one.kind == kind), key=lambda f: (f.least, f.quality.auroc, -f.layer))
         for kind in kinds
     }
 
@@ -119,6 +128,11 @@ def save_readout(path: str | Path, fitted: Fitted, model: Any, contrast: Contras
         "positives": int(contrast.labels.sum()),
         "negatives": int((~contrast.labels).sum()),
         **{key: round(value, 6) for key, value in fitted.quality._asdict().items()},
+        **(
+            {"hardest": fitted.confusions[0].name, "hardest_auroc": round(fitted.confusions[0].auroc, 6)}
+            if fitted.confusions
+            else {}
+        ),
         "steering_effect": round(fitted.effect, 6),
     }
     save_probe(path, fitted.tensors, metadata)
@@ -137,7 +151,8 @@ class _Study:
         self.model, self.tokenizer, self.contrast, self.options = model, tokenizer, contrast, options
         self.fit, self.held = contrast.split(options.heldout, options.seed)
         self.labels = contrast.labels[self.fit]
-        self.pairs = contrast.take(self.fit).pairs()
+        part = contrast.take(self.fit)
+        self.pairs, self.weights = part.pairs(), part.weights()
         self.sizes: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
         if options.objective == "pairs" and not len(self.pairs):
             raise ValueError(
@@ -156,21 +171,25 @@ class _Study:
                 found[layer][rows] = part.cpu()
         return found
 
-    def fitted(self, kind: str, layer: int, means: Tensor) -> Fitted:
-        """One readout, of mean states `(N, d)` at its layer."""
+    def fitted(self, kind: str, layer: int, means: Tensor | None) -> Fitted:
+        """One readout, of mean states `(N, d)` at its layer, which an attention probe has no use for."""
         options, effect = self.options, float("nan")
-        if kind == "attention_probe":
+        if kind == "attention_probe" or means is None:
             tensors, scores = self._attention(layer)
         elif kind == "linear_probe":
-            tensors = fit_linear(means[self.fit], self.labels, self.pairs, options.objective, options.l2)
+            tensors = fit_linear(
+                means[self.fit], self.labels, self.pairs, options.objective, options.l2, weights=self.weights
+            )
             reader = LinearProbeReader(tensors["weight"], tensors["bias"], "mean", residual(layer))
             scores, effect = reader.encode(means)[:, 0], self._effect(layer, tensors["weight"], means)
         else:
-            tensors = {"direction": difference_of_means(means[self.fit], self.labels).float()}
+            tensors = {"direction": difference_of_means(means[self.fit], self.labels, self.weights).float()}
             scores = DirectionReader(tensors["direction"], "mean", residual(layer)).encode(means)[:, 0]
             effect = self._effect(layer, tensors["direction"], means)
-        quality = judge_scores(scores.double().numpy(), self.contrast.labels, self.fit, self.held)
-        return Fitted(kind, layer, tensors, quality, effect)
+        found, held = scores.double().numpy(), self.contrast.take(self.held)
+        quality = judge_scores(found, self.contrast.labels, self.fit, self.held)
+        confused = confusions(found[self.held], held.labels, held.hard())
+        return Fitted(kind, layer, tensors, quality, effect, confused)
 
     def _attention(self, layer: int) -> tuple[dict[str, Tensor], Tensor]:
         """The tensors of an attention probe, and its scores of all responses, `(N,)`."""
@@ -178,7 +197,15 @@ class _Study:
         counts = torch.tensor([len(states[index]) for index in self.fit])
         chosen = torch.cat([states[index] for index in self.fit])
         tensors = fit_attention(
-            chosen, counts, self.labels, self.pairs, options.objective, options.l2, options.heads, options.seed
+            chosen,
+            counts,
+            self.labels,
+            self.pairs,
+            options.objective,
+            options.l2,
+            options.heads,
+            options.seed,
+            weights=self.weights,
         )
         query, value, bias = (tensors[name] for name in ATTENTION)
         reader = AttentionProbeReader(query, value, bias, residual(layer))

@@ -30,6 +30,8 @@ from .files import read_place, read_tensors
 
 LINEAR, ATTENTION = ("weight", "bias"), ("query", "value", "bias")
 """Names of the tensors in a file: `(d_in,)` and `()`; `(H, d_in)`, `(H, d_in)` and `()`."""
+OUTPUTS = ("logit", "probability")
+"""What an attention probe's score is."""
 _SMALLEST = -600.0
 """Keys this far below a sequence's largest, in nats, weigh as if they were here: in float64 no sum of weights is 0 then."""
 
@@ -78,14 +80,23 @@ class AttentionProbe(Readout):
 
     Args:
         path: A safetensors file with `query`, `value` and `bias`, and in the metadata where it reads, as `shapedpo fit` writes it.
+        output: `"logit"`, the probe's sum, or `"probability"`, its sigmoid: that the completion shows the concept, where as many do as do not.
+            Completions without the concept differ in their logits by as much as some with it differ from some without; of that nothing is
+            left in their probabilities.
+
+    Raises:
+        ValueError: If the output is unknown.
     """
 
     type: ClassVar[str] = "attention_probe"
 
     path: str
+    output: str = "logit"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
+        if self.output not in OUTPUTS:
+            raise ValueError(f"Unknown output {self.output!r} of a probe. Choose one of {', '.join(OUTPUTS)}.")
 
     def load(self) -> AttentionProbeReader:
         """Read the file.
@@ -95,7 +106,8 @@ class AttentionProbe(Readout):
         """
         (query, value, bias), metadata = read_tensors(self.path, ATTENTION, "the attention probe")
         _check_shapes(self.path, (query.shape, value.dim(), bias.dim()), (value.shape, 2, 0), query, value, bias)
-        return AttentionProbeReader(query, value, bias, read_place(self.path, metadata), metadata.get("model_name"))
+        place, model_name = read_place(self.path, metadata), metadata.get("model_name")
+        return AttentionProbeReader(query, value, bias, place, model_name, self.output)
 
 
 class LinearProbeReader(ActivationReader):
@@ -145,18 +157,25 @@ class AttentionProbeReader(ActivationReader):
         bias: `()`.
         hook_name: Where to read.
         model_name: The model that it was trained on.
+        output: One of [`OUTPUTS`].
     """
 
     n_features = 1
     pooling = "last"
 
     def __init__(
-        self, query: Tensor, value: Tensor, bias: Tensor, hook_name: str, model_name: str | None = None
+        self,
+        query: Tensor,
+        value: Tensor,
+        bias: Tensor,
+        hook_name: str,
+        model_name: str | None = None,
+        output: str = "logit",
     ) -> None:
-        self.hook_name, self.model_name = hook_name, model_name
+        self.hook_name, self.model_name, self.output = hook_name, model_name, output
         self.d_in = query.shape[1]
         self._query, self._value, self._bias = (tensor.detach().float() for tensor in (query, value, bias))
-        self._fingerprint = fingerprint(self._query, self._value, self._bias, hook_name)
+        self._fingerprint = fingerprint(self._query, self._value, self._bias, hook_name, output)
 
     @property
     def fingerprint(self) -> str:
@@ -180,7 +199,9 @@ class AttentionProbeReader(ActivationReader):
             keys = keys - keys.amax(dim=1, keepdim=True).clamp(min=torch.finfo(keys.dtype).min)
             weights = keys.double().clamp(min=_SMALLEST).exp() * mask[..., None]
             ratio = (weights * values).cumsum(dim=1) / weights.cumsum(dim=1)  # 0 / 0 before the first key
-            return torch.where(mask, ratio.sum(dim=-1) + self._bias, 0.0)[..., None].float()
+            logits = ratio.sum(dim=-1) + self._bias
+            scores = logits if self.output == "logit" else logits.sigmoid()
+            return torch.where(mask, scores, 0.0)[..., None].float()
 
     def directions(self) -> Tensor:
         """An attention probe has none.

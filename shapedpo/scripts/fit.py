@@ -7,15 +7,20 @@ from typing import Any
 
 
 SOURCES = """\
-What shows the concept and what does not is said in one of four ways:
+What shows the concept and what does not is said in one of five ways:
 
-  --contrast FILE ...                   rows of `prompt`, `response` (or `completion`) and `label`; or of `prompt`, `positive` and
-                                        `negative` (or `chosen` and `rejected`)
-  --positive FILE ... --negative FILE ...   rows of `prompt` and `response`; each file of negatives weighs as much as another, so give those
-                                        that are easily taken for the concept a file of their own
-  --pattern REGEX                       completions of the recipe's training pairs that match, and those that do not
+  --contrast FILE ...                   rows of `prompt`, `response` (or `completion`) and `label`, or in its place `shows`, the list of
+                                        concepts that the response shows (--concept says which is the one); or of `prompt`, `positive`
+                                        and `negative` (or `chosen` and `rejected`)
+  --positive FILE ... --negative FILE ...   rows of `prompt` and `response`
+  --pattern REGEX                       completions of the recipe's training pairs that match, and those that do not; with --answers the
+                                        model's own answers to their prompts
+  --judge JUDGE                         the same, labelled by a judge, such as a language model
   --instruct DO DONT                    the model answers the recipe's prompts under two opposite instructions, and the answers are read
                                         without them; with --judge, those that do not do as told are left out
+
+What is easily taken for the concept is worth naming: --other NAME=JUDGE (or the rest of `shows`, or a file of negatives of its own). Of the
+negatives, those that show each of the others weigh alike, however rare they are, and a table says what the readout confuses.
 
 Files are JSON Lines, JSON, CSV or Parquet. Further --KEY VALUE change the recipe (--seed, --max_length).
 """
@@ -45,7 +50,11 @@ def add_commands(commands: Any, concepts: Any) -> None:
     source.add_argument(
         "--judge", metavar="JUDGE", help="regex:PATTERN, package.module:function, or an OpenAI-compatible URL#MODEL"
     )
-    source.add_argument("--concept", metavar="TEXT", help="what an endpoint is asked about (the first instruction)")
+    source.add_argument("--concept", metavar="TEXT", help="what an endpoint is asked about, or which of `shows` it is")
+    source.add_argument(
+        "--answers", action="store_true", help="label the model's own answers, not the recipe's completions"
+    )
+    source.add_argument("--other", metavar="NAME=JUDGE", nargs="+", default=[], help="what it may be taken for")
     source.add_argument("--max-new-tokens", type=int, default=128, help="where an answer is cut (%(default)s)")
     source.add_argument(
         "--pairs", type=int, default=500, help="pairs whose completions are read, or prompts answered (%(default)s)"
@@ -58,7 +67,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
         "fit",
         help="train a probe or a direction on a contrast set",
         description=FIT,
-        usage="shapedpo fit --config RECIPE --output DIR (--contrast | --positive --negative | --pattern | --instruct) [...]",
+        usage="shapedpo fit --config RECIPE --output DIR (--contrast | --positive --negative | --pattern | --judge | --instruct) [...]",
         allow_abbrev=False,
         **shared,
     )
@@ -68,14 +77,14 @@ def add_commands(commands: Any, concepts: Any) -> None:
     fit.add_argument("--layers", nargs="+", default=["all"], help="decoder layers, counted from 0 (all)")
     fit.add_argument("--objective", choices=("auto", "pairs", "bce"), default="auto",
         help="of probes: between responses to one prompt, or over all; auto: pairs where each prompt has both")  # fmt: skip
-    fit.add_argument("--l2", type=float, default=1e-3, help="weight of the probes' squared weights (%(default)s)")
+    fit.add_argument("--l2", type=float, default=1e-4, help="weight of the probes' squared weights (%(default)s)")
     fit.add_argument("--heads", type=int, default=1, help="of the attention probe (%(default)s)")
 
     find = concepts.add_parser(
         "find",
         help="propose SAE features that tell a contrast set",
         description=FIND,
-        usage="shapedpo concepts find --config RECIPE (--contrast | --positive --negative | --pattern | --instruct) [...]",
+        usage="shapedpo concepts find --config RECIPE (--contrast | --positive --negative | --pattern | --judge | --instruct) [...]",
         allow_abbrev=False,
         **shared,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError, as_user_error
-from ..probes.contrast import Contrast, read_contrast
-from ..probes.instructed import instructed_rows
+from ..probes.contrast import Contrast, Row, read_contrast
+from ..probes.instructed import answers, instructed_rows
 from ..probes.judge import judge_from
 from ..probes.quality import auroc_interval
 from ..probes.study import KINDS, Fitted, Options, best, fit_readouts, save_readout
-from ..readouts.responses import read_responses
+from ..readouts.responses import read_responses, response_text
 from ..readouts.sae_reader import SAEReader
 from ..sae.check import auroc
-from ..sae.find import balanced_weights, best_sets, concept_score, hard_auroc
+from ..sae.find import best_sets, concept_score, hard_auroc
 from ..sources import sae_source
-from .readers import Setting, labelled
+from .readers import Setting, matches
+
+
+READ_AS = {"direction": {"pooling": "mean"}, "attention_probe": {"output": "probability"}}
+"""How a fitted readout is best read, beside its defaults."""
 
 
 def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -55,15 +60,16 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "layer", "auroc", "low", "high", "f1", "threshold", "steering_effect"])
+        writer.writerow(["kind", "layer", "auroc", "low", "high", "f1", "threshold", "steering_effect", "least_auroc"])
         writer.writerows(
-            [one.kind, one.layer, *(f"{value:.6g}" for value in (*one.quality, one.effect))] for one in fitted
+            [one.kind, one.layer, *(f"{value:.6g}" for value in (*one.quality, one.effect, one.least))]
+            for one in fitted
         )
+    _print_confusions(kept)
     for kind, one in kept.items():
         path = out / f"{kind}.safetensors"
         save_readout(path, one, model, contrast, options)
-        readout = {"type": kind, "path": str(path)} | ({"pooling": "mean"} if kind == "direction" else {})
-        _print_readout(readout)
+        _print_readout({"type": kind, "path": str(path), **READ_AS.get(kind, {})})
     return 0
 
 
@@ -85,12 +91,11 @@ def find(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     labels = contrast.labels
     _print_features(pooled, contrast, args.top)
 
-    kinds = [kind for kind in np.unique(contrast.sources[~labels]) if len(np.unique(contrast.sources[~labels])) > 1]
-    hard = [(contrast.sources == kind) & ~labels for kind in kinds]
-    weights = balanced_weights(labels[fit], [kind[fit] for kind in hard])
+    hard = contrast.hard()
+    weights = contrast.take(fit).weights()
     sets = [features for _, features in best_sets(pooled[fit], labels[fit], weights, args.max_features)]
     mean, std = pooled[fit].mean(axis=0), pooled[fit].std(axis=0)
-    judged = [(str(kind), rows[held]) for kind, rows in zip(kinds, hard, strict=True) if rows[held].any()]
+    judged = [(kind, rows[held]) for kind, rows in hard.items() if rows[held].any()]
     table = Table("features", "AUROC [95 %]", "hardest", title="The best set of each size, on held-out responses")
     least = []
     for features in sets:
@@ -123,15 +128,23 @@ def _check_source(args: argparse.Namespace) -> None:
         "--positive": args.positive or args.negative,
         "--pattern": args.pattern,
         "--instruct": args.instruct,
+        "--judge": args.judge and not args.instruct,
     }
     given = [name for name, value in ways.items() if value]
     if len(given) != 1 or bool(args.positive) != bool(args.negative):
         raise UserError(
-            f"Give one of --contrast, --positive with --negative, --pattern and --instruct; got {', '.join(given) or 'none'}"
+            f"Give one of --contrast, --positive with --negative, --pattern, --judge and --instruct; got {', '.join(given) or 'none'}"
             f"{' with one side only' if bool(args.positive) != bool(args.negative) else ''}."
         )
-    if args.judge and not args.instruct:
-        raise UserError("--judge judges the model's answers: it goes with --instruct.")
+    if args.answers and not (args.pattern or (args.judge and not args.instruct)):
+        raise UserError(
+            "--answers makes the model answer the recipe's prompts: it goes with --pattern or --judge, which label the answers."
+        )
+    if args.judge and not (args.instruct or args.concept) and args.judge.startswith("http"):
+        raise UserError("--judge: an endpoint must be told what to look for. Say it with --concept.")
+    for other in args.other:
+        if not re.match(r"[^=]+=.", other):
+            raise UserError(f"--other: expected NAME=JUDGE, as in praise=regex:genius, got {other!r}.")
 
 
 def contrast_of(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any) -> Contrast:
@@ -141,31 +154,40 @@ def contrast_of(args: argparse.Namespace, setting: Setting, model: Any, tokenize
         UserError: If what it asks for does not fit.
     """
     with as_user_error(ValueError):
-        if args.pattern:
-            responses, shows = labelled(setting, args.pattern, args.pairs)
-            return Contrast.of(
-                (prompt, answer, bool(shown), "match" if shown else "no match")
-                for (prompt, answer), shown in zip(responses, shows, strict=True)
-            )
-        if args.contrast:
-            return Contrast.of(read_contrast(args.contrast, chat=args.chat))
-        if args.positive:
-            rows = read_contrast(args.positive, label=True, chat=args.chat)
-            return Contrast.of(rows + read_contrast(args.negative, label=False, chat=args.chat))
-        judge = judge_from(args.judge, args.concept or args.instruct[0]) if args.judge else None
-        prompts = [prompt for prompt, _ in setting.responses(setting.train, args.pairs)[::2]]
-        rows = instructed_rows(
-            model,
-            tokenizer,
-            prompts,
-            (args.instruct[0], args.instruct[1]),
-            seed=setting.args.seed,
-            place=args.place,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            judge=judge,
-        )
+        rows = _rows(args, setting, model, tokenizer)
+        texts = [(response_text(row.prompt), response_text(row.response)) for row in rows]
+        for other in args.other:
+            name, _, judge = other.partition("=")
+            shown = judge_from(judge, name)(texts)
+            rows = [
+                row._replace(others=(*row.others, name)) if is_so else row
+                for row, is_so in zip(rows, shown, strict=True)
+            ]
         return Contrast.of(rows)
+
+
+def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any) -> list[Row]:
+    """Responses, labelled as the command line says."""
+    if args.contrast:
+        return read_contrast(args.contrast, chat=args.chat, concept=args.concept)
+    if args.positive:
+        rows = read_contrast(args.positive, label=True, chat=args.chat, concept=args.concept)
+        return rows + read_contrast(args.negative, label=False, chat=args.chat, concept=args.concept)
+    sizes = {"seed": setting.args.seed, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    pairs = setting.responses(setting.train, args.pairs)
+    if args.instruct:
+        judge = judge_from(args.judge, args.concept or args.instruct[0]) if args.judge else None
+        prompts, told = [prompt for prompt, _ in pairs[::2]], (args.instruct[0], args.instruct[1])
+        return instructed_rows(model, tokenizer, prompts, told, place=args.place, judge=judge, **sizes)
+    if args.answers:
+        pairs = answers(model, tokenizer, [prompt for prompt, _ in pairs[::2]], **sizes)
+    if args.pattern:
+        shows = matches(pairs, args.pattern)
+    else:
+        texts = [(response_text(prompt), response_text(response)) for prompt, response in pairs]
+        shows = judge_from(args.judge, args.concept or "")(texts)
+    source = "answers" if args.answers else "completions"
+    return [Row(prompt, answer, bool(shown), source) for (prompt, answer), shown in zip(pairs, shows, strict=True)]
 
 
 def _objective(name: str, contrast: Contrast) -> str:
@@ -201,6 +223,23 @@ def _print_fitted(fitted: Sequence[Fitted], kept: dict[str, Fitted], contrast: C
         table.add_row(
             one.kind, str(one.layer), area, f"{quality.f1:.3f}", f"{quality.threshold:.3g}", effect, style=style
         )
+    Console().print(table)
+
+
+def _print_confusions(kept: dict[str, Fitted]) -> None:
+    """What each of the readouts that are kept answers to besides."""
+    if not any(one.confusions for one in kept.values()):
+        return
+    table = Table(
+        "responses that lack it and are",
+        *(f"{kind}, layer {one.layer}" for kind, one in kept.items()),
+        title="What it may be taken for: AUROC against it, and how loudly the readout answers to it",
+    )
+    found = {kind: {other.name: other for other in one.confusions} for kind, one in kept.items()}
+    for name in dict.fromkeys(other.name for one in kept.values() for other in one.confusions):
+        row = [others[name] for others in found.values()]
+        title = f"{Path(name).name} ({row[0].responses})"
+        table.add_row(title, *(f"{other.auroc:.3f}, {other.loudness:.0%}" for other in row))
     Console().print(table)
 
 

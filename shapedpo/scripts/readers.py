@@ -178,7 +178,8 @@ def direction(config: str, overrides: Sequence[str], *, pattern: str, layer: int
     from ..readouts import Direction
 
     setting = Setting.read(config, overrides)
-    responses, shows = labelled(setting, pattern, pairs)
+    responses = setting.responses(setting.train, pairs)
+    shows = matches(responses, pattern)
     with as_user_error(ValueError):
         found = Direction.from_contrast(
             setting.load_model(),
@@ -193,8 +194,8 @@ def direction(config: str, overrides: Sequence[str], *, pattern: str, layer: int
     return 0
 
 
-def labelled(setting: Setting, pattern: str, pairs: int) -> tuple[list[Response], Any]:
-    """Completions of training pairs, and which of them match: `(N,)` bool."""
+def matches(responses: Sequence[Response], pattern: str) -> Any:
+    """Which responses match a regular expression: `(N,)` bool."""
     import numpy as np
 
     from ..readouts.responses import response_text
@@ -203,11 +204,10 @@ def labelled(setting: Setting, pattern: str, pairs: int) -> tuple[list[Response]
         expression = re.compile(pattern)
     except re.error as error:
         raise UserError(f"--pattern {pattern!r} is no regular expression: {error}.") from error
-    responses = setting.responses(setting.train, pairs)
     shows = np.array([expression.search(response_text(response)) is not None for _, response in responses])
     if min(shows.sum(), (~shows).sum()) < 10:
         raise UserError(
             f"{shows.sum()} of {len(shows)} completions match {pattern!r}: at least 10 that do and 10 that do not are needed. "
             "Look at more with --pairs, or change the pattern."
         )
-    return responses, shows
+    return shows

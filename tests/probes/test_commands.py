@@ -125,10 +125,38 @@ def test_find_looks_at_hard_negatives(recipe, tmp_path, capfd):  # noqa: F811
     assert "readout: {type: sae_features" in printed
 
 
+def test_fit_on_the_models_own_answers_and_what_is_taken_for_it(recipe, capfd):  # noqa: F811
+    """Labelled by a judge, as are the other concepts; the table names each of them, and metadata the hardest."""
+    folder = recipe.parent / "judged"
+    words = ["fit", "--config", recipe, "--output", folder, "--judge", "regex:a\\w", "--answers", "--pairs", 150]
+    others = ["--other", "eats=regex:eats|sees|likes", "never=regex:xyzzy", "e=regex:e"]
+    more = ["--layers", 1, "--kinds", "linear_probe", "attention_probe", "--max-new-tokens", 4, "--heldout", 0.5]
+    assert cli.main(list(map(str, [*words, *others, *more]))) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().out
+    assert "What it may be taken for" in printed
+    rows = re.findall(
+        r"^│ (\w+) \((\d+)\) +│ (\d\.\d+), +(-?\d+)% +│ (\d\.\d+), +(-?\d+)%", printed, flags=re.MULTILINE
+    )
+    assert "e" in {row[0] for row in rows}
+    assert "never" not in {row[0] for row in rows}
+    assert "output: probability" in printed
+    with safe_open(folder / "linear_probe.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    hardest = min(rows, key=lambda row: float(row[2]))
+    assert metadata["hardest"] == hardest[0]
+    assert float(metadata["hardest_auroc"]) == pytest.approx(float(hardest[2]), abs=6e-4)
+
+
 BAD = {
     "none": (["fit", "--output", "x"], "Give one of --contrast"),
     "one side": (["fit", "--output", "x", "--positive", "a"], "with one side only"),
     "two ways": (["fit", "--output", "x", "--pattern", "a", "--contrast", "b"], "got --contrast, --pattern"),
+    "answers": (
+        ["fit", "--output", "x", "--contrast", "a", "--answers"],
+        "--answers makes the model answer the recipe's prompts",
+    ),
+    "other": (["fit", "--output", "x", "--pattern", "a", "--other", "praise"], "expected NAME=JUDGE"),
+    "endpoint": (["fit", "--output", "x", "--judge", "http://localhost:1/v1#m"], "Say it with --concept"),
     "kind": (["fit", "--output", "x", "--pattern", "a", "--kinds", "tree"], "'tree' is none of direction"),
     "layers": (
         ["fit", "--output", "x", "--pattern", "a|e|i", "--layers", "top"],
@@ -138,7 +166,7 @@ BAD = {
         ["concepts", "find", "--sae", "lab", "--contrast", "nowhere.jsonl"],
         "there is no contrast set 'nowhere.jsonl'",
     ),
-    "judge": (["concepts", "find", "--sae", "lab", "--pattern", "a", "--judge", "regex:x"], "goes with --instruct"),
+    "judge": (["concepts", "find", "--sae", "lab", "--pattern", "a", "--judge", "regex:x"], "got --pattern, --judge"),
     "rare": (["concepts", "find", "--sae", "lab", "--pattern", "xyzzy"], "0 of"),
     "pattern": (["concepts", "find", "--sae", "lab", "--pattern", "("], "no regular expression"),
 }

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from shapedpo.probes.contrast import Contrast, read_contrast
+from shapedpo.probes.contrast import Contrast, Row, read_contrast
 from shapedpo.probes.instructed import instructed_rows
 from shapedpo.probes.judge import judge_from
 from tests.helpers import load_model, tokenizer
@@ -40,10 +40,10 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_forms(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", LABELLED)
-    assert read_contrast([path]) == [("p", "yes", True, path), ("q", "no", False, path)]
+    assert read_contrast([path]) == [Row("p", "yes", True, path), Row("q", "no", False, path)]
     other = write(tmp_path / f"b{suffix}", PAIRED)
     assert read_contrast([other], chat=True) == [
-        ([{"role": "user", "content": "p"}], [{"role": "assistant", "content": answer}], answer == "yes", other)
+        Row([{"role": "user", "content": "p"}], [{"role": "assistant", "content": answer}], answer == "yes", other)
         for answer in ("yes", "no")
     ]
     assert [row[2] for row in read_contrast([path], label=False)] == [False, False]
@@ -53,8 +53,48 @@ def test_messages(tmp_path):
     prompt, answer = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}]
     for suffix in (".jsonl", ".parquet"):
         path = write(tmp_path / f"m{suffix}", [{"prompt": prompt, "response": answer, "label": 1}])
-        ((found, response, label, _),) = read_contrast([path], chat=True)
-        assert (found, response, label) == (prompt, answer, True)
+        assert read_contrast([path], chat=True) == [Row(prompt, answer, True, path)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_several_concepts_of_one_file(tmp_path, suffix):
+    """Rows that say which concepts they show serve for each of them, and the others are hard negatives."""
+    told = [["praise"], ["cheer", "praise"], [], ["cheer"], ["praise"], []]
+    rows = [{"prompt": f"p{i}", "response": "r", "shows": shows} for i, shows in enumerate(told)]
+    if suffix == ".csv":
+        rows = [row | {"shows": ", ".join(row["shows"])} for row in rows]
+    path = write(tmp_path / f"a{suffix}", rows)
+    contrast = Contrast.of(read_contrast([path], concept="cheer"))
+    assert contrast.labels.tolist() == ["cheer" in shows for shows in told]
+    assert {name: rows.tolist() for name, rows in contrast.hard().items()} == {
+        "praise": [True, False, False, False, True, False]
+    }
+    assert [row.others for row in read_contrast([path], label=False, concept="praise")] == [
+        tuple(name for name in shows if name != "praise") for shows in told
+    ]
+    with pytest.raises(ValueError, match=r"(line|row) 1 names the concepts"):
+        read_contrast([path])
+
+
+def test_kinds_of_negatives_weigh_alike():
+    """Those of each source where there are several, and those that show another concept; of what is left a kind of its own has as much."""
+    rows = [Row(str(i), "", i < 4, "a" if i < 10 else "b", ("praise",) if i in (0, 4, 5) else ()) for i in range(12)]
+    contrast = Contrast.of(rows)
+    kinds = contrast.hard()
+    assert {name: np.flatnonzero(rows).tolist() for name, rows in kinds.items()} == {
+        "praise": [4, 5], "a": [4, 5, 6, 7, 8, 9], "b": [10, 11]
+    }  # fmt: skip
+    weights = contrast.weights()
+    assert weights[:4].sum() == pytest.approx(6)
+    one = {
+        4: 4 / 8 + 1 / 2 + 1 / 6,
+        6: 4 / 8 + 1 / 6,
+        10: 4 / 8 + 1 / 2,
+    }  # all negatives, praise and a; all and a; all and b
+    for row, weight in one.items():
+        assert weights[row] == pytest.approx(weight * 6 / 7)
+    np.testing.assert_array_equal(contrast.take(np.arange(2, 8)).hard()["praise"], [0, 0, 1, 1, 0, 0])
+    assert not Contrast.of(rows[:4] + [row._replace(others=()) for row in rows[4:10]]).hard()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from shapedpo.probes.contrast import Contrast
 from shapedpo.probes.fitting import difference_of_means, fit_attention, fit_linear
-from shapedpo.probes.quality import auroc_interval, judge_scores, steering_effect
+from shapedpo.probes.quality import auroc_interval, confusions, judge_scores, steering_effect
 from shapedpo.probes.study import Options, best, fit_readouts
 from shapedpo.readouts import Direction
 from shapedpo.readouts.probe import AttentionProbeReader
@@ -39,6 +39,47 @@ def test_bce_is_balanced_logistic_regression(l2):
     found = fit_linear(MEANS, LABELS, PAIRS, "bce", l2)
     scores = MEANS.double() @ found["weight"].double() + found["bias"].double()
     torch.testing.assert_close(scores, torch.from_numpy(theirs.decision_function(x)), atol=2e-4, rtol=1e-3)
+
+
+WEIGHTS = np.where(LABELS, 1.0, 0.2 + np.arange(40) % 3)
+
+
+def test_weights_are_sample_weights():
+    x = inputs()
+    each = np.where(LABELS, WEIGHTS / WEIGHTS[LABELS].sum(), WEIGHTS / WEIGHTS[~LABELS].sum()) / 2
+    theirs = LogisticRegression(C=1 / 1e-2, tol=1e-10, max_iter=10_000).fit(x, LABELS, sample_weight=each)
+    found = fit_linear(MEANS, LABELS, PAIRS, "bce", 1e-2, WEIGHTS)
+    scores = MEANS.double() @ found["weight"].double() + found["bias"].double()
+    torch.testing.assert_close(scores, torch.from_numpy(theirs.decision_function(x)), atol=2e-4, rtol=1e-3)
+
+    apart, each = x[PAIRS[:, 0]] - x[PAIRS[:, 1]], WEIGHTS[PAIRS[:, 1]] / WEIGHTS[PAIRS[:, 1]].sum() / 2
+    both, kinds = np.concatenate([apart, -apart]), np.arange(2 * len(apart)) < len(apart)
+    theirs = LogisticRegression(C=1 / 1e-2, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    theirs.fit(both, kinds, sample_weight=np.concatenate([each, each]))
+    found = fit_linear(MEANS, LABELS, PAIRS, "pairs", 1e-2, WEIGHTS)
+    scores = (MEANS.double() @ found["weight"].double()).numpy()
+    np.testing.assert_allclose(scores[PAIRS[:, 0]] - scores[PAIRS[:, 1]], apart @ theirs.coef_[0], atol=2e-4, rtol=1e-3)
+
+    means, w = MEANS.double().numpy(), WEIGHTS[:, None]
+    expected = means[LABELS].mean(axis=0) - (w * means)[~LABELS].sum(axis=0) / w[~LABELS].sum()
+    found = difference_of_means(MEANS, LABELS, WEIGHTS).numpy()
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-7)
+
+
+def test_confusions_against_loops():
+    scores, labels = np.random.default_rng(0).normal(size=60), np.arange(60) % 4 == 0
+    kinds = {"praise": (np.arange(60) % 4 == 1) & (np.arange(60) > 5), "few": np.arange(60) == 2}
+    scores[labels] += 3
+    scores[kinds["praise"]] += 2
+    (found,) = confusions(scores, labels, kinds)
+    hard = scores[kinds["praise"]]
+    wins = np.mean([[a > b for b in hard] for a in scores[labels]])
+    floor = np.mean(
+        [s for s, shown, kind in zip(scores, labels, kinds["praise"], strict=True) if not shown and not kind]
+    )
+    assert (found.name, found.responses) == ("praise", len(hard))
+    assert found.auroc == pytest.approx(wins)
+    assert found.loudness == pytest.approx((hard.mean() - floor) / (scores[labels].mean() - floor))
 
 
 def test_pairs_are_a_regression_of_differences():

@@ -76,6 +76,28 @@ def test_against_the_formula(files, kind, dtype):
             assert not tokens[row, ~mask[row]].any()
 
 
+def test_probability_is_the_sigmoid(files):
+    path = files["attention"].path
+    probe, x, mask = (
+        AttentionProbe(path, output="probability"),
+        torch.randn(3, 7, HIDDEN, generator=DICE),
+        torch.ones(3, 7).bool(),
+    )
+    mask[1, 4:], mask[2] = False, False
+    reader, logits = probe.load(), files["attention"].load()
+    pooled = reader.pooled(x, mask)[:, 0].double()
+    expected = torch.stack([attended(x[row, mask[row]])[-1].sigmoid() for row in range(2)])
+    torch.testing.assert_close(pooled[:2], expected, atol=1e-5, rtol=0)
+    assert pooled[2] == 0
+    torch.testing.assert_close(reader.tokens(x, mask)[0], logits.tokens(x, mask)[0].sigmoid(), atol=1e-6, rtol=0)
+    assert not reader.tokens(x, mask)[2].any()
+    assert reader.fingerprint != logits.fingerprint
+    assert probe.to_dict() == {"type": "attention_probe", "path": path, "output": "probability"}
+    assert readout_from_dict(probe.to_dict()) == probe
+    with pytest.raises(ValueError, match="Choose one of logit, probability"):
+        AttentionProbe(path, output="odds")
+
+
 def test_attention_is_causal_and_stable():
     """Later tokens change nothing, and keys may lie hundreds of nats apart."""
     from shapedpo.readouts.probe import AttentionProbeReader
