@@ -72,8 +72,8 @@ def attribute(
 
     The strongest hypothesis that no lesson explains yet makes a new one: from its rows a small model learns what the lesson's rows
     show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it. The views
-    take turns, as their strengths have different units. The models are learned on a sample of rows, and judge all rows in one more
-    pass.
+    take turns, as their strengths have different units; hypotheses with rows that stand out from chance come first, since the others
+    are mostly shadows of these. The models are learned on a sample of rows, and judge all rows in one more pass.
 
     Args:
         analysis: Hypotheses with their rows.
@@ -87,7 +87,8 @@ def attribute(
     views: tuple[View, ...] = ("feature", "prompt", "global")
     # one without rows lacks what rows elsewhere teach, and none of its own teaches the opposite
     turns = zip_longest(*([h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in views))
-    order = [numbers[id(h)] for turn in turns for h in turn if h is not None]
+    in_turn = [h for turn in turns for h in turn if h is not None]
+    order = [numbers[id(h)] for h in sorted(in_turn, key=lambda h: not h.n_named)]
     if not order:
         return []
     drafts = _explained(analysis, order, _sample_shown(analysis, order, passes), progress)
@@ -149,7 +150,8 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
         if nearest and nearest.has(seeds) >= _OVERLAP:
             nearest.hypotheses.append(number)
             continue
-        if len(drafts) == settings.max_lessons:
+        known = [draft for draft in drafts if draft.model is not None]
+        if max(len(known), len(drafts) - len(known)) == settings.max_lessons:
             continue
         new = seeds & ~explained
         found = None
@@ -159,7 +161,6 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
             drafts.append(_Draft([number], seeds))
             continue
         model, rows = found
-        known = [draft for draft in drafts if draft.model is not None]
         same = max(known, key=lambda draft: int((draft.rows & rows).sum()), default=None)
         if same and (same.rows & rows).sum() >= _OVERLAP * min(same.rows.sum(), rows.sum()):
             same.hypotheses.append(number)

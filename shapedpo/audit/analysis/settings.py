@@ -60,7 +60,7 @@ class AuditSettings:
         lesson_sample: Rows that lessons' models are learned on, at random; and as many again of those that hypotheses rest on.
         lesson_rows: Rows of a hypothesis that a lesson starts from, at most.
         lesson_features: Features that a lesson's model looks at, of the completions' differences either way and of the prompt each.
-        max_lessons: Lessons at most, with those hypotheses whose rows do not stand out.
+        max_lessons: Lessons at most; and as many hypotheses, at most, whose rows turn out not to stand out.
 
         min_seen: Rows in which a response or prompt feature must be seen.
         min_delta_sd: Standard deviation that a response feature's delta must have.
