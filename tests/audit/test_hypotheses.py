@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from shapedpo.audit.analysis.hypotheses import Analysis
-from shapedpo.audit.analysis.lessons import lessons
-from shapedpo.audit.analysis.run import analyse
+from shapedpo.audit.analysis.lessons import attribute, lessons
+from shapedpo.audit.analysis.run import _Passes, analyse
 from shapedpo.audit.analysis.settings import AuditSettings
+from shapedpo.audit.harvesting.store import Harvest
 
 from .worlds import GROUP, TOKENS, Planted, World, write_harvest
 
@@ -83,6 +84,26 @@ def test_lessons_are_what_was_planted_and_nothing_else(found) -> None:
         assert right >= 0.85 * len(lesson.rows)
         assert right >= 0.8 * len(rows)
         assert (np.diff(lesson.log_odds) <= 0).all()
+
+
+def test_hypotheses_without_rows_of_their_own_do_not_keep_a_lesson_from_being_found(found) -> None:
+    analysis, folder = found
+    draw = np.random.default_rng(0)
+    first = analysis.of("feature")[0]
+    shadows = [
+        dataclasses.replace(
+            first, rows=draw.choice(analysis.rows, 12, replace=False), contributions=np.ones(12, np.float32), n_named=0
+        )
+        for _ in range(5)
+    ]
+    crowded = dataclasses.replace(
+        analysis,
+        hypotheses=[*shadows, *analysis.hypotheses],
+        settings=dataclasses.replace(analysis.settings, max_lessons=3),
+    )
+    passes = _Passes(Harvest.open(folder / "harvest"), progress=False)
+    with_rows = [one for one in attribute(crowded, passes) if len(one.rows)]
+    assert [len(one.rows) for one in with_rows] == [len(one.rows) for one in lessons(analysis) if len(one.rows)]
 
 
 def test_global_view_finds_what_is_taught_everywhere(found) -> None:
