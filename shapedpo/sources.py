@@ -80,6 +80,7 @@ def load_preferences(script: ScriptArguments, mixture: DatasetMixtureConfig) -> 
         UserError: If nothing is named, or what is named is a path where nothing is.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
     from trl import get_dataset
 
     if mixture.datasets:
@@ -98,10 +99,14 @@ def load_preferences(script: ScriptArguments, mixture: DatasetMixtureConfig) -> 
     if name.startswith("lab:"):
         return lab_preferences(name.removeprefix("lab:"))
     source = local_source(name) or {"path": str(Path(name).expanduser()) if looks_local(name) else name}
-    with as_user_error(ValueError, FileNotFoundError, ConnectionError, prefix=f"dataset_name: cannot load {name!r}: "):
-        return _without_spare_prompt(
-            load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
-        )
+    prefix = f"dataset_name: cannot load {name!r}: "
+    try:
+        with as_user_error(ValueError, FileNotFoundError, ConnectionError, prefix=prefix):
+            return _without_spare_prompt(
+                load_dataset(**source, name=script.dataset_config, streaming=script.dataset_streaming)
+            )
+    except DatasetGenerationError as error:  # whose own text says only that there was one
+        raise UserError(f"{prefix}{error.__cause__ or error}") from error
 
 
 def _without_spare_prompt(splits: Any) -> Any:
@@ -134,6 +139,8 @@ def local_source(name: str) -> dict[str, Any] | None:
         builder = _builder(name)
         if builder is None:
             raise UserError(f"Cannot tell how to read {name!r}: expected a file ending in {', '.join(_BUILDERS)}.")
+        if path.stat().st_size == 0:
+            raise UserError(f"The file {name!r} is empty. Expected preference pairs.")
         return {"path": builder, "data_files": {"train": [str(path)]}}
     if not path.exists():
         if looks_local(name):

@@ -84,18 +84,18 @@ class Summary:
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", show_lines=True)
-        for name in ("", "where", "chosen has more / less", *(["features"] if wide else []), "rows, e.g."):
+        for name in ("", "where", "chosen has more / less", *(["features"] if wide else []), "rows"):
             table.add_column(name, overflow="fold")
         for name in (*(["delta", "d"] if wide else []), "q", "predicted, sd"):
             table.add_column(name, justify="right", no_wrap=wide)
         for finding in findings:
             first = finding.lesson.first
             lesson = finding.lesson
-            rows = f"{len(lesson.rows) or 'none stands out'}: {', '.join(map(str, lesson.evidence[:3]))}"
+            rows = f"{len(lesson.rows) or 'none stands out'}, e.g. {', '.join(map(str, lesson.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
             cells = (str(lesson.number), finding.where, words, *([finding.response] if wide else []), rows)
             sizes = (f"{first.delta:+.3f}", f"{first.d:+.2f}") if wide else ()
-            table.add_row(*map(escape, cells), *sizes, f"{first.q:.0e}", _predicted(self.prediction, first))
+            table.add_row(*map(escape, cells), *sizes, _q(first.q), _predicted(self.prediction, first))
         return table
 
 
@@ -165,6 +165,10 @@ def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
     kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
     found = prediction and prediction.at(kind, hypothesis.response, hypothesis.view, hypothesis.condition)
     return f"{found['score']:+.2f}" if found else ""
+
+
+def _q(q: float) -> str:
+    return f"{q:.0e}" if q >= 1e-99 else "<1e-99"
 
 
 def _condition(analysis: Analysis, hypothesis: Hypothesis) -> str:

@@ -53,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.most < 1 or args.concurrency < 1:
         raise UserError("--most and --concurrency must be 1 or more.")
+    if args.labeller != "local" and not args.labeller.startswith(("http://", "https://")):
+        raise UserError(f"--labeller {args.labeller}: expected a URL that begins with http:// or https://, or `local`.")
     import asyncio
 
     from ..audit.labels.labellers import LabellerError
@@ -87,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         answers = asyncio.run(asking())
     except* LabellerError as errors:
         raise UserError(
-            f"{errors.exceptions[0]}. What was answered is kept: the same command goes on from there."
+            f"{str(errors.exceptions[0]).rstrip('.')}. What was answered is kept: the same command goes on from there."
         ) from None
     if failed := sum(answer is None for answer in answers):
         print(f"{failed:,} answers were not as asked for, three times over: tokens stay their labels.", file=sys.stderr)
@@ -133,6 +135,4 @@ def _labeller(args: argparse.Namespace) -> Any:
 
     if args.labeller == "local":
         return LocalModel(args.labeller_model)
-    if not args.labeller.startswith(("http://", "https://")):
-        raise UserError(f"--labeller {args.labeller}: expected a URL that begins with http:// or https://, or `local`.")
     return Endpoint(args.labeller, args.labeller_model, os.environ.get(args.key_env))

@@ -65,19 +65,21 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, ensure_ascii=False))
     else:
-        _show(found)
+        _show(found, folder)
     return 0
 
 
 def _text(spec: str) -> str:
     path = Path(spec)
     if len(spec) < 250 and path.suffix in (".txt", ".md"):
-        with as_user_error(OSError, UnicodeDecodeError):
+        if not path.is_file():
+            raise UserError(f"--spec: there is no file {spec!r}. Give one, or the description itself.")
+        with as_user_error(OSError, UnicodeDecodeError, prefix=f"--spec {spec}: "):
             return path.read_text(encoding="utf-8")
     return spec
 
 
-def _show(found: list[Any]) -> None:
+def _show(found: list[Any], folder: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -99,4 +101,7 @@ def _show(found: list[Any]) -> None:
             table.add_row(f"{one.kind} {one.number}", escape(one.what), f"{one.similarity:.2f}", effect, verdict)
         console.print(table)
     if against := sum(one.conflict for one in found):
-        console.print(f"{against} against the description. `shapedpo fix DIR --finding N` shows what can be done.")
+        console.print(
+            f"{against} against the description. `shapedpo fix {folder} --finding N` shows what can be done.",
+            markup=False,
+        )

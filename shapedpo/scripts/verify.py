@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.rollouts.run import RolloutSettings, roll_out
     from ..audit.verify.comparison import compare
     from ..audit.verify.report import report
+    from ..reading import check_reader
     from ..readouts import SAEFeatures
     from ..sources import model_source
 
@@ -89,11 +90,19 @@ def main(args: argparse.Namespace) -> int:
         prediction = Prediction.load(folder / ANALYSIS)
         reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
         concepts = _concepts(args.concepts) if args.concepts else {}
+    audited = harvest.settings["model"]
+    if audited != args.base:
+        print(f"The audit was made with {audited!r}, and --base is {args.base!r}: they should be the same model.")
+    with as_user_error(OSError, ValueError, prefix=f"--base {args.base}: "):
+        tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
+    _check_tokens(args, tokenizer)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    base, trained = (
-        load_model(model_source(name), args.base, args.dtype, device) for name in (args.base, args.trained)
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
+    base = load_model(model_source(args.base), args.base, args.dtype, device)
+    with as_user_error(ValueError, prefix=f"--base {args.base}: "):
+        check_reader("The audit's SAE", reader, base, base.config.get_text_config())
+    trained = load_model(model_source(args.trained), args.base, args.dtype, device)
+    if (known := trained.get_input_embeddings().num_embeddings) < len(tokenizer):
+        raise UserError(_OTHER_TOKENS.format(args, f"it knows {known}, the base model has {len(tokenizer)}"))
     with as_user_error(ValueError, TypeError):
         settings = RolloutSettings(args.draws, answer_length(base, args.max_new_tokens), args.batch, args.seed)
     longest = longest_prompt(base, settings.max_new_tokens)
@@ -107,6 +116,30 @@ def main(args: argparse.Namespace) -> int:
         outcome, rollouts, conditions, harvest, analysis, tokenizer.decode, out, concepts=concepts, misses=args.misses
     )
     return 0
+
+
+_OTHER_TOKENS = (
+    "--trained {0.trained}: has other tokens than --base {0.base} ({1}). Give a model that was trained from that one."
+)
+
+
+def _check_tokens(args: argparse.Namespace, tokenizer: Any) -> None:
+    """See, before models are loaded, that the trained one's tokens are the base model's.
+
+    Raises:
+        UserError: If not.
+    """
+    from transformers import AutoTokenizer
+
+    from ..sources import model_source
+
+    try:
+        other = AutoTokenizer.from_pretrained(model_source(args.trained)).get_vocab()
+    except (OSError, ValueError, TypeError, KeyError):  # it was saved without one
+        return
+    for token, number in tokenizer.get_vocab().items():
+        if other.get(token) != number:
+            raise UserError(_OTHER_TOKENS.format(args, f"{token!r} is {other.get(token)}, not {number}"))
 
 
 def _concepts(file: str) -> dict[str, list[int]]:

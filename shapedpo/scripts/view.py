@@ -6,7 +6,7 @@ import argparse
 import webbrowser
 from typing import Any
 
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error
 
 
 HELP = """\
@@ -55,5 +55,11 @@ def server(folder: str, port: int = 0, *, progress: bool = True) -> Any:
 
     audit = Audit.open(folder)
     rows = RowStore.open(audit, progress=progress)
-    with as_user_error(OSError, OverflowError, prefix=f"--port {port}: "):
-        return ViewServer(render(audit.overview(), served=True), audit.analysis, rows, port)
+    page = render(audit.overview(), served=True)
+    try:
+        return ViewServer(page, audit.analysis, rows, port)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"--port {port} cannot be had ({reason}). Leave out --port to take one that is free."
+        ) from error

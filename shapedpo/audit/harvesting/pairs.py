@@ -171,7 +171,19 @@ def _taken(dataset: Any, limit: int | None, sample: int | None, seed: int) -> Da
     dataset = dataset.select_columns([name for name in _READ_BY_TRL if name in columns])
     if len(rows) < len(dataset):
         dataset = dataset.select(rows)
-    return dataset.add_column(ROW, rows)
+    dataset = dataset.add_column(ROW, rows)
+    _check_complete(dataset)
+    return dataset
+
+
+def _check_complete(dataset: Dataset) -> None:
+    for batch in dataset.with_format("arrow").iter(4096):
+        for name in ("prompt", "chosen", "rejected"):
+            if name in batch.column_names and batch[name].null_count:
+                place = batch[name].is_null().index(True).as_py()
+                raise ValueError(
+                    f"Row {batch[ROW][place]} of the dataset has no `{name}`: it is null. Leave such rows out first, or write an empty text."
+                )
 
 
 def _on_disk(stream: IterableDataset) -> Dataset:

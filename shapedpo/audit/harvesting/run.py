@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from ...errors import as_user_error
 from ...readouts import SAEFeatures
 from ...readouts.base import fingerprint
 from ...sources import model_source
@@ -140,7 +141,7 @@ def harvest(
     # What failed before its first file was whole has left nothing that could be mixed up.
     begun = (folder / store.MANIFEST).exists() and any(folder.glob("shard-*.parquet"))
     if begun:
-        _check_same(folder, store.read_manifest(folder)["fingerprint"], prints)
+        _check_same(folder, store.read_manifest(folder), given, prints)
     # By number, not by what is missing: another process may have finished one by the time that this one looks.
     mine = [
         index for index in store.missing_shards(folder, count) if index % state.num_processes == state.process_index
@@ -168,7 +169,8 @@ def _tokenizer(model: str | nn.Module) -> Any:
     name = model_source(model) if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:
         raise ValueError("The model does not say where it came from: pass its `tokenizer` too.")
-    return AutoTokenizer.from_pretrained(name)
+    with as_user_error(OSError, prefix=f"The model {name!r}: cannot load its tokenizer: "):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def _loaded(model: str | nn.Module, dtype: str, device: torch.device) -> nn.Module:
@@ -176,7 +178,8 @@ def _loaded(model: str | nn.Module, dtype: str, device: torch.device) -> nn.Modu
         return model
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
+    with as_user_error(OSError, prefix=f"The model {model!r} cannot be loaded: "):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_source(model), dtype=getattr(torch, dtype))
     return loaded.to(device).eval().requires_grad_(False)
 
 
@@ -198,10 +201,16 @@ def _model_fingerprint(model: str | nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_same(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    changed = [name for name in asked if there.get(name) != asked[name]]
+def _check_same(folder: Path, manifest: Mapping[str, Any], given: Mapping[str, Any], prints: Mapping[str, Any]) -> None:
+    there, settings = manifest["fingerprint"], manifest["settings"]
+    changed = [name for name in prints if there.get(name) != prints[name]]
     if changed:
+        named = {"data": "dataset", "SAE": "sae"}  # what the fingerprints are of, in the settings
+        both = "; ".join(
+            f"{name} was {settings.get(named.get(name, name))!r}, now {given[named.get(name, name)]!r}"
+            for name in changed
+        )
         raise ValueError(
-            f"The folder '{folder}' holds a harvest of something else: {' and '.join(changed)} differ. Choose another folder, or "
-            "delete that one."
+            f"The folder '{folder}' holds a harvest of something else: {' and '.join(changed)} differ ({both}). Choose another "
+            "folder, or delete that one."
         )

@@ -329,7 +329,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"There is no harvest in '{folder}': it has no {MANIFEST}.")
+        raise FileNotFoundError(
+            f"There is no harvest in '{folder}': it has no {MANIFEST}. `shapedpo audit` makes one, in the folder of its --out."
+        )
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
         raise ValueError(

@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             query = {name: values[0] for name, values in parse_qs(asked.query, max_num_fields=8).items()}
             found = answer(self.server, query)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, OverflowError) as error:
             return self._send(HTTPStatus.BAD_REQUEST, f"{type(error).__name__}: {error}")
         if isinstance(found, str):
             return self._send(HTTPStatus.OK, found, "text/csv")

@@ -39,7 +39,7 @@ def load_model(name: str, base: str, dtype: str, device: Any) -> Any:
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"Unknown dtype {dtype!r}. Choose float32, bfloat16 or float16.")
-    with as_user_error(OSError, ValueError):
+    with as_user_error(OSError, ValueError, prefix=f"The model {name!r} cannot be loaded: "):
         if find_adapter_config_file(name) is None:
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         else:
