@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .analysis.hypotheses import Analysis, Hypothesis
+from .analysis.hypotheses import Analysis
 from .analysis.lessons import MAX_Q
 from .harvesting.store import Harvest
 from .labels.names import Label, Labels, hypothesis_key
@@ -176,27 +176,22 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
             if words:
                 what = f"{'more' if sign > 0 else 'less'} {', '.join(words)}" + (f", where {where}" if where else "")
                 text = " ".join((*words, where, title if (first.delta > 0) == (sign > 0) else ""))
-                add("finding", finding.lesson.number, text, _place(first), sign, what)
+                add("finding", finding.lesson.number, text, first.predicted_as, sign, what)
     seen: dict[str, int] = {}
     for number, one in enumerate(analysis.hypotheses):
         seen[one.view] = seen.get(one.view, 0) + 1
         if one.view != "global" and one.q <= MAX_Q and seen[one.view] <= _HYPOTHESES:  # else the cluster says it
-            response = _words(labels.cluster("response" if one.view == "prompt" else "feature", one.response))
-            condition = _words(labels.cluster({"prompt": "prompt", "feature": "data"}.get(one.view, ""), one.condition))
+            response = _words(labels.cluster(*one.response_cluster))
+            condition = _words(labels.cluster(*one.condition_cluster)) if one.condition_cluster else ""
             own = _words(labels.hypotheses.get(hypothesis_key(one), Label()))
             what = response + (f", where {condition}" if condition else "")
-            add("hypothesis", number, f"{own} {response} {condition}", _place(one), what=what)
+            add("hypothesis", number, f"{own} {response} {condition}", one.predicted_as, what=what)
     for kind, of in (("feature_cluster", "feature"), ("response_cluster", "response")):
         for number in range(len(analysis.clusters[of])):
             add(kind, number, _words(labels.cluster(of, number)), (kind, number, "global", -1))
     for feature, name in sorted(labels.features.items()):
         add("feature", feature, name, ("feature", feature, "global", -1))
     return things
-
-
-def _place(one: Hypothesis) -> tuple[str, int, str, int]:
-    kind = "response_cluster" if one.view == "prompt" else "feature_cluster"
-    return kind, one.response, one.view, one.condition
 
 
 def _predicted(prediction: Prediction) -> dict[tuple[str, int, str, int], tuple[float, float, float]]:

@@ -162,8 +162,7 @@ def _sorted(analysis: Analysis) -> tuple[list[Lesson], list[Lesson], list[Lesson
 
 def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
     """The change of a hypothesis' response under its condition, in sd."""
-    kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
-    found = prediction and prediction.at(kind, hypothesis.response, hypothesis.view, hypothesis.condition)
+    found = prediction and prediction.at(*hypothesis.predicted_as)
     return f"{found['score']:+.2f}" if found else ""
 
 

@@ -53,5 +53,5 @@ def _shaping(concept: Concept) -> tuple[str, str, str]:
     gate = ""
     if isinstance(concept.gate, Gate):
         gate = concept.gate.column or f"{concept.gate.concept} > {concept.gate.threshold:g} sd"
-    config = concept.shaper.to_config()
+    config = "" if concept.action == "hold" else concept.shaper.to_config()  # its controller has none
     return str(config), "" if concept.strength is None else f"{concept.strength:g}", gate

@@ -73,10 +73,10 @@ def main(args: argparse.Namespace) -> int:
         named = {f"finding {n}": finding(analysis, n) for n in args.finding}
         named |= {f"hypothesis {n}": hypothesis(analysis, n) for n in args.hypothesis}
         targets = [target(harvest, analysis, lesson, name) for name, lesson in named.items()]
-        labels = getattr(Labels.load(folder, analysis), "features", {})
+        labels = Labels.load(folder, analysis) or Labels()
     console = Console()
     for one in targets:
-        _say(console, one, labels)
+        _say(console, one, analysis, labels)
     columns = {one.name: one.name.replace(" ", "_") for one in targets}
     recipe = _recipe(args, harvest, targets, columns) if args.recipe else None  # first what may be refused
     if args.dataset_out:
@@ -88,20 +88,22 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(console: Any, one: Any, labels: dict[int, str]) -> None:
-    from rich.markup import escape
+def _say(console: Any, one: Any, analysis: Any, labels: Any) -> None:
+    from ..audit.labels.names import cluster_name
 
-    from ..audit.summary import feature_names
-
-    way = "more" if one.more else "less"
-    text = f"{one.name}: {len(one.rows):,} rows, chosen has {way} of {feature_names(one.features, labels, len(one.features))}"
+    way, first = "more" if one.more else "less", one.lesson.first
+    text = f"{one.name}: {len(one.rows):,} rows, chosen has {way} of {cluster_name(first.response_cluster, analysis, labels)}"
+    if first.condition_cluster is not None:
+        text += f", where {cluster_name(first.condition_cluster, analysis, labels)}"
+    named = ", ".join(f"{feature} ({labels.features.get(feature, '?')})" for feature in one.features)
+    text += f"\n  read by SAE feature{'s' * (len(one.features) > 1)} {named}"
     if one.condition is not None:
         where = one.condition
         text += (
-            f"; where the mean of {len(where.features)} prompt features is above {where.threshold:g} sd: {where.inside:.0%} of its rows, "
+            f"\n  gate: the mean of {len(where.features)} prompt features above {where.threshold:g} sd, as in {where.inside:.0%} of its rows and "
             f"{where.outside:.1%} of the others"
         )
-    console.print(escape(text))
+    console.print(text, markup=False, highlight=False)
 
 
 def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any]) -> None:

@@ -98,7 +98,9 @@ def _show(found: list[Any], folder: Path) -> None:
             verdict = (
                 f"[bold red]the data push {'away from' if part.wanted else 'toward'} it[/]" if one.conflict else ""
             )
-            table.add_row(f"{one.kind} {one.number}", escape(one.what), f"{one.similarity:.2f}", effect, verdict)
+            table.add_row(
+                f"{one.kind.replace('_', ' ')} {one.number}", escape(one.what), f"{one.similarity:.2f}", effect, verdict
+            )
         console.print(table)
     if against := sum(one.conflict for one in found):
         console.print(

@@ -71,6 +71,23 @@ class Hypothesis:
     )
 
     @property
+    def response_cluster(self) -> tuple[str, int]:
+        """Kind and number of its response cluster, as in [`Analysis.clusters`]."""
+        return ("response" if self.view == "prompt" else "feature", self.response)
+
+    @property
+    def condition_cluster(self) -> tuple[str, int] | None:
+        """Kind (`prompt` or `data`) and number of the cluster that is its condition; none in the global view."""
+        kind = {"prompt": "prompt", "feature": "data"}.get(self.view)
+        return (kind, self.condition) if kind else None
+
+    @property
+    def predicted_as(self) -> tuple[str, int, str, int]:
+        """Kind, number, view and condition of its line in a [`~shapedpo.audit.prediction.run.Prediction`]."""
+        kind, number = self.response_cluster
+        return f"{kind}_cluster", number, self.view, self.condition
+
+    @property
     def named(self) -> NDArray[np.int64]:
         """The rows that are held responsible, the most responsible first."""
         return self.rows[: self.n_named]
@@ -183,7 +200,8 @@ class Analysis:
 
     def response_features(self, hypothesis: Hypothesis) -> list[int]:
         """Features of a hypothesis' response cluster."""
-        return self.clusters["response" if hypothesis.view == "prompt" else "feature"][hypothesis.response]
+        kind, number = hypothesis.response_cluster
+        return self.clusters[kind][number]
 
     def condition_features(self, hypothesis: Hypothesis) -> list[int]:
         """Features of a hypothesis' prompt cluster; none in the other views."""

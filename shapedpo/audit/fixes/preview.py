@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.lessons import lessons
 from ..harvesting.store import Harvest
+from ..labels.names import Labels, cluster_name
 from ..prediction.run import Prediction, predict
-from ..summary import feature_names
 from .targets import Target
 
 
@@ -77,7 +77,7 @@ def preview(
     analysis: Analysis,
     targets: Sequence[Target],
     fixes: Mapping[str, tuple[NDArray[np.float64] | None, Collection[int]]],
-    labels: Mapping[int, str] | None = None,
+    labels: Labels | None = None,
     now: Prediction | None = None,
     *,
     progress: bool = True,
@@ -89,11 +89,11 @@ def preview(
         analysis: Its analysis.
         targets: The findings that are to be fixed.
         fixes: Row weights (in the order of `analysis.rows`) and held features of each fix, by what it is called.
-        labels: What features are called.
+        labels: What features and clusters are called.
         now: The prediction for the data as they are, if it is there already.
         progress: Whether to show progress bars.
     """
-    labels = labels or {}
+    labels = labels or Labels()
     before = now or predict(harvest, analysis, progress=progress)
     after = [
         predict(harvest, analysis, weights=weights, held=held, progress=progress) for weights, held in fixes.values()
@@ -110,15 +110,13 @@ def preview(
             lines.append(Line(part, what, values[0], tuple(values[1:])))
 
     def add_response(part: str, one: Hypothesis) -> None:
-        kind = "response_cluster" if one.view == "prompt" else "feature_cluster"
         where = "" if one.view == "global" else " (under its condition)"
-        names = feature_names(analysis.response_features(one), labels)
-        add(part, names + where, kind, one.response, one.view, one.condition)
+        add(part, cluster_name(one.response_cluster, analysis, labels) + where, *one.predicted_as)
 
     for one in targets:
-        for feature in one.features:
-            add("target", feature_names([feature], labels), "feature", feature)
         add_response("target", one.lesson.first)
+        for feature in one.features:
+            add("target", f"feature {feature}: {labels.features.get(feature, '?')}", "feature", feature)
     mine = [id(one.lesson.first) for one in targets]
     for lesson in lessons(analysis):
         if id(lesson.first) not in mine:
@@ -127,6 +125,6 @@ def preview(
     moved = np.max([np.abs(one.score - clusters[0].score) for one in clusters[1:]], axis=0, initial=0)
     others = [place for place in np.argsort(-moved, kind="stable") if ("feature_cluster", int(place)) not in seen]
     for place in others[:OTHERS]:
-        names = feature_names(analysis.clusters["feature"][place], labels)
-        add("largest other movements", names, "feature_cluster", int(place))
+        name = cluster_name(("feature", int(place)), analysis, labels)
+        add("largest other movements", name, "feature_cluster", int(place))
     return Preview(tuple(fixes), lines)

@@ -138,6 +138,16 @@ class Labels:
             ) from error
 
 
+def cluster_name(cluster: tuple[str, int], analysis: Analysis, labels: Labels) -> str:
+    """What a cluster is called, by its kind and number: its label, or else its features."""
+    from ..summary import feature_names
+
+    kind, number = cluster
+    features = analysis.clusters.get(kind, [])
+    named = feature_names(features[number], labels.features) if features else f"{kind} cluster {number}"
+    return labels.cluster(kind, number).name or named
+
+
 def hypothesis_key(hypothesis: Hypothesis) -> str:
     """What a hypothesis is found by in `labels.json`."""
     return f"{hypothesis.view}:{hypothesis.condition}:{hypothesis.response}"

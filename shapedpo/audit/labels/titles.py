@@ -98,7 +98,7 @@ def tasks(
     """
     clusters: dict[tuple[str, int], None] = {}
     for hypothesis in hypotheses:
-        for cluster in (condition_of(hypothesis), response_of(hypothesis)):
+        for cluster in (hypothesis.condition_cluster, hypothesis.response_cluster):
             if cluster is not None:
                 clusters[cluster] = None
     return [
@@ -109,17 +109,6 @@ def tasks(
             if len(hypothesis.evidence)
         ),
     ]
-
-
-def condition_of(hypothesis: Hypothesis) -> tuple[str, int] | None:
-    """Kind and number of the cluster that is a hypothesis' condition; none in the global view."""
-    kind = {"feature": "data", "prompt": "prompt"}.get(hypothesis.view)
-    return (kind, hypothesis.condition) if kind else None
-
-
-def response_of(hypothesis: Hypothesis) -> tuple[str, int]:
-    """Kind and number of a hypothesis' response cluster."""
-    return ("response" if hypothesis.view == "prompt" else "feature", hypothesis.response)
 
 
 def _asked(text: str, **given: str) -> list[Message]:
@@ -163,13 +152,15 @@ def _cluster_task(
 def _finding_task(hypothesis: Hypothesis, analysis: Analysis, harvest: Harvest, labels: Labels) -> Task:
     rows = harvest.texts(hypothesis.evidence[: 10 * _ROWS])
     chosen, rejected = ([row[side] for row in rows] for side in ("chosen", "rejected"))
-    condition = condition_of(hypothesis)
     where = {
         "global": "in all rows",
         "feature": "where answers are about something",
         "prompt": "where prompts show something",
     }
-    names = ["; ".join(labels.cluster(*of).tokens) if of else "all rows" for of in (response_of(hypothesis), condition)]
+    names = [
+        "; ".join(labels.cluster(*of).tokens) if of else "all rows"
+        for of in (hypothesis.response_cluster, hypothesis.condition_cluster)
+    ]
     examples = [
         f"- prompt: {_clipped(row['prompt'])}\n  chosen: {_clipped(row['chosen'])}\n  rejected: {_clipped(row['rejected'])}"
         for row in rows[:_ROWS]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...pages import clean
-from ..analysis.hypotheses import Analysis, Hypothesis
+from ..analysis.hypotheses import Analysis
 from ..analysis.maps import ClusterMap
 from ..harvesting.store import Harvest
 from ..labels.names import Label, Labels, hypothesis_key
@@ -122,7 +122,7 @@ def _columns(analysis: Analysis, labels: Labels, predictions: Predictions) -> di
         "label": [_label(labels.hypotheses.get(hypothesis_key(h))) for h in found],
     }
     if predictions:
-        columns["predicted"] = [_prediction(h, predictions) for h in found]
+        columns["predicted"] = [predictions.get(h.predicted_as) for h in found]
     return columns
 
 
@@ -169,8 +169,3 @@ def predicted(prediction: Prediction) -> Predictions:
 
 
 _PREDICTED = ("score", "score_low", "score_high", "log_odds", "log_odds_low", "log_odds_high", "base_rate")
-
-
-def _prediction(hypothesis: Hypothesis, predictions: Predictions) -> list[float | None] | None:
-    kind = "response_cluster" if hypothesis.view == "prompt" else "feature_cluster"
-    return predictions.get((kind, hypothesis.response, hypothesis.view, hypothesis.condition))

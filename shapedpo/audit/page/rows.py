@@ -57,7 +57,7 @@ class Subject(NamedTuple):
     def clusters(self) -> list[Cluster]:
         """The clusters of features that it is about."""
         h = self.hypothesis
-        return [("response", h.response), ("prompt", h.condition)] if h.view == "prompt" else [("feature", h.response)]
+        return [h.response_cluster, *([("prompt", h.condition)] if h.view == "prompt" else [])]
 
 
 def hypothesis_subject(hypothesis: Hypothesis) -> Subject:
