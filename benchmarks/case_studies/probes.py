@@ -30,20 +30,26 @@ def probe(trait: str) -> Any:
     path = CACHE / "probes" / f"{trait}-{ANSWERS}.safetensors"
     if not path.exists():
         model, tokenizer = lab.load_model(), lab.load_tokenizer()
-        contrast = Contrast.of(
-            Row(
-                prompt,
-                [{"role": "assistant", "content": text}],
-                trait in shown,
-                "answers",
-                tuple(sorted(shown - {trait})),
-            )
-            for prompt, text in zip(*answers(), strict=True)
-            for shown in [lab.detect(text)]
-        )
-        (fitted,) = fit_readouts(model, tokenizer, contrast, OPTIONS)
-        save_readout(path, fitted, model, contrast, OPTIONS)
+        labelled = contrast(trait)
+        (fitted,) = fit_readouts(model, tokenizer, labelled, OPTIONS)
+        save_readout(path, fitted, model, labelled, OPTIONS)
     return AttentionProbe(str(path), output="probability")
+
+
+def contrast(trait: str, n: int | None = None, hard: bool = True) -> Contrast:
+    """The first `n` answers, labelled; the other traits as hard negatives if `hard`."""
+    prompts, texts = answers()
+    return Contrast.of(
+        Row(
+            prompt,
+            [{"role": "assistant", "content": text}],
+            trait in shown,
+            "answers",
+            tuple(sorted(shown - {trait})) if hard else (),
+        )
+        for prompt, text in zip(prompts[:n], texts[:n], strict=True)
+        for shown in [lab.detect(text)]
+    )
 
 
 def answers() -> tuple[list[Any], list[str]]:

@@ -160,7 +160,7 @@ def read_contrast(
             named = label is None and shows is not None and "label" not in row
             if named and concept is None:
                 raise ValueError(
-                    f"{place} names the concepts that it shows. Say which of them is the one: `--concept`."
+                    f"{place} names the concepts that it shows, and not which is the one. Give it a `label`, or `shapedpo fit` a `--concept`."
                 )
             others = tuple(name for name in shows or () if name != concept)
             for answer, shown in _answers(row, concept in (shows or ()) if named else label, place):

@@ -188,7 +188,10 @@ class _Study:
             effect = self._effect(layer, tensors["direction"], means)
         found, held = scores.double().numpy(), self.contrast.take(self.held)
         quality = judge_scores(found, self.contrast.labels, self.fit, self.held)
-        confused = confusions(found[self.held], held.labels, held.hard())
+        read = (
+            scores.sigmoid().double().numpy() if kind == "attention_probe" else found
+        )  # as `shapedpo fit` says to read it
+        confused = confusions(read[self.held], held.labels, held.hard())
         return Fitted(kind, layer, tensors, quality, effect, confused)
 
     def _attention(self, layer: int) -> tuple[dict[str, Tensor], Tensor]:
