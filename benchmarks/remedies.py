@@ -1,11 +1,11 @@
 """From finding to fix, as a user goes who knows nothing of the data: audit, fix what is found, train, and look.
 
-    python -m benchmarks.remedies [--pairs 5000] [--seeds 0] [--finished]
+    python -m benchmarks.remedies [--pairs 5000] [--seeds 0 1] [--together] [--finished]
 
-The lab's data with the lessons of `benchmarks/planted.py`. `shapedpo audit` reads it; `shapedpo fix` writes, for each finding and for all of them
-together, a recipe that holds it and a dataset without its rows; `shapedpo train` trains on each. What was planted is looked at only to
-say, of held-out prompts, how often the models show what each lesson is about. Commands, recipes and readouts are the ones that the tool comes up
-with. Finished runs are kept in `benchmarks/cache/remedies/`. Writes `benchmarks/results/remedies.md`.
+The lab's data with the lessons of `benchmarks/planted.py`. `shapedpo audit` reads it; `shapedpo fix` writes, for all findings together and for those about one thing, a recipe that holds them and a dataset without their
+rows; `shapedpo train` trains on each. What was planted is looked at only to say which findings are about one thing, and how often the models
+show it on held-out prompts. Commands, recipes, features, gates and rows are the ones that the tool comes up with. Finished runs are kept in
+`benchmarks/cache/remedies/`. Writes `benchmarks/results/remedies.md` and a picture.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shapedpo.lab.measures import Prompt
 
 
 CACHE = folders.CACHE / "remedies"
-RESULT = "remedies.md"
+RESULT = "remedies"
 LESSONS = CASES[:4]
 """The odd fiction is too rare to be found at this size."""
 DPO = {
@@ -47,15 +47,24 @@ DPO = {
 }
 """That of the demo."""
 EVERYWHERE = "everywhere"
-ALL = "all findings"
+BEFORE, PLAIN, HELD, DROPPED = "before", "plain DPO", "held", "rows dropped"
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """One model: `how` it was trained, `before` being the one that is trained, and what was done about which finding."""
+    """One model.
+
+    Attributes:
+        how: It was trained; [`BEFORE`] is the model that is trained.
+        findings: Numbers of those that something is done about.
+    """
 
     how: str
-    finding: str = ""
+    findings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.how.replace(" ", "-"), *self.findings])
 
 
 def shapedpo(*arguments: object, folder: Path) -> None:
@@ -99,24 +108,22 @@ def audited(folder: Path, pairs: int, seed: int) -> dict[str, str]:
     return about
 
 
-def trained(folder: Path, remedy: Remedy, findings: Sequence[str]) -> Path | str:
+def trained(folder: Path, remedy: Remedy) -> Path | str:
     """The model of a remedy, by what `fix` writes for its findings."""
-    if remedy.how == "before":
+    if remedy.how == BEFORE:
         return "lab"
-    numbers = list(findings) if remedy.finding == ALL else [remedy.finding]
-    name = f"{remedy.how} {remedy.finding}".strip().replace(" ", "-")
-    config, extra = "base.yaml", []
-    fix = ["fix", "audit", "--no-preview", "--finding", *numbers]
-    if remedy.how == "held":
-        config = f"{name}.yaml"
-        if not (folder / config).exists():
-            shapedpo(*fix, "--base", "base.yaml", "--recipe", config, folder=folder)
-    elif remedy.how == "rows dropped":
-        extra = ["--dataset_name", f"{name}.parquet"]
-        if not (folder / extra[1]).exists():
-            shapedpo(*fix, "--dataset-out", extra[1], folder=folder)
-    shapedpo("train", "--config", config, *extra, "--output_dir", name, "--disable_tqdm", "true", folder=folder)
-    return folder / name
+    config, extra, output = "base.yaml", [], f"{remedy.name}-model"
+    fix = ["fix", "audit", "--no-preview", "--finding", *remedy.findings]
+    if remedy.how == HELD:
+        config = f"{remedy.name}.yaml"
+        (folder / config).unlink(missing_ok=True)
+        shapedpo(*fix, "--base", "base.yaml", "--recipe", config, folder=folder)
+    elif remedy.how == DROPPED:
+        extra = ["--dataset_name", f"{remedy.name}.parquet"]
+        (folder / extra[1]).unlink(missing_ok=True)
+        shapedpo(*fix, "--dataset-out", extra[1], folder=folder)
+    shapedpo("train", "--config", config, *extra, "--output_dir", output, "--disable_tqdm", "true", folder=folder)
+    return folder / output
 
 
 def prompts(n: int, seed: int) -> dict[str, list[Prompt]]:
@@ -141,13 +148,23 @@ def measured(model: Path | str, n: int, seed: int) -> dict[str, Any]:
     return {"rates": rates, "capability": lab.capability(network, tokenizer).rate}
 
 
-def study(pairs: int, seed: int, n: int, finished: bool = False) -> dict[str, Any]:
+def remedies(about: dict[str, str], together: bool) -> list[Remedy]:
+    """What is tried: nothing, all findings, and with `together` not set those about one lesson, lesson by lesson."""
+    of_lesson = [
+        tuple(number for number, name in about.items() if name == one) for one in dict.fromkeys(about.values())
+    ]
+    chosen = [tuple(about)] if together else [tuple(about), *of_lesson]
+    return [Remedy(BEFORE), Remedy(PLAIN), *(Remedy(how, which) for which in chosen for how in (HELD, DROPPED))]
+
+
+def study(pairs: int, seed: int, n: int, together: bool = False, finished: bool = False) -> dict[str, Any]:
     """All remedies of one dataset.
 
     Args:
         pairs: Of the dataset.
         seed: Of data, training and rollouts.
         n: Prompts of each topic.
+        together: Whether only all findings together are fixed.
         finished: Whether to leave out what was not run yet.
 
     Returns:
@@ -155,19 +172,21 @@ def study(pairs: int, seed: int, n: int, finished: bool = False) -> dict[str, An
     """
     folder = CACHE / f"{pairs}-{seed}"
     about = audited(folder, pairs, seed)
-    findings = list(about)
-    todo = [Remedy("before"), Remedy("plain DPO")]
-    todo += [Remedy(how, which) for which in (ALL, *findings) for how in ("held", "rows dropped")]
     runs = []
-    for remedy in todo:
-        kept = folder / f"{remedy.how}-{remedy.finding}-{n}.json".replace(" ", "-")
+    for remedy in remedies(about, together):
+        kept = folder / f"{remedy.name}-{n}.json"
         if not kept.exists():
             if finished:
                 continue
-            kept.write_text(json.dumps(measured(trained(folder, remedy, findings), n, seed), indent=1))
-            print(remedy, "done", flush=True)
+            kept.write_text(json.dumps(measured(trained(folder, remedy), n, seed), indent=1))
+            print(remedy.name, "done", flush=True)
         runs.append({**asdict(remedy), **json.loads(kept.read_text())})
     return {"pairs": pairs, "seed": seed, "about": about, "runs": runs}
+
+
+def name(lesson: lab.Lesson) -> str:
+    """As [`planted_rows`] has it."""
+    return f"{lesson.name}, {lesson.when}" if lesson.when else lesson.name
 
 
 def rate(run: dict[str, Any], lesson: lab.Lesson) -> float:
@@ -175,19 +194,25 @@ def rate(run: dict[str, Any], lesson: lab.Lesson) -> float:
     return 100 * float(run["rates"][lesson.when or EVERYWHERE][lesson.trait])
 
 
+def whole(found: dict[str, Any], run: dict[str, Any]) -> bool:
+    """Whether nothing was done, or something about all findings."""
+    return len(run["findings"]) in (0, len(found["about"]))
+
+
 def table(found: dict[str, Any]) -> list[str]:
-    """One row a model, one column a lesson."""
-    head = ["", *(f"{lesson.trait}{f' ({lesson.when})' if lesson.when else ''}" for lesson in LESSONS), "capability"]
+    """One row a model, one column a lesson; what was to stay as before is bold."""
+    head = ["", *(f"{one.trait}{f' ({one.when})' if one.when else ''}" for one in LESSONS), "capability"]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    numbers = {name: number for number, name in found["about"].items()}
     for run in found["runs"]:
-        own = run["finding"]
-        label = f"{run['how']}{f': {own}' if own == ALL else f': finding {own}' if own else ''}"
-        cells = []
-        for lesson in LESSONS:
-            name = f"{lesson.name}, {lesson.when}" if lesson.when else lesson.name
-            fixed = own == ALL or (own and own == numbers.get(name))
-            cells.append(f"**{rate(run, lesson):.1f}**" if fixed else f"{rate(run, lesson):.1f}")
+        fixed = {found["about"][number] for number in run["findings"]}
+        which = (
+            "all findings"
+            if len(run["findings"]) == len(found["about"])
+            else f"finding {' and '.join(run['findings'])}"
+        )
+        marks = ["**" if name(lesson) in fixed else "" for lesson in LESSONS]
+        cells = [f"{mark}{rate(run, one):.1f}{mark}" for mark, one in zip(marks, LESSONS, strict=True)]
+        label = f"{run['how']}: {which}" if run["findings"] else run["how"]
         lines.append(f"| {label} | {' | '.join(cells)} | {100 * run['capability']:.1f} |")
     return lines
 
@@ -196,14 +221,43 @@ def report(studies: Sequence[dict[str, Any]], n: int) -> str:
     """What is written."""
     lines = [
         "From finding to fix (`python -m benchmarks.remedies`): what `shapedpo audit` finds in the lab's data, and what comes of training with what",
-        "`shapedpo fix` writes for it: a recipe that holds the finding, or the data without its rows. Per cent of rollouts that show what was planted, on held-out",
-        f"prompts of its topic ({n}; of everywhere {2 * n}); bold where the finding is about it, so that it should be as before DPO; elsewhere it should be as plain",
+        "`shapedpo fix` writes for it: a recipe that holds the findings, or the data without their rows. Per cent of rollouts that show what was planted, on held-out",
+        f"prompts of its topic ({n}; of everywhere {2 * n}); bold where something was done about it, so that it should be as before DPO; elsewhere it should be as plain",
         "DPO has it. Commands, features, gates and rows are the tool's own; what was planted only says what to look at.",
     ]
     for found in studies:
-        about = ", ".join(f"{number} {name or 'nothing that was planted'}" for number, name in found["about"].items())
+        about = ", ".join(
+            f"{number} {lesson or 'nothing that was planted'}" for number, lesson in found["about"].items()
+        )
         lines += ["", f"{found['pairs']:,} pairs, seed {found['seed']}. Findings: {about}.", "", *table(found)]
     return "\n".join(lines) + "\n"
+
+
+def picture(studies: Sequence[dict[str, Any]], n: int) -> Any:
+    """Bars of each lesson, before, after plain DPO and with all findings fixed either way: means over datasets, with Wilson's intervals."""
+    from matplotlib.figure import Figure
+
+    chart = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = chart.subplots()
+    looks = {BEFORE: "0.75", PLAIN: "tab:orange", DROPPED: "tab:green", HELD: "tab:blue"}
+    for place, (how, color) in enumerate(looks.items()):
+        runs = [run for found in studies for run in found["runs"] if run["how"] == how and whole(found, run)]
+        for position, lesson in enumerate(LESSONS):
+            trials = len(runs) * (n if lesson.when else 2 * n)
+            share = sum(rate(run, lesson) for run in runs) / len(runs)
+            found = lab.Rate.of(round(share / 100 * trials), trials)
+            x = position + (place - 1.5) * 0.21
+            error = [[100 * (found.rate - found.low)], [100 * (found.high - found.rate)]]
+            label = {HELD: "findings held", DROPPED: "their rows dropped"}.get(how, how) if not position else None
+            axes.bar(x, share, width=0.2, color=color, yerr=error, capsize=2, label=label)
+            axes.annotate(f"{share:.0f}", (x, share), (0, 9), textcoords="offset points", ha="center", fontsize=8)
+    titles = [f"{one.trait}\n{'on ' + one.when.replace('_', ' ') if one.when else 'everywhere'}" for one in LESSONS]
+    axes.set_xticks(range(len(LESSONS)), titles)
+    axes.set_ylabel("% of held-out rollouts")
+    axes.set_ylim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=4, loc="upper center")
+    return chart
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -212,13 +266,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--prompts", type=int, default=200, help="of each topic (%(default)s)")
+    parser.add_argument("--together", action="store_true", help="only all findings at once")
     parser.add_argument("--finished", action="store_true", help="only report the runs that are there")
     parser.add_argument("--out", type=Path, default=folders.RESULTS, help="folder of the table")
     options = parser.parse_args(arguments)
-    studies = [study(options.pairs, seed, options.prompts, options.finished) for seed in options.seeds]
+    studies = [
+        study(options.pairs, seed, options.prompts, options.together, options.finished) for seed in options.seeds
+    ]
     text = report(studies, options.prompts)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / RESULT).write_text(text, encoding="utf-8")
+    (options.out / f"{RESULT}.md").write_text(text, encoding="utf-8")
+    picture(studies, options.prompts).savefig(options.out / f"{RESULT}.png", dpi=100)
     print(text)
 
 
