@@ -21,7 +21,7 @@ How true the audit's predictions are: R² (squared correlation) of predicted and
 clusters of response features under each cluster of prompt features. The change is that of two answers by either model to each of 256 held-out prompts, which
 count by how much likelier they have become. *Ceiling*: what a perfect prediction would get, since the answers are noisy too (from halves of the prompts).
 *Another run*: R² with a second run that saw the same pairs in another order, had answers no noise; what the order decides nobody can predict, so that no
-prediction is expected to get more than its square root times the ceiling. *Slope*: of observed on predicted change, 1 where the scale is right. *In 90 %*: share of the
+prediction is expected to get more than its square root times the ceiling: *within reach* (a pilot in the run's own order may, as it has seen a part of it). *Slope*: of observed on predicted change, 1 where the scale is right. *In 90 %*: share of the
 90 % intervals that held, with the answers' own noise allowed for, as they stand and after scaling by the slope. In brackets the 95 % interval over
 resampled things; things vary together, so it is too narrow. *Less everywhere*: what a condition adds.
 
@@ -49,8 +49,9 @@ def report(
             continue
         lines += [f"## {title}", "", said(some, last), "", *overview(some, [*GROUPS]), ""]
         lines += ["In log-odds of appearing in an answer:", "", *overview(some, [name + ODDS for name in GROUPS]), ""]
+        lines += ["What keeps them from the targets:", "", *limits(some), "", *bounds(some), ""]
         if apart := between_runs(some, last):
-            lines += ["What a second run says, beside the best prediction:", "", *apart, ""]
+            lines += ["What a second run says, and what the last prediction gets:", "", *apart, ""]
         lines += [f"Every run, {last}:", "", *table(some, last), ""]
     (out / "prediction.md").write_text("\n".join(lines))
     picture(shown, out / "prediction.png")
@@ -106,14 +107,62 @@ def overview(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[str]
     return lines
 
 
+def limits(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Why the targets cannot be reached, as far as runs say: a ceiling that is below, and an order of pairs that decides."""
+    ceilings = [(row["ceiling"], TARGETS[row["group"]]) for row in _once(rows)]
+    reach = [(_reach(row), TARGETS[row["group"]]) for row in _once(rows) if np.isfinite(row["another run"])]
+    names = list(dict.fromkeys(row["estimator"] for row in rows))
+    clean = [
+        f"{sum(row['of ceiling'] >= TARGETS[row['group']] for row in rows if row['group'] in TARGETS and row['estimator'] == name)} ({name})"
+        for name in names
+    ]
+    said = (
+        f"In {sum(c < target for c, target in ceilings)} of {len(ceilings)} cases (a run and a group each) the ceiling is below the target: the answers by which the change "
+        "is seen are too few for any prediction, were it the truth, to show the target's R². With that noise taken off, R² over ceiling, the target is "
+        f"reached in {', '.join(clean)} of them."
+    )
+    if not reach:
+        return [said]
+    return [
+        f"{said} What is within reach, the ceiling times the square root of what another run gets, is less: below the target in "
+        f"{sum(r < target for r, target in reach)} of the {len(reach)} cases of runs that were made twice. The rest, up to what is within reach, is the "
+        "predictions' own error."
+    ]
+
+
+def bounds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what is within reach in each group, and what the estimators get of it; medians over runs."""
+    names = list(dict.fromkeys(row["estimator"] for row in rows))[1:]  # the first is what the others are to better
+    heads = ("group", "target", "ceiling", "within reach", *(f"got of it, {name}" for name in names))
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for group, target in TARGETS.items():
+        some = [row for row in rows if row["group"] == group]
+        twice = [row for row in some if np.isfinite(row["another run"]) and _reach(row) >= 0.1]
+        got = [[row["r2"] / _reach(row) for row in twice if row["estimator"] == name] for name in names]
+        cells = [f"{np.median([row['ceiling'] for row in _once(some)]):.2f}"] if some else [""]
+        cells += [f"{np.median([_reach(row) for row in _once(twice)]):.2f} ({len(_once(twice))} runs)" if twice else ""]
+        cells += [f"{np.median(each):.0%} ({min(each):.0%} to {max(each):.0%})" if each else "" for each in got]
+        lines.append(f"| {group} | {target} | {' | '.join(cells)} |")
+    return lines
+
+
+def _once(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one estimator, in the groups that have a target: what is the same for all."""
+    return [row for row in rows if row["estimator"] == rows[0]["estimator"] and row["group"] in TARGETS]
+
+
+def _reach(row: dict[str, Any]) -> float:
+    """The R² that a prediction of the mean over all orders of the pairs would get."""
+    return float(row["ceiling"] * row["another run"] ** 0.5)
+
+
 def between_runs(rows: Sequence[dict[str, Any]], name: str) -> list[str]:
     """A table of the runs that were made twice."""
     some = [row for row in rows if row["estimator"] == name and np.isfinite(row["another run"])]
     heads = ("world", "group", "ceiling", "another run", "within reach", "R²")
     lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * 4]
     for row in some:
-        reach = row["ceiling"] * row["another run"] ** 0.5
-        cells = [f"{value:.2f}" for value in (row["ceiling"], row["another run"], reach, row["r2"])]
+        cells = [f"{value:.2f}" for value in (row["ceiling"], row["another run"], _reach(row), row["r2"])]
         lines.append(f"| {row['world']} | {row['group']} | {' | '.join(cells)} |")
     return lines if some else []
 

@@ -77,5 +77,19 @@ def test_the_page_says_what_the_rows_hold(tmp_path) -> None:
     assert "lab: topics violent, 250 pairs" in page
     r2, ceiling = rows[0]["r2"], rows[0]["ceiling"]
     assert f"features {r2:.2f} (target 0.9, reached in {5 if r2 >= 0.9 else 0} of 5 runs)" in page
+    # the second estimator gets half of what the first does
+    named = [
+        {**row, "estimator": name, "r2": row["r2"] * part}
+        for name, part in (("whole", 1), ("half", 0.5))
+        for row in rows
+    ]
+    reach = 0.9 * ceiling
+    (line,) = (line for line in prediction_report.bounds(named) if line.startswith("| features |"))
+    assert (
+        line
+        == f"| features | 0.9 | {ceiling:.2f} | {reach:.2f} (1 runs) | {r2 / 2 / reach:.0%} ({r2 / 2 / reach:.0%} to {r2 / 2 / reach:.0%}) |"
+    )
+    below = sum(row["ceiling"] < prediction_report.TARGETS.get(row["group"], 0) for row in rows)
+    assert f"In {below} of {4 * len(runs)} cases" in prediction_report.limits(named)[0]
     assert f"| lab: topics | features | {ceiling:.2f} | 0.81 | {0.9 * ceiling:.2f} | {r2:.2f} |" in page
     assert "lab: style | features" not in page.split("What a second run says")[1].split("Every run")[0]
