@@ -1,4 +1,4 @@
-"""The command line: `shapedpo train | audit | verify | view | label | demo | concepts | fit | sae | report | wandb-report`.
+"""The command line: `shapedpo COMMAND`; [`build_parser`] has them all.
 
 Nothing heavy is imported here: torch, transformers, trl and sae-lens take seconds, so each command imports what it needs
 when it runs and `--help` answers at once.

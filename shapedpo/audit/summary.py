@@ -10,6 +10,7 @@ import numpy as np
 
 from .analysis.hypotheses import Analysis, Hypothesis
 from .analysis.lessons import Lesson, lessons
+from .analysis.statistics import LARGEST
 from .harvesting.store import Harvest
 from .prediction.run import Prediction
 
@@ -94,7 +95,8 @@ class Summary:
             rows = f"{len(lesson.rows) or 'none stands out'}, e.g. {', '.join(map(str, lesson.evidence[:3]))}"
             words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
             cells = (str(lesson.number), finding.where, words, *([finding.response] if wide else []), rows)
-            sizes = (f"{first.delta:+.3f}", f"{first.d:+.2f}") if wide else ()
+            d = f"{first.d:+.2f}" if abs(first.d) < LARGEST else f"{'-' if first.d < 0 else '+'}∞"
+            sizes = (f"{first.delta:+.3f}", d) if wide else ()
             table.add_row(*map(escape, cells), *sizes, _q(first.q), _predicted(self.prediction, first))
         return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ concept held, and without its rows.
 --finding takes the numbers of the audit's summary. A recipe has the audit's model and data, a concept of the SAE features that
 the finding's rows teach most clearly, and where these hold under a condition, a gate on the prompt. With --rows flag the new dataset
 has a column of booleans for each finding, and the recipe is gated by it. The source is never touched, and no file is overwritten.
+"""
+
+
+_DEFAULTS = """\
+Learning rate, batch size and all else are TRL's defaults, which want a GPU: set them in the recipe or on the command line, or start
+from a recipe of yours with --base. On a CPU: --use_cpu true --bf16 false
 """
 
 
@@ -156,9 +163,14 @@ def _write_recipe(args: argparse.Namespace, values: dict[str, Any], columns: dic
     path = Path(args.recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        head = f"# {', '.join(columns)} of the audit in {args.audit}\n#\n#   shapedpo train --config {args.recipe}\n\n"
+        head = f"# {', '.join(columns)} of the audit in {args.audit}\n#\n#   shapedpo train --config {args.recipe}\n"
+        if not args.base:
+            head += f"#\n{textwrap.indent(_DEFAULTS, '# ')}"
+        head += "\n"
         partial.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"{args.recipe}: shapedpo train --config {args.recipe}")
+    if not args.base:
+        print(_DEFAULTS, end="")
 
 
 def _preview(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +88,9 @@ def parse(recipe: Recipe | None, overrides: Sequence[str]) -> Arguments:
         if "concepts" in values:  # built here, so that what is wrong with one is said before anything is loaded
             values["concepts"] = concepts_from(values["concepts"])
         parser.set_defaults_with_config(**values)
-    with as_user_error(ValueError, TypeError):
+    with as_user_error(ValueError, TypeError), warnings.catch_warnings():
+        # TRL's own default, which nobody here can do anything about
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         *parsed, remaining = parser.parse_args_into_dataclasses(
             args=list(overrides), return_remaining_strings=True, look_for_args_file=False
         )

@@ -200,7 +200,8 @@ def _asked(source: Source) -> str:
         readout = entry.get("readout") or {}
         reads = ", ".join(str(value) if key == "type" else f"{key}: {value}" for key, value in readout.items())
         label = name if entry.get("label") in (None, name) else f"{entry['label']} ({name})"
-        cells = [label, entry.get("action"), entry.get("method"), entry.get("strength"), reads, entry.get("threshold")]
+        method = None if entry.get("action") in ("watch", "hold") else entry.get("method")
+        cells = [label, entry.get("action"), method, entry.get("strength"), reads, entry.get("threshold")]
         lines.append("| " + " | ".join(_plain(cell) for cell in cells) + " |")
     data = source.described.get("data") or {}
     lines += ["", f"Model: {_plain(source.described.get('model'))}. Data: {_plain(data.get('rows'))} rows, "]

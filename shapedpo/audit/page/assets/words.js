@@ -1,12 +1,14 @@
 // What hypotheses and clusters are called, and numbers as text.
 "use strict";
 
+const LARGEST = 1e6; // where z and d are cut off
 const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en") : "–");
 const signed = (value, digits = 2) => (known(value) ? `${value > 0 ? "+" : ""}${plainNumber(value, digits)}` : "–");
 const percent = (value) => (known(value) ? `${value < 0.0995 && value > 0 ? Number((100 * value).toPrecision(2)) : Math.round(100 * value)} %` : "–");
 function plainNumber(value, digits = 2) {
   if (!known(value)) return "–";
   const size = Math.abs(value);
+  if (size >= LARGEST) return value > 0 ? "∞" : "−∞"; // sides that differ and do not vary
   const text = size > 0 && (size < 0.00095 || size >= 1e5) ? value.toExponential(0) : value.toFixed(size < 0.0995 && size > 0 ? digits + 1 : digits);
   return text.replaceAll("-", "−");
 }
