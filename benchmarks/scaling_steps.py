@@ -32,7 +32,6 @@ from benchmarks.scaling_cases import COLUMNS, Case
 from benchmarks.scaling_turns import LOGGING, WARM_UP, Sections, Turns
 from shapedpo import Concept, Regex, SAEFeatures, ShapedDPOTrainer, shaping
 from shapedpo.collator import split_batch
-from shapedpo.openings import Computed
 
 
 WINDOW = 512
@@ -72,8 +71,7 @@ class _TRL(DPOTrainer):
         return self.sections.timed(None, super()._compute_loss)(*args)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        section = "shaping" if isinstance(model, Computed) else None  # the policy's, computed once more for the metrics
-        return self.sections.timed(section, super().compute_ref_log_probs)(model, inputs)
+        return self.sections.timed(None, super().compute_ref_log_probs)(model, inputs)
 
 
 class MeasuredTrainer(ShapedDPOTrainer, _TRL):

@@ -26,7 +26,7 @@ class Batch:
         pairs: What metrics need of it, if anything is read.
         leaving: `(2B, T)` bool, the tokens that leave the loss, if any may.
         shares: By name of the metric, the numbers of which the log has the quotient, both summed over processes.
-        tilted: Whether TRL was handed a tilted reference.
+        tilt: `(2B,)`, what was taken from the reference's log-probabilities that TRL was handed, if anything.
         penalty: What held concepts add to TRL's loss, if there are any.
         loss_context: Open until TRL has computed the loss.
     """
@@ -42,6 +42,6 @@ class Batch:
         self.pairs: Pairs | None = None
         self.leaving: Tensor | None = None
         self.shares: dict[str, tuple[Tensor, Tensor]] = {}
-        self.tilted = False
+        self.tilt: Tensor | None = None
         self.penalty: Tensor | None = None
         self.loss_context = ExitStack()

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .concept import Concept
+from .errors import UserError
 from .files import replacing
 from .reading import ConceptReader, RawScores, Statistics
 from .shapers import ConceptSignal
@@ -79,7 +80,7 @@ def calibrate(
         keep: How many pairs' deltas to keep, spread evenly over the sample.
 
     Returns:
-        The calibration, and warnings: one for each concept that some score of which never varies, or of which others leave nothing.
+        The calibration, and warnings: of each concept a score of which never varies, whose gate never opens, or of which others leave nothing.
 
     Raises:
         FloatingPointError: If a score is not finite; the text names the concept.
@@ -87,7 +88,7 @@ def calibrate(
     """
     raise_non_finite(reader.concepts, reader.non_finite(raw), "the calibration sample")
     if int(valid.sum()) < 2:
-        raise ValueError(
+        raise UserError(
             f"Of the {len(valid)} pairs of the calibration sample, {int(valid.sum())} have completion tokens on both sides "
             "after truncation; at least 2 are needed. Raise `max_length` or `calibration_size`."
         )
@@ -112,6 +113,12 @@ def calibrate(
         statistics = statistics._replace(given=given)
         warnings += more
         signals = reader.signals(raw, statistics, valid, gates)
+    for concept, signal in zip(reader.concepts, signals, strict=True):
+        if concept.gate is not None and not bool((signal.gate[valid] > 0).any()):
+            warnings.append(
+                f"Concept {concept.name!r}: its gate is 0 on all {len(valid)} pairs of the calibration sample, so that nothing would be "
+                "shaped. Is the gate's column or threshold right? Rare rows need a larger `calibration_size`."
+            )
     kept = torch.arange(len(valid), device=valid.device)[valid]
     kept = kept[torch.linspace(0, len(kept) - 1, min(keep, len(kept)), device=valid.device).round().long()]
     deltas = _columns([signal.delta[kept] for signal in signals], kept)
@@ -244,7 +251,7 @@ def load_calibration(
         was, was_fingerprint, empty_pairs = (metadata[key] for key in ("concepts", "fingerprint", "empty_pairs"))
         deltas, gates, thresholds = (tensors.pop(name) for name in ("deltas", "gates", "thresholds"))
     except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} is not a whole file of concepts ({error}). Delete it to calibrate anew, or resume from an earlier "
             "checkpoint."
         ) from error
@@ -252,7 +259,7 @@ def load_calibration(
     if not changes and was_fingerprint != fingerprint:
         changes = ["what a readout loads"]
     if changes and not allow_change:
-        raise ValueError(
+        raise UserError(
             f"The concepts are not those of the checkpoint {str(folder)!r}: {'; '.join(changes)}. Use the checkpoint's "
             "concepts, or set `allow_concept_change=True`."
         )

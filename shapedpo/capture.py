@@ -63,8 +63,11 @@ class CapturePass:
         self._readers = list(readers)
         self._masks = list(masks)
         self._sites: dict[tuple[nn.Module, Side], list[int]] = {}
+        found = {
+            name: resolve_site(model, name) for name in dict.fromkeys(reader.hook_name for reader in self._readers)
+        }
         for index, reader in enumerate(self._readers):
-            module, side, _ = resolve_site(model, reader.hook_name)
+            module, side, _ = found[reader.hook_name]
             self._sites.setdefault((module, side), []).append(index)
         self._scores: list[Tensor | None] = [None] * len(self._readers)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -123,8 +126,9 @@ class CapturePass:
                     f"The activations at {reader.hook_name!r} have shape {tuple(x.shape)}; the mask of shape "
                     f"{tuple(mask.shape)} and the reader call for ({len(mask)}, {length}, {reader.d_in})."
                 )
-            mask = mask.to(x.device, torch.bool)
-            self._scores[index] = reader.to(x.device).pooled(x[:, x.shape[1] - length :], mask)
+            # The layers of a model may be on several devices; the scores of all of them come together where the masks are.
+            scores = reader.to(x.device).pooled(x[:, x.shape[1] - length :], mask.to(x.device, torch.bool))
+            self._scores[index] = scores.to(mask.device)
 
     def _unread(self) -> str:
         names = {reader.hook_name for reader, score in zip(self._readers, self._scores, strict=True) if score is None}

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOTrainer
 
 from .calibration import FILE_NAME
+from .errors import UserError
 from .files import replacing
 from .openings import restored
 from .processes import all_or_none
@@ -147,14 +148,14 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         found.append(f"{folder!r}: {missing}")
         logger.warning(f"The checkpoint {folder!r} is passed over, as it is not whole: {missing}.")
     if found:
-        raise ValueError(f"No checkpoint in {str(output_dir)!r} is whole. {'; '.join(found)}. Start the run anew.")
+        raise UserError(f"No checkpoint in {str(output_dir)!r} is whole. {'; '.join(found)}. Start the run anew.")
     return None
 
 
 def check_checkpoint(folder: str | os.PathLike[str]) -> None:
     """Raise `ValueError` unless a checkpoint that a user names is whole; the text says what it lacks."""
     if (missing := what_is_missing(folder)) is not None:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {str(folder)!r} is not whole: {missing}. Was the run killed while it saved, or the folder copied in part? "
             "Resume from an earlier one; `resume_from_checkpoint=True` finds the last that is whole."
         )

@@ -117,11 +117,11 @@ def split_cached(examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
     scores.
 
     Returns:
-        The rows with the bare log-probabilities, and the scores `(2B, n)` float32 as int32, or `None` if there are none.
+        The rows with the bare log-probabilities, and the whole lists `(2B, 1 + n)` float32 as int32, or `None` if there are none.
     """
     if not isinstance(examples[0].get(REF_COLUMNS[0]), Sequence):
         return examples, None
-    cached = [example[column][1:] for column in REF_COLUMNS for example in examples]
+    cached = [example[column] for column in REF_COLUMNS for example in examples]
     rows = [{**example, **{column: example[column][0] for column in REF_COLUMNS}} for example in examples]
     return rows, pack(cached)
 
@@ -145,9 +145,11 @@ def check_columns(concepts: Sequence[Concept], weight_column: str | None, datase
         The weight column, if the data has it.
 
     Raises:
-        ValueError: If a column is missing, or holds what it cannot.
+        ValueError: If there are no rows, a column is missing, or holds what it cannot.
     """
-    row = next(iter(dataset))
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("`train_dataset` has no rows. Is it the right split, and did a filter leave anything?")
     for concept in concepts:
         column = concept.gate.column if isinstance(concept.gate, Gate) else None
         if column is not None:

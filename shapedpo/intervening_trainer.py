@@ -19,14 +19,14 @@ from .calibration import calibrate, read_sample
 from .composition import check_composition
 from .filtering import FILE_NAME, filtering, leaving_rows, load_record, save_record, without_rows
 from .inoculation import InoculatedSequences, Mixed, inoculated_columns
-from .openings import REF_COLUMNS, Computed, restored, without
+from .openings import REF_COLUMNS, restored, sequence_logps
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from .reading import reading_masks
 from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer, valid_pairs
 from .readouts.base import fingerprint as hashed
 from .shapers import ConceptSignal, Inoculate, Residual
 from .shapers.steering import ForwardEdit
-from .steering import Steering, check_steering, residual_edit
+from .steering import Edit, Steering, check_steering, residual_edit
 from .tokens import TokenFilter
 
 
@@ -44,6 +44,7 @@ class InterveningTrainer(ReadingTrainer):
         _steering: Changes the policy's hidden states; the subclass enters it around a training step.
         _inoculated: The index of the concept of method `inoculate`, if there is one.
         _residual: The options of the concepts of method `residual`, by index.
+        _residual_edits: How the reference is steered for those of them that steer it.
         _instructed: The instruction and its place of the concepts that have one, by index.
         _needs_turns: Whether final user turns must be found.
         _filtered: The record of the rows that left, once they have.
@@ -69,6 +70,7 @@ class InterveningTrainer(ReadingTrainer):
         self._inoculated = inoculated[0] if inoculated else None
         self._residual = {index: shaper for index, shaper in shapers.items() if isinstance(shaper, Residual)}
         self._n_residuals = len(self._residual)
+        self._residual_edits: dict[int, Edit] = {}
         if self._residual and not args.precompute_ref_log_probs:
             names = ", ".join(repr(self.concepts[index].name) for index in self._residual)
             logger.warning(
@@ -92,6 +94,11 @@ class InterveningTrainer(ReadingTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if dataset_name != "train":  # evaluation is plain DPO's
             return dataset
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"No row of the training data is left: every prompt alone fills `max_length={args.max_length}`. Raise it, or set "
+                "truncation_mode='keep_end'."
+            )
         given: dict[str, Any] = {"processing_class": processing_class}
         if self._needs_turns:
             dataset = _mapped(dataset, _add_turn_tokens, given, args, "Finding the final user turns")
@@ -123,9 +130,9 @@ class InterveningTrainer(ReadingTrainer):
                 "the collator only. Use another method."
             )
         for index, shaper in self._residual.items():
-            if shaper.steer is not None:  # an error now rather than in the first step
-                model = self.accelerator.unwrap_model(self._reference())
-                residual_edit(model, self.concepts, self._reader.readers, index)
+            if shaper.steer is not None:
+                model = self._unwrapped(self._reference())
+                self._residual_edits[index] = residual_edit(model, self.concepts, self._reader.readers, index)
         pad = self._tokenizer.pad_token_id
         sequences = [InoculatedSequences(index, pad, self.args.seed) for index in self._instructed]
         return [*super()._additions(), *(adds for adds in (marks, turns, *sequences) if adds is not None)]
@@ -134,7 +141,7 @@ class InterveningTrainer(ReadingTrainer):
         if not self._tokens:
             return super()._reference_pass(model, inputs, extras)
         completion, _ = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-        with self._tokens.reading(self.accelerator.unwrap_model(model), completion):
+        with self._tokens.reading(self._unwrapped(model), completion):
             return super()._reference_pass(model, inputs, extras)
 
     def _read_rows(self, examples: list[Any], fresh: Tensor) -> Tensor:
@@ -170,8 +177,7 @@ class InterveningTrainer(ReadingTrainer):
             if TURN not in extras:  # data that is not trained on
                 changed = plain
             elif shaper.steer is not None:
-                edit = residual_edit(self.accelerator.unwrap_model(model), self.concepts, self._reader.readers, index)
-                with Steering({index: edit}) as steering:
+                with Steering({index: self._residual_edits[index]}) as steering:
                     amount = torch.full_like(plain, shaper.steer, dtype=torch.float32)
                     steering.aim({index: amount}, self._steered_places(inputs, extras))
                     changed = torch.cat(self._ref_logps(model, inputs))
@@ -320,10 +326,9 @@ class InterveningTrainer(ReadingTrainer):
         batch.leaving = torch.stack(list(leaving.values())).any(dim=0)  # (2B, T)
         for index, left in leaving.items():
             batch.shares[f"concepts/{self.concepts[index].name}/tokens"] = (left.sum(), completion.sum())
-        inputs = {**batch.inputs, "completion_mask": batch.mask.masked_fill(batch.leaving, 0)}
-        kept = without(self._tokens.log_probs, batch.leaving)
-        inputs.update(zip(REF_COLUMNS, super().compute_ref_log_probs(Computed(kept), inputs), strict=True))
-        batch.inputs = inputs
+        kept = batch.mask.masked_fill(batch.leaving, 0)
+        ref_logps = sequence_logps(self._tokens.log_probs, kept, self.ld_alpha)
+        batch.inputs = {**batch.inputs, "completion_mask": kept, **dict(zip(REF_COLUMNS, ref_logps, strict=True))}
 
 
 def _mapped(dataset: Any, function: Any, given: dict[str, Any], args: Any, title: str) -> Any:

@@ -3,7 +3,7 @@
 * `_compute_loss(model, ...)` calls `model` for the policy: a callable in its place sees the output and may change it.
 * Where `precompute_ref_logps` is true, the reference's log-probabilities are the batch's.
 * Where `use_weighting` is true, a pair's loss is multiplied by a weight made of `log_sum_sq_probs`.
-* `compute_ref_log_probs(model, inputs)` reduces any model's token log-probabilities as the loss does.
+* `compute_ref_log_probs(model, inputs)` makes the reference's pass.
 * `_prepare_dataset` tokenises a dataset, and needs nothing of the trainer but its tokenizer.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +72,34 @@ def tokenised(dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
     return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, name)
 
 
-class Computed(NamedTuple):
-    """A model that has run already: lets TRL reduce the policy's token log-probabilities as it does the reference's."""
+def token_weights(mask: Tensor, ld_alpha: float | None) -> Tensor:
+    """How much each token counts in its sequence's log-probability: LD-DPO (arXiv 2409.06411) discounts the longer one's tail.
 
-    log_probs: Tensor
+    Args:
+        mask: `(2B, T)`, the completions' tokens, chosen ones first.
+        ld_alpha: LD-DPO's weight of the tail, if any.
+    """
+    weight = mask.float()
+    if ld_alpha is None:
+        return weight
+    shared = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)[:, None]
+    return torch.where(mask.cumsum(dim=1) > shared, ld_alpha * weight, weight)
 
-    def __call__(self, **kwargs: Any) -> Computed:
-        return self
+
+def sequence_logps(log_probs: Tensor, completion_mask: Tensor, ld_alpha: float | None) -> tuple[Tensor, Tensor]:
+    """Sum a model's token log-probabilities as TRL does those of policy and reference.
+
+    Args:
+        log_probs: `(2B, T')`, of a model's output. (Virtual tokens of prompt-learning PEFT come first.)
+        completion_mask: `(2B, T)`.
+        ld_alpha: LD-DPO's weight of the tail, if any.
+
+    Returns:
+        `(B,)` of the chosen and of the rejected completions.
+    """
+    weights = token_weights(completion_mask[:, 1:], ld_alpha)  # the first token has no log-probability
+    chosen, rejected = (log_probs[:, -weights.shape[1] :] * weights).sum(dim=1).chunk(2)
+    return chosen, rejected
 
 
 def without(log_probs: Tensor, leaving: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,7 @@ class ReadingTrainer(ResumableTrainer):
     _reading_ready: bool
     _precomputing: bool
     _n_residuals: int = 0
+    _last_unwrapped: tuple[Callable[[], Any], Callable[[], Any]] = (lambda: None, lambda: None)
 
     def _take_over(self, calibration: Calibration) -> None:
         """Make a calibration the run's."""
@@ -85,9 +88,16 @@ class ReadingTrainer(ResumableTrainer):
             )
         if not self._reads:
             return
-        model = self.accelerator.unwrap_model(self._reference())
+        model = self._unwrapped(self._reference())
         for warning in reader.check_model(model, model.config.get_text_config()):
             logger.warning(warning)
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if known is not None and known < len(self._tokenizer):
+            logger.warning(
+                f"The tokenizer has {len(self._tokenizer)} tokens, and {type(model).__name__} has embeddings for {known}. A row with one of the "
+                "others ends the run, on a GPU with an error that says nothing of it. Is it the model's own tokenizer? If tokens were added, "
+                "call `model.resize_token_embeddings(len(tokenizer))`."
+            )
 
     def _additions(self) -> list[Any]:
         """What else the collator is to add to a batch (see [`ConceptCollator`])."""
@@ -98,12 +108,23 @@ class ReadingTrainer(ResumableTrainer):
     def _reference(self) -> Any:
         return self.ref_model if self.ref_model is not None else self.model
 
+    def _unwrapped(self, model: Any) -> Any:
+        """A model without its wrappers; looked for once, as accelerate reads the metadata of packages for it: milliseconds a step."""
+        wrapped, unwrapped = (found() for found in self._last_unwrapped)
+        if wrapped is not model or unwrapped is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            self._last_unwrapped = (
+                weakref.ref(model),
+                weakref.ref(unwrapped),
+            )  # a reference may be dropped once it has been read
+        return unwrapped
+
     def _reference_pass(
         self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], RawScores]:
         """The one pass of the reference: its log-probabilities, `(B,)` each, and the concepts' raw scores."""
         completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-        with self._reader.capture(self.accelerator.unwrap_model(model), completion, prompt) as capture:
+        with self._reader.capture(self._unwrapped(model), completion, prompt) as capture:
             logps = super().compute_ref_log_probs(model, inputs)
         return logps, self._reader.assemble(capture.scores, extras.get(keys.TEXT), extras.get(keys.PROMPT_TEXT))
 
@@ -136,8 +157,8 @@ class ReadingTrainer(ResumableTrainer):
         return torch.cat(logps).float()[:, None][:, :0]
 
     def _cached_scores(self, cached: Tensor) -> RawScores:
-        """Raw scores from what `compute_ref_log_probs` laid behind the log-probabilities: `(2B, 1 + F + P + R)`."""
-        widths = [1, self._reader.n_columns, self._reader.n_prompt_columns, self._n_residuals]
+        """Raw scores from what `compute_ref_log_probs` gave of each completion: `(2B, 2 + F + P + R)`."""
+        widths = [2, self._reader.n_columns, self._reader.n_prompt_columns, self._n_residuals]
         _, completion, prompt, residuals = cached.split(widths, dim=1)
         return RawScores(completion, prompt[: len(prompt) // 2], residuals=residuals)
 
@@ -210,7 +231,7 @@ class ReadingTrainer(ResumableTrainer):
         columns = [*REF_COLUMNS, *self._reader.gate_columns]
         rows: Any = self.train_dataset
         rows = {name: torch.as_tensor(np.asarray(rows[name][:], np.float32)) for name in columns}
-        raw = self._cached_scores(torch.cat([rows[name][:, 1:] for name in REF_COLUMNS]))
+        raw = self._cached_scores(torch.cat([rows[name] for name in REF_COLUMNS]))
         gates = [rows[name][:, None] for name in self._reader.gate_columns]
         return torch.cat([*raw.completion.chunk(2), raw.prompt, rows[REF_COLUMNS[0]][:, 1:2], *gates], dim=1)
 

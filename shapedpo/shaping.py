@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .capture import decoder_layers
 from .concept import Concept
 from .metrics import Pairs
+from .openings import sequence_logps, token_weights
 from .readouts import ActivationReader, LoadedReadout
 from .shapers import ConceptSignal, Project
 from .shapers.hold import HoldController
@@ -23,8 +24,9 @@ from .structure import own_directions
 
 # Losses that sort a batch and compare ranks: its pairs have no losses of their own.
 SORTING_LOSSES = ("aot", "aot_unpaired")
-# Losses that compare log-ratios a token, and those whose pull on a pair is far from DPO's `beta * sigmoid(-margin)`.
+# Losses that compare log-ratios a token; all that divide by length; and those whose pull on a pair is far from DPO's `beta * sigmoid(-margin)`.
 NORMALISED_LOSSES = ("sigmoid_norm",)
+DIVIDING_LOSSES = ("ipo", *NORMALISED_LOSSES)
 OTHER_PULLS = ("ipo", "sppo_hard")
 
 
@@ -35,14 +37,24 @@ class Shaping:
         concepts: All concepts; those that only watch are passed over.
         beta: DPO's beta.
         normalised: Whether the loss compares log-ratios a token (`sigmoid_norm`).
+        loss_weight: What the losses that compare pairs weigh together; a held concept is to pull as hard as they do.
     """
 
-    def __init__(self, concepts: Sequence[Concept], beta: float, normalised: bool = False) -> None:
-        self.beta, self.normalised = beta, normalised
+    def __init__(
+        self, concepts: Sequence[Concept], beta: float, normalised: bool = False, loss_weight: float = 1.0
+    ) -> None:
+        self.beta, self.normalised, self.loss_weight = beta, normalised, loss_weight
         self.concepts = list(concepts)
         self.active = [(index, concept) for index, concept in enumerate(concepts) if concept.shapes]
         self.held = [index for index, concept in self.active if concept.action == "hold"]
         self.hold = HoldController([concepts[index].target for index in self.held], beta) if self.held else None
+
+    @classmethod
+    def of(cls, concepts: Sequence[Concept], args: Any) -> Shaping:
+        """What they do with the trainer's arguments."""
+        losses = list(zip(args.loss_type, args.loss_weights or [1.0] * len(args.loss_type), strict=True))
+        normalised = any(loss in NORMALISED_LOSSES for loss, _ in losses)
+        return cls(concepts, args.beta, normalised, sum(weight for loss, weight in losses if loss != "sft"))
 
     def strength(self, index: int) -> float:
         """The strength in force: positive to suppress, negative to amplify."""
@@ -67,20 +79,33 @@ class Shaping:
         else:
             self.hold.start(calibration.deltas[:, self.held], calibration.gates[:, self.held])
 
-    def observe(self, pairs: Pairs, mask: Tensor, gather: Callable[[Tensor], Tensor], last: bool) -> None:
+    def observe(
+        self,
+        pairs: Pairs,
+        mask: Tensor,
+        gather: Callable[[Tensor], Tensor],
+        last: bool,
+        tilt: Tensor | None = None,
+    ) -> None:
         """Let the controller of the held concepts, if there are any, see a batch that was trained on.
+
+        How hard the loss pulls a pair is what other methods have left of it: with their tilt and weights, where there are any. Log-ratios
+        are those of the policy and the reference as it is.
 
         Args:
             pairs: This process's part of it.
             mask: `(2B, T)`, the completions' tokens.
             gather: Puts the rows of all processes one after the other.
             last: Whether an optimizer step follows, and with it the next strengths.
+            tilt: `(2B,)` of `tilt`.
         """
         if self.hold is None:
             return
         ratios = (torch.cat(list(pairs.policy_logps)) - torch.cat(list(pairs.ref_logps))).float()
         chosen, rejected = ratios.chunk(2)
-        margins = self.beta * self._compared(ratios, mask)
+        margins = self.beta * self._compared(ratios if tilt is None else ratios + tilt, mask)
+        if pairs.weights is not None:  # the margin at which DPO would pull as the weighted pair does
+            margins = -torch.logit(pairs.weights * torch.sigmoid(-margins), eps=1e-6)
         deltas = _gated_deltas(pairs.signals, self.held)
         gates = torch.stack([pairs.signals[index].gate for index in self.held], dim=1)
         rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), deltas, gates], dim=1))
@@ -121,12 +146,11 @@ class Shaping:
         """
         if self.hold is None:
             return None
-        weights = _token_weights(mask[:, 1:], ld_alpha)
-        logps = (log_probs[:, -weights.shape[1] :] * weights).sum(dim=1)
+        logps = torch.cat(sequence_logps(log_probs, mask, ld_alpha))
         apart = self._compared((logps - torch.cat(list(pairs.ref_logps))).float(), mask)
         deltas = _gated_deltas(pairs.signals, self.held)
         pull = self.hold.weights(deltas) @ self.hold.strengths.to(deltas.device, deltas.dtype)
-        return self.beta / 4 * (pull * apart).mean()
+        return self.loss_weight * self.beta / 4 * (pull * apart).mean()
 
     def _compared(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
         """What the loss compares of completions' log-ratios `(2B,)`: chosen less rejected, a token where it is normalised; `(B,)`."""
@@ -199,7 +223,7 @@ def project_policy(
         reduce: Sums a tensor over processes.
     """
     mask = completion_mask[:, 1:]
-    token_weight = _token_weights(mask, ld_alpha)
+    token_weight = token_weights(mask, ld_alpha)
 
     def project(grad: Tensor) -> Tensor:
         virtual, real = grad.split([grad.shape[1] - mask.shape[1], mask.shape[1]], dim=1)  # prompt-learning PEFT's
@@ -271,11 +295,23 @@ def check_methods(
                     f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is of another "
                     "size. Use another loss type, or action suppress or amplify with a strength."
                 )
+            if args.use_weighting:
+                raise ValueError(
+                    f"{owner} weighs its pull against DPO's on each pair, and with `use_weighting=True` (WPO) that is smaller by a factor that "
+                    "only TRL's loss knows. Leave one out, or use action suppress or amplify with a strength."
+                )
             normalised = {loss in NORMALISED_LOSSES for loss in losses if loss != "sft"}
             if len(normalised) > 1:
                 raise ValueError(
                     f"{owner} needs losses that compare one thing, got {', '.join(losses)}: 'sigmoid_norm' compares log-ratios a "
                     "token, the others those of whole completions. Use one of the two kinds."
+                )
+        if concept.shaper.name == "reward" and concept.action != "hold":
+            strength = abs(concept.signed_strength)
+            for loss in (loss for loss in losses if loss in DIVIDING_LOSSES):
+                warnings.append(
+                    f"{owner} shifts a completion's reward before the loss type {loss!r} divides it by the completion's length: with 200 tokens "
+                    f"a strength of {strength:g} counts as {strength / 200:g}. Multiply it by the usual length."
                 )
         if args.beta == 0 and concept.shaper.name in ("reward", "residual"):
             raise ValueError(f"{owner} divides by `beta`, which is 0.")
@@ -301,12 +337,3 @@ def _gated_deltas(signals: Sequence[ConceptSignal], indices: Sequence[int]) -> T
 
 def _projects(concept: Concept, space: str) -> bool:
     return isinstance(concept.shaper, Project) and concept.shaper.space == space
-
-
-def _token_weights(mask: Tensor, ld_alpha: float | None) -> Tensor:
-    """How much each token counts in its sequence's log-probability: LD-DPO (arXiv 2409.06411) discounts the longer one's tail."""
-    weight = mask.float()
-    if ld_alpha is None:
-        return weight
-    shared = torch.minimum(*mask.sum(dim=1).chunk(2)).repeat(2)[:, None]
-    return torch.where(mask.cumsum(dim=1) > shared, ld_alpha * weight, weight)

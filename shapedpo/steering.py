@@ -13,7 +13,7 @@ from .capture import Side, activation, decoder_layers, resolve_site
 from .concept import Concept
 from .readouts import ActivationReader, LoadedReadout
 from .shapers import Residual
-from .shapers.projection import orthonormal_basis
+from .shapers.projection import HOOKS_PASSED_OVER, orthonormal_basis
 from .shapers.steering import Ablate, ForwardEdit
 from .structure import own_directions
 
@@ -31,13 +31,16 @@ class Edit(NamedTuple):
     basis: Tensor
     ablate: bool
 
+    def to(self, device: torch.device) -> Edit:
+        """The same with its basis on a device."""
+        return self if self.basis.device == device else self._replace(basis=self.basis.to(device))
+
     def __call__(self, x: Tensor, amount: Tensor) -> Tensor:
         """`(N, T, d)`, changed by `amount`, `(N, T, 1)` float32."""
-        basis = self.basis.to(x.device)
         if not self.ablate:
-            return x + (amount * basis[:, 0]).to(x.dtype)
+            return x + (amount * self.basis[:, 0]).to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):  # not in bf16, or most of the direction would stay
-            basis = basis.to(torch.promote_types(x.dtype, torch.float32))
+            basis = self.basis.to(torch.promote_types(x.dtype, torch.float32))
             return (x - amount.to(basis.dtype) * ((x.to(basis.dtype) @ basis) @ basis.T)).to(x.dtype)
 
 
@@ -50,30 +53,38 @@ class Steering:
 
     Args:
         edits: By concept, by its index.
+
+    Raises:
+        RuntimeError: On leaving, if no module ran its hook after `aim`: a compiled one may pass over hooks that it has not met before.
     """
 
     def __init__(self, edits: Mapping[int, Edit]) -> None:
         self._edits = dict(edits)
         self._amounts: dict[int, Tensor] = {}
+        self._ran = False
         self._handles: list[Any] = []
 
     def __bool__(self) -> bool:
         return bool(self._edits)
 
     def __enter__(self) -> Steering:
+        self._ran = False
         try:
             for concept, edit in self._edits.items():
                 for module, side in edit.places:
-                    self._handles.append(self._hook(concept, edit, module, side))
-        except BaseException:
-            self.__exit__()
+                    self._handles.append(self._hook(concept, module, side))
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object = None, *error: object) -> None:
+        passed_over = bool(self._amounts) and not self._ran
         self._amounts = {}
         while self._handles:
             self._handles.pop().remove()
+        if kind is None and passed_over:
+            raise RuntimeError(f"Steering changed nothing: {HOOKS_PASSED_OVER}")
 
     def aim(self, amounts: Mapping[int, Tensor], positions: Tensor) -> None:
         """Say what the passes from now on are changed by.
@@ -86,9 +97,12 @@ class Steering:
             concept: (amount[:, None] * positions)[..., None].detach() for concept, amount in amounts.items()
         }
 
-    def _hook(self, concept: int, edit: Edit, module: nn.Module, side: Side) -> Any:
+    def _hook(self, concept: int, module: nn.Module, side: Side) -> Any:
         def changed(x: Tensor) -> Tensor:
+            self._ran = True
             amount = self._amounts[concept]
+            # Kept where it is needed: a copy from the host waits for the device.
+            edit = self._edits[concept] = self._edits[concept].to(x.device)
             return edit(x, F.pad(amount.to(x.device), (0, 0, x.shape[1] - amount.shape[1], 0)))
 
         if side == "output":

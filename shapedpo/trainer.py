@@ -15,6 +15,7 @@ from trl.trainer.utils import get_config_model_id
 
 from . import collator as keys
 from .batch import Batch
+from .calibration import FILE_NAME as CALIBRATION
 from .calibration import Calibration, load_calibration, save_calibration
 from .collator import check_columns, split_batch
 from .concept import Concept, resolve_concepts
@@ -24,12 +25,12 @@ from .intervening_trainer import InterveningTrainer
 from .metrics import Pairs, concept_metrics
 from .monitor import RecentRows, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
 from .monitor.wandb import guard_wandb
-from .openings import REF_COLUMNS, Computed, check_trl, hand_pair_weights, mutable_losses, restored, without
+from .openings import REF_COLUMNS, check_trl, hand_pair_weights, mutable_losses, restored, sequence_logps, without
 from .parameter_projection import ParameterProjection, check_parameter_projection
 from .processes import all_or_none
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
-from .shaping import NORMALISED_LOSSES, Shaping, check_methods, project_policy
+from .shaping import Shaping, check_methods, project_policy
 from .steering import policy_steering
 
 
@@ -130,7 +131,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._monitor: RunMonitor | None = None
         source = Source(None, None)
         if self._reads:
-            train_dataset, source = numbered(train_dataset)
+            train_dataset, source = numbered(train_dataset, args.process_index, args.world_size)
         self._recent = RecentRows(settings.window) if source.rows is None and self._reads else None
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
@@ -140,9 +141,7 @@ class ShapedDPOTrainer(InterveningTrainer):
                 "`sync_ref_model=True` moves the reference during training, and with it what the concepts' scores mean. "
                 "Leave the concepts or `sync_ref_model` out."
             )
-        self._shaping = Shaping(
-            self.concepts, args.beta, normalised=any(loss in NORMALISED_LOSSES for loss in args.loss_type)
-        )
+        self._shaping = Shaping.of(self.concepts, args)
         self._prepare_interventions(args)
         self._calibration: Calibration | None = None
         self._reading_ready = False
@@ -243,7 +242,9 @@ class ShapedDPOTrainer(InterveningTrainer):
         """Make the reference pass, or take its results from the cache, and hand them to TRL."""
         inputs, mask = batch.inputs, batch.mask
         if self.precompute_ref_logps:
-            ref_logps, raw = tuple(inputs[name] for name in REF_COLUMNS), self._cached_scores(batch.extras[keys.CACHED])
+            cached = batch.extras[keys.CACHED]
+            # Not TRL's columns, which a trainer under DeepSpeed rounds to bf16: by nats, in a long completion.
+            ref_logps, raw = cached[:, 0].chunk(2), self._cached_scores(cached)
         else:
             ref_logps, raw = self._reference_pass(self._reference(), inputs, batch.extras)
             if self._training:
@@ -261,9 +262,8 @@ class ShapedDPOTrainer(InterveningTrainer):
 
     def _pairs(self, outputs: Any, batch: Batch) -> Pairs:
         """What metrics need of the batch, all of its tokens counted."""
-        inputs = {**batch.inputs, "completion_mask": batch.mask}
         return Pairs(
-            policy_logps=super().compute_ref_log_probs(Computed(outputs.log_probs.detach()), inputs),
+            policy_logps=sequence_logps(outputs.log_probs.detach(), batch.mask, self.ld_alpha),
             ref_logps=batch.ref_logps,
             signals=batch.signals,
             non_finite=batch.non_finite,
@@ -278,7 +278,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         if batch.leaving is not None:
             outputs.log_probs = without(outputs.log_probs, batch.leaving)
         if (tilt := self._shaping.tilt(signals)) is not None:
-            batch.tilted = True
+            batch.tilt = tilt
             for name, offset in zip(REF_COLUMNS, tilt.chunk(2), strict=True):
                 inputs[name] = inputs[name] - offset
         column = batch.extras[keys.WEIGHT][:, 0] if keys.WEIGHT in batch.extras else None
@@ -296,7 +296,7 @@ class ShapedDPOTrainer(InterveningTrainer):
 
     def _add_concept_gradients(self, outputs: Any, batch: Batch) -> None:
         """Make the backward passes of the concepts that are projected in parameter space."""
-        chosen, rejected = super().compute_ref_log_probs(Computed(outputs.log_probs), batch.inputs)
+        chosen, rejected = sequence_logps(outputs.log_probs, batch.inputs["completion_mask"], self.ld_alpha)
         objectives = {}
         for index in self._parameter_projection.concepts:
             signal = batch.signals[index]
@@ -330,8 +330,9 @@ class ShapedDPOTrainer(InterveningTrainer):
             logged["concepts/empty_pairs"] = [self._calibration.empty_pairs]
             assert self._monitor is not None  # it is there wherever there is a reading
             self._monitor.update(batch.pairs, batch.features, batch.extras.get(keys.ROW), self.beta, metrics)
-            self._shaping.observe(batch.pairs, batch.mask, self.accelerator.gather, self.accelerator.sync_gradients)
-        if batch.tilted or batch.leaving is not None:
+            last = self.accelerator.sync_gradients
+            self._shaping.observe(batch.pairs, batch.mask, self.accelerator.gather, last, batch.tilt)
+        if batch.tilt is not None or batch.leaving is not None:
             for name, value in unshaped.items():
                 if name.startswith("rewards/") or batch.leaving is not None:
                     logged[name][-1] = value  # TRL's own is against the tilted reference, or of the tokens that stay
@@ -340,6 +341,10 @@ class ShapedDPOTrainer(InterveningTrainer):
 
     def _resume(self, checkpoint: Path) -> None:
         if not self._reads:
+            if (checkpoint / CALIBRATION).is_file():
+                logger.warning(
+                    f"The checkpoint {str(checkpoint)!r} is of a run with concepts, and this one has none: it goes on as plain DPO."
+                )
             return
         allow = getattr(self.args, "allow_concept_change", False)
         calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)

@@ -89,7 +89,8 @@ class TestCollator:
         batch = collate(rows, text_readouts=[TextFunction((1).__truediv__)])  # never called
         assert batch["ref_chosen_logps"].tolist() == [-1.0, -2.0, -3.0]
         assert batch["ref_rejected_logps"].tolist() == [-7.0] * 3
-        assert torch.equal(unpack(batch[CACHED])[:, 1], torch.tensor([5.0, 5.0, 5.0, 6.0, 7.0, 8.0]))
+        assert torch.equal(unpack(batch[CACHED])[:, 0], torch.tensor([-1.0, -2.0, -3.0, -7.0, -7.0, -7.0]))
+        assert torch.equal(unpack(batch[CACHED])[:, 2], torch.tensor([5.0, 5.0, 5.0, 6.0, 7.0, 8.0]))
         assert TEXT not in batch
 
     def test_pickles(self):

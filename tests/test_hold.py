@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from trl import DPOTrainer
@@ -25,23 +27,57 @@ def test_strength_is_that_of_the_controller():
     observe = controller.observe
 
     def spy(log_ratios, deltas, margins, gates):
-        assert torch.equal(margins, trainer.beta * log_ratios)
         assert gates.eq(1).all()
-        seen.append((log_ratios.clone(), deltas.clone()))
+        seen.append((log_ratios.clone(), deltas.clone(), margins.clone()))
         observe(log_ratios, deltas, margins, gates)
 
     controller.observe = spy
     run = train(trainer)
     again = HoldController([0.0], trainer.beta)
     again.start(trainer._calibration.deltas[:, :1], trainer._calibration.gates[:, :1])
-    for logged, (log_ratios, deltas) in zip(run.metric("concepts/way/strength"), seen, strict=True):
+    for logged, (log_ratios, deltas, margins) in zip(run.metric("concepts/way/strength"), seen, strict=True):
         assert logged == again.strengths.item() != 0
-        again.observe(log_ratios, deltas)
+        again.observe(log_ratios, deltas, margins)
         again.update()
     assert run.metric("concepts/goblin/strength") == [2.0] * 3
-    # What it sees is unshaped: with these the metrics can be made again.
-    for (log_ratios, deltas), value in zip(seen, run.metric("concepts/way/amplification"), strict=True):
+    # The log-ratios it sees are unshaped: with these the metrics can be made again.
+    for (log_ratios, deltas, _), value in zip(seen, run.metric("concepts/way/amplification"), strict=True):
         assert (log_ratios * deltas[:, 0]).mean().item() / 4 == pytest.approx(value, abs=1e-6)
+
+
+def test_its_pressure_is_what_other_methods_leave_of_it():
+    """A pair that a tilt has explained or a weight has silenced is pushed no more, whatever its own margin is."""
+    shaping, seen = Shaping([way(), Concept("dog", Regex("dog"), "suppress", strength=2.0)], 0.2), {}
+    shaping.hold.observe = lambda log_ratios, deltas, margins, gates: seen.update(ratios=log_ratios, margins=margins)
+    draw = torch.Generator().manual_seed(0)
+    n = 6
+    policy, ref, scores = (torch.randn(2 * n, generator=draw) for _ in range(3))
+    signals = [ConceptSignal(s, s[:n] - s[n:], torch.ones(n)) for s in (torch.zeros(2 * n), scores)]
+    weights = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.5, 0.25])
+    given = Pairs(policy.chunk(2), ref.chunk(2), signals, torch.zeros(2), torch.zeros(n, dtype=torch.bool), weights)
+    shaping.observe(given, torch.ones(2 * n, 4), lambda rows: rows, False, shaping.tilt(signals))
+    for i in range(n):
+        ratio = float(policy[i] - ref[i]) - float(policy[n + i] - ref[n + i])
+        pull = float(weights[i]) / (1 + math.exp(0.2 * ratio + 2.0 * float(scores[i] - scores[n + i])))
+        assert seen["ratios"][i].item() == pytest.approx(ratio, rel=1e-5)
+        assert torch.sigmoid(-seen["margins"][i]).item() == pytest.approx(pull, abs=2e-6)
+
+
+def test_it_pulls_as_hard_as_the_losses_weigh():
+    """With all losses that compare pairs at half their weight, so is what it adds."""
+    gradients = []
+    for loss in ({}, {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.3, 0.2, 0.0]}):
+        trainer = shaped(way(), **loss)
+        inputs = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        penalties, penalty = [], trainer._shaping.penalty
+        trainer._shaping.penalty = lambda *given, of=penalty, to=penalties: to.append(of(*given)) or to[-1]
+        for parameter in trainer.model.parameters():
+            parameter.data *= 1.05
+        trainer.compute_loss(trainer.model, inputs)
+        gradients.append(penalties[0].item())
+    assert gradients[1] == pytest.approx(0.5 * gradients[0], rel=1e-6)
+    assert gradients[0] != 0
 
 
 @pytest.mark.parametrize("normalised", [False, True])

@@ -286,6 +286,20 @@ class TestPrecompute:
             trainer.train()
         assert len(forwards) == 3  # the policy's: no reference, no calibration
 
+    def test_what_a_trainer_under_deepspeed_rounds(self, data):
+        """It casts a batch's floating-point numbers to bf16, the cached log-probabilities too. What is read of concepts is not of those."""
+
+        class Rounding(ShapedDPOTrainer):
+            def _prepare_input(self, data: Any) -> Any:
+                data = super()._prepare_input(data)
+                return data.bfloat16() if isinstance(data, torch.Tensor) and data.is_floating_point() else data
+
+        args = arguments(precompute_ref_log_probs=True, max_steps=1, concepts=watching())
+        step = train(build(Rounding, args, train_dataset=data)).steps[0]
+        assert abs(step["rewards/chosen"]) > 1e-4  # TRL's loss is of what it was handed, rounded
+        for concept in ("goblin", "way", "features"):
+            assert step[f"concepts/{concept}/amplification"] == pytest.approx(0, abs=1e-5)  # no step was made yet
+
     def test_cache(self, data):
         concepts = watching()
         assert self.build(None, data)[1] == 7

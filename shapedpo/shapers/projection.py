@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from .base import Shaper, register
 
 
+HOOKS_PASSED_OVER = (
+    "no layer of the policy ran the hook that it was given. A model that was compiled before, in this process, without hooks runs none: set "
+    "torch_compile=False (and no dynamo_backend in accelerate's configuration)."
+)
+
+
 @register
 @dataclass(frozen=True)
 class Project(Shaper):
@@ -100,30 +106,39 @@ class ResidualProjection:
 
     Args:
         layers: The decoder layers to hook, each with its basis `(d, k)` of orthonormal columns.
+
+    Raises:
+        RuntimeError: On leaving, if no layer ran its hook.
     """
 
     def __init__(self, layers: Sequence[tuple[nn.Module, Tensor]]) -> None:
-        self._layers = layers
+        self._layers = [layer for layer, _ in layers]
+        self._bases = [basis for _, basis in layers]
         self._handles: list[Any] = []
+        self._ran = False
 
     def __enter__(self) -> ResidualProjection:
-        for layer, basis in self._layers:
-            self._handles.append(layer.register_forward_hook(self._hook(basis)))
+        self._ran = False
+        for index, layer in enumerate(self._layers):
+            self._handles.append(layer.register_forward_hook(self._hook(index)))
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        if kind is None and not self._ran:
+            raise RuntimeError(f"No gradient was projected: {HOOKS_PASSED_OVER}")
 
-    @staticmethod
-    def _hook(basis: Tensor) -> Callable[..., None]:
+    def _hook(self, index: int) -> Callable[..., None]:
         def project(grad: Tensor) -> Tensor:
-            q = basis.to(grad.device, torch.float32)
+            # Kept where it is needed: a copy from the host waits for the device.
+            q = self._bases[index] = self._bases[index].to(grad.device)
             return (grad.float() - grad.float() @ q @ q.T).to(grad.dtype)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             # Not in the reference's pass, nor in the first of reentrant checkpointing's two: they have no gradient.
+            self._ran |= torch.is_grad_enabled()
             if torch.is_grad_enabled() and hidden.requires_grad:
                 hidden.register_hook(project)
 

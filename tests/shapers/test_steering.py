@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shapedpo import Ablate, Concept, Direction, Gate, Regex, SAEFeatures, Steer
 from shapedpo.prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
+from shapedpo.shapers.projection import ResidualProjection
 from shapedpo.steering import Edit, Steering
 from tests.chat import chat_tokenizer, chat_trainer, chats, messages
 from tests.helpers import HIDDEN, LAYERS, load_model, pairs, sae_path, shaped, tokenizer, train, vector
@@ -197,6 +198,19 @@ class TestSteering:
         assert torch.equal(model(ids).logits, plain)
         with steering:
             assert torch.equal(model(ids).logits, plain)  # the last aim is forgotten
+
+    def test_hooks_that_do_not_run_are_an_error(self):
+        """As in a model that was compiled before without them: nothing would be steered, and nobody told."""
+        layer, aim = torch.nn.Identity(), ({0: torch.tensor([2.0])}, torch.ones(1, 3, dtype=torch.bool))
+        steering = Steering({0: Edit([(layer, "output")], torch.eye(2)[:, :1], False)})
+        projection = ResidualProjection([(layer, torch.eye(2)[:, :1])])
+        for run in (layer.forward, layer):  # which runs no hooks, and which does
+            x, passed_over = torch.zeros(1, 3, 2, requires_grad=True), run is not layer
+            with pytest.raises(RuntimeError, match="torch_compile=False") if passed_over else nullcontext(), steering:
+                steering.aim(*aim)
+                run(x)
+            with pytest.raises(RuntimeError, match="torch_compile=False") if passed_over else nullcontext(), projection:
+                run(x)
 
     def test_a_tuple_and_virtual_tokens(self):
         class Layer(torch.nn.Module):
