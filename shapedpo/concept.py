@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from .errors import suggest
 from .readouts import Readout, TextFunction, readout_from_dict
 from .shapers import Residual, Shaper, shaper_from_config
 from .shapers.base import check_number
@@ -102,7 +103,14 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
-            raise ValueError(f"A concept's name must be letters, digits, spaces or any of `_-.`; got {self.name!r}.")
+            hint = (
+                " (YAML takes yes, no, on and off for true and false: quote them)"
+                if isinstance(self.name, bool)
+                else ""
+            )
+            raise ValueError(
+                f"A concept's name must be letters, digits, spaces or any of `_-.`; got {self.name!r}{hint}."
+            )
         with _Blame(f"Concept {self.name!r}"):
             if not isinstance(self.readout, Readout):
                 if not callable(self.readout):
@@ -111,7 +119,8 @@ class Concept:
                     )
                 object.__setattr__(self, "readout", TextFunction(self.readout))
             if self.action not in ACTIONS:
-                raise ValueError(f"unknown action {self.action!r}. Actions are {', '.join(ACTIONS)}.")
+                near = suggest(str(self.action), ACTIONS)
+                raise ValueError(f"unknown action {self.action!r}.{near} Actions are {', '.join(ACTIONS)}.")
             object.__setattr__(self, "method", shaper_from_config(self.method))
             if isinstance(self.gate, Mapping):
                 object.__setattr__(self, "gate", _from_mapping(Gate, self.gate, "gate"))
@@ -241,7 +250,12 @@ class _Blame:
 def _from_mapping(cls: type[Any], fields: Mapping[str, Any], owner: str) -> Any:
     unknown = [name for name in fields if name not in cls.__dataclass_fields__]
     if unknown:
-        raise ValueError(f"{owner}: unknown field {unknown[0]!r}. Fields are {', '.join(cls.__dataclass_fields__)}.")
+        known = cls.__dataclass_fields__
+        raise ValueError(
+            f"{owner}: unknown field {unknown[0]!r}.{suggest(str(unknown[0]), known)} Fields are {', '.join(known)}."
+        )
+    if "name" in cls.__dataclass_fields__ and "name" not in fields:
+        raise ValueError("A concept needs a `name`.")
     return cls(**fields)
 
 

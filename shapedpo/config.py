@@ -88,11 +88,14 @@ class ShapedDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         if isinstance(self.concepts, str) and self.concepts.lstrip().startswith("["):
-            self.concepts = json.loads(self.concepts)
+            try:
+                self.concepts = json.loads(self.concepts)
+            except ValueError as error:
+                raise ValueError(
+                    f"`concepts` begins as a list does and is no JSON ({error}): {self.concepts[:80]!r}."
+                ) from error
         if self.concepts is not None:
             self.concepts = resolve_concepts(self.concepts)
-        if self.calibration_size < 2:
-            raise ValueError(f"`calibration_size` must be at least 2, got {self.calibration_size}.")
         if self.monitor is not None:
             self.monitor = str(self.monitor)
             if self.monitor != "all" and not (self.monitor.isdecimal() and int(self.monitor) > 0):
@@ -100,13 +103,15 @@ class ShapedDPOConfig(DPOConfig):
         elif self.monitor_sae is not None:
             raise ValueError("`monitor_sae` is given, but `monitor` is not: say 'all', or how many features to watch.")
         for name, least in (
+            ("calibration_size", 2),
             ("monitor_window", 2),
             ("probe_steps", 0),
             ("probe_prompts", 2),
             ("probe_max_new_tokens", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:

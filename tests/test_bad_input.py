@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -33,10 +34,12 @@ from tests.helpers import (
     LAYERS,
     arguments,
     build,
+    load_model,
     pairs,
     sae_path,
     save_sae,
     shaped,
+    tokenizer,
     train,
     vector,
     watching,
@@ -144,6 +147,7 @@ class TestReadouts:
             ({"type": "regex", "pattern": "x", "mode": 1}, "'mode'...pattern, flags"),
             ({"type": "regex", "pattern": "("}, "'('...not valid"),
             ({"type": "regex", "pattern": 7}, "7"),
+            ({"type": "regex", "pattern": "x", "flags": 2}, "`flags` must be a text...got 2"),
             ({"type": "function", "function": "no.such:thing"}, "no.such:thing"),
             ({"type": "function", "function": "thing"}, "'thing'"),
             ("goblin", "'goblin'"),
@@ -167,7 +171,10 @@ class TestConcepts:
         refused(f"name...{name!r}", lambda: Concept(name, Regex("x")))
 
     def test_action(self):
-        refused("Concept 'goblin': ...'supress'...watch, suppress, amplify", lambda: goblin("supress", strength=1.0))
+        refused(
+            "Concept 'goblin': ...'supress'. Did you mean 'suppress'?...watch, suppress, amplify",
+            lambda: goblin("supress", strength=1.0),
+        )
 
     def test_method(self):
         refused(
@@ -183,6 +190,7 @@ class TestConcepts:
         )
         refused("Concept 'goblin': ...None", lambda: goblin("suppress", {"fraction": 1}))
         refused("Concept 'goblin': ...5", lambda: goblin("suppress", 5))
+        refused("Concept 'goblin': ...'mask' is given as a class...Mask(...)", lambda: goblin("suppress", Mask))
         refused("Concept 'goblin': ...'project' cannot amplify...suppress", lambda: goblin("amplify", "project"))
 
     @pytest.mark.parametrize("method", ["reward", "reweight"])
@@ -275,7 +283,11 @@ class TestConcepts:
 
     def test_unknown_fields(self):
         data = {"name": "goblin", "readout": {"type": "regex", "pattern": "x"}, "stength": 2.0}
-        refused("Concept 'goblin'...'stength'...strength", lambda: shaped(data))
+        refused("Concept 'goblin'...'stength'. Did you mean 'strength'?...target", lambda: shaped(data))
+        refused(
+            "unknown field 'nam'. Did you mean 'name'?", lambda: shaped({"nam": "goblin", "readout": data["readout"]})
+        )
+        refused("needs a `name`", lambda: shaped({"readout": data["readout"]}))
 
     def test_two_of_one_name(self):
         refused("Concept 'goblin' is there 2 times", lambda: shaped(goblin(), Concept("other", Regex("x")), goblin()))
@@ -372,6 +384,31 @@ class TestData:
     def test_weight_column(self):
         refused("no weight column 'trust'...prompt, chosen, rejected", lambda: shaped(weight_column="trust"))
 
+    def test_no_rows(self):
+        refused("`train_dataset` has no rows", lambda: shaped(goblin(), data=pairs(2).select([])))
+        text = "No row...fills `max_length=2`...keep_end"
+        for fields in ({}, {"precompute_ref_log_probs": True}):
+            refused(text, lambda fields=fields: shaped(goblin(), max_length=2, **fields))
+
+    def test_a_gate_that_never_opens(self, caplog):
+        concept = goblin("suppress", strength=1.0, gate=Gate(column="creative"))
+        with caplog.at_level(logging.WARNING, logger="shapedpo"):
+            shaped(concept, data=pairs(creative=[False] * 24)).train()
+        assert "Concept 'goblin': its gate is 0 on all 24 pairs" in caplog.text
+
+    def test_a_tokenizer_with_more_tokens_than_the_model(self, caplog):
+        model = load_model()
+        model.resize_token_embeddings(len(tokenizer()) - 1, mean_resizing=False)
+        way = Concept("way", Direction(vector(), layer=0))
+        with caplog.at_level(logging.WARNING, logger="shapedpo"):
+            shaped(way, model=model, trainer={"ref_model": copy.deepcopy(model)})
+        assert (
+            f"{len(tokenizer())} tokens...embeddings for {len(tokenizer()) - 1}".replace(
+                "...", ", and LlamaForCausalLM has "
+            )
+            in caplog.text
+        )
+
     @pytest.mark.parametrize("data", [None, "pairs", [{"prompt": "x"}]])
     def test_no_data(self, data):
         """TRL says what is wrong with it."""
@@ -424,6 +461,19 @@ class TestMethodsAndLosses:
     def test_hold_weighs_its_pull_against_dpos(self, losses):
         refused(f"Concept 'goblin': action 'hold'...{losses[-1]}", lambda: shaped(goblin("hold"), loss_type=losses))
         shaped(goblin("hold"), loss_type=["sigmoid_norm", "sft"])
+
+    def test_hold_does_not_know_wpos_weights(self):
+        refused(
+            "Concept 'goblin': action 'hold'...`use_weighting=True`", lambda: shaped(goblin("hold"), use_weighting=True)
+        )
+
+    @pytest.mark.parametrize("loss", ["ipo", "sigmoid_norm"])
+    def test_losses_that_divide_by_length(self, loss, caplog):
+        """They divide what `reward` adds as well, which a user of the usual strengths must know."""
+        with caplog.at_level(logging.WARNING, logger="shapedpo"):
+            shaped(goblin("suppress", strength=2.0), loss_type=[loss])
+        assert f"'reward' shifts a completion's reward before the loss type {loss!r} divides it" in caplog.text
+        assert "a strength of 2 counts as 0.01" in caplog.text
 
     def test_projection_needs_more_pairs_than_concepts(self, caplog):
         concepts = [

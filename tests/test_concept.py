@@ -243,5 +243,5 @@ class TestConfig:
 
     @pytest.mark.parametrize("size", [1, 0, -3])
     def test_calibration_size(self, tmp_path, size):
-        with pytest.raises(ValueError, match=rf"`calibration_size` must be at least 2, got {size}"):
+        with pytest.raises(ValueError, match=rf"`calibration_size` must be a whole number of at least 2, got {size}"):
             ShapedDPOConfig(str(tmp_path), calibration_size=size, use_cpu=True)

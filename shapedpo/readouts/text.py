@@ -42,6 +42,8 @@ class Regex(Readout):
     def compiled(self) -> re.Pattern[str]:
         if not isinstance(self.pattern, str):
             raise ValueError(f"A regular expression must be a string, got {self.pattern!r}.")
+        if not isinstance(self.flags, str):
+            raise ValueError(f"`flags` must be a text of the letters {', '.join(_FLAGS)}, got {self.flags!r}.")
         unknown = [letter for letter in self.flags if letter not in _FLAGS]
         if unknown:
             raise ValueError(f"Unknown flag {unknown[0]!r} of a regular expression. Choose from {', '.join(_FLAGS)}.")

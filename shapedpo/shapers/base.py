@@ -17,7 +17,6 @@ data before training.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from abc import ABC
 from collections.abc import Mapping
@@ -26,6 +25,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..errors import suggest
 
 
 class ConceptSignal(NamedTuple):
@@ -115,16 +116,17 @@ def shaper_from_config(config: str | Mapping[str, Any] | Shaper) -> Shaper:
         return config
     options = dict(config) if isinstance(config, Mapping) else {}
     name = options.pop("name", None) if isinstance(config, Mapping) else config
+    if isinstance(name, type) and issubclass(name, Shaper):
+        raise ValueError(f"Method {name.name!r} is given as a class. Give {name.__name__}(...), with its options.")
     if name not in SHAPERS:
-        near = difflib.get_close_matches(str(name), SHAPERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = suggest(str(name), SHAPERS)
         raise ValueError(f"Unknown method {name!r}. Methods are {', '.join(sorted(SHAPERS))}.{hint}")
     cls = SHAPERS[name]
     known = [field.name for field in dataclasses.fields(cls)]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(
-            f"Method {name!r} has no option {unknown[0]!r}. "
+            f"Method {name!r} has no option {unknown[0]!r}.{suggest(str(unknown[0]), known)} "
             + (f"Its options are {', '.join(known)}." if known else "It has none.")
         )
     return cls(**options)
