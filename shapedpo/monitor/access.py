@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl import DPOTrainer
@@ -38,13 +39,17 @@ class Source(NamedTuple):
     fingerprint: str | None
 
 
-def numbered(dataset: Any) -> tuple[Any, Source]:
-    """Number the rows of the training data in a column that survives preparation, which may drop rows."""
+def numbered(dataset: Any, process: int = 0, processes: int = 1) -> tuple[Any, Source]:
+    """Number the rows of the training data in a column that survives preparation, which may drop rows.
+
+    A stream of as many shards as there are processes, or more, is dealt out to them by shards, and each counts its own rows.
+    """
     if isinstance(dataset, Dataset):
         source = Source(len(dataset), dataset._fingerprint)
         return dataset.add_column(ROW, np.arange(len(dataset))), source
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, number: {ROW: number}, with_indices=True), Source(None, None)
+        step, first = (processes, process) if dataset.num_shards >= processes else (1, 0)
+        return dataset.map(lambda row, number: {ROW: step * number + first}, with_indices=True), Source(None, None)
     return dataset, Source(None, None)
 
 
@@ -61,6 +66,7 @@ class TrainerAccess:
         self._trainer = trainer
         self.source = source
         self._recent = recent
+        self._fetched: dict[int, Mapping[str, Any]] = {}
         self.args: Any = trainer.args
         self.concepts = trainer.concepts
         self.accelerator = trainer.accelerator
@@ -100,6 +106,12 @@ class TrainerAccess:
             dataset = next(iter(dataset.values()))
         return self._trainer.train_dataset if dataset is None else dataset
 
+    def fetch(self, rows: Sequence[int]) -> None:
+        """Bring together what the processes still have of these rows of a stream, for `texts`. All processes together."""
+        if self._recent is not None and self.accelerator.num_processes > 1:
+            mine = {row: ids for row in rows if (ids := self._recent.get(row))}
+            self._fetched = {row: ids for part in gather_object([mine]) for row, ids in part.items()}
+
     def texts(self, row: int) -> dict[str, str | None]:
         """A row's `prompt`, `chosen` and `rejected` as the tokenizer gives them back; `None` each of a stream's row that is too long ago."""
         ids = self._ids(row)
@@ -110,7 +122,7 @@ class TrainerAccess:
     def _ids(self, row: int) -> Mapping[str, Any]:
         dataset: Any = self._trainer.train_dataset
         if not isinstance(dataset, Dataset):
-            return self._recent.get(row) if self._recent is not None else {}
+            return self._fetched.get(row) or (self._recent.get(row) if self._recent is not None else {})
         if len(dataset) != self.source.rows:  # preparation has dropped rows
             if not hasattr(self, "_rows"):
                 self._rows = np.asarray(dataset[ROW][:])

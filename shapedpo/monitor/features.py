@@ -23,6 +23,9 @@ N_EXCITING = 8
 GATHERED = 1024
 """How many features' tables are gathered at a time: those of a whole SAE would take gigabytes on hundreds of processes."""
 
+TOKENS = 8192
+"""How many tokens' rows of the unembedding are brought to float32 at a time."""
+
 _INDEX_KEYS = ("index", "feature", "feature_index", "latent")
 _LABEL_KEYS = ("description", "label", "explanation", "title")
 
@@ -161,7 +164,9 @@ def promoted_tokens(directions: Tensor, model: nn.Module, k: int = 4) -> list[li
     with gathered(head.weight) as weight:
         if weight.shape[1] != directions.shape[1]:
             return [[] for _ in directions]
-        logits = directions.to(weight.device, torch.float32) @ weight.float().T
+        directions = directions.to(weight.device, torch.float32)
+        # Part by part: in float32 the unembedding of a large model would take gigabytes.
+        logits = torch.cat([directions @ part.float().T for part in weight.split(TOKENS)], dim=1)
         return logits.topk(k, dim=1).indices.tolist()
 
 

@@ -20,8 +20,7 @@ WINDOWS = 4
 class RecentRows:
     """Keeps the rows that pass through the collator, as its `further` (see [`~shapedpo.collator.ConceptCollator`]).
 
-    On several processes accelerate makes a stream's batches in the first one, which also writes the records. Where worker processes make
-    them (`dataloader_num_workers`), nothing is seen here.
+    Each process sees the rows of its own batches. Where worker processes make them (`dataloader_num_workers`), nothing is seen here.
 
     Args:
         window: Pairs that the running estimates reach back.

@@ -240,6 +240,7 @@ class RunMonitor(TrainerCallback):
         if self.features is not None:
             records.append(self._features_record(self.features, step))
         pairs = self._merged(self.pairs).tolist()
+        self._fetch(pairs)
         if self.accelerator.is_main_process and self.concepts:
             found = {
                 c.name: [self._pair(pair) for pair in rows if pair[0] > 0]
@@ -253,12 +254,13 @@ class RunMonitor(TrainerCallback):
         amplified, suppressed = ranked(estimates.value[0], estimates.se[0], TOP_FEATURES)
         chosen = [*amplified, *suppressed]
         names = self._names.of(chosen, features)
-        best = self._merged(features.pairs)
+        index = torch.tensor(chosen, dtype=torch.long, device=features.pairs.table.device)
+        best = self._merged(features.pairs)[index].tolist()
+        self._fetch(best)
         entries = []
         if self.accelerator.is_main_process:
-            index = torch.tensor(chosen, dtype=torch.long, device=best.device)
             table = _table(Estimates(estimates.value[:, index], estimates.se[:, index]))
-            for column, numbers, (pair,) in zip(chosen, table, best[index].tolist(), strict=True):
+            for column, numbers, (pair,) in zip(chosen, table, best, strict=True):
                 rows = [self._pair(pair)] if pair[0] > 0 else []
                 entries.append({**names[column], **numbers, "rows": rows})
         return {
@@ -269,6 +271,10 @@ class RunMonitor(TrainerCallback):
             "amplified": entries[: len(amplified)],
             "suppressed": entries[len(amplified) :],
         }
+
+    def _fetch(self, pairs: Sequence[Sequence[Sequence[float]]]) -> None:
+        """Bring together the texts of the pairs of [`TopPairs`] tables, where they are spread over processes."""
+        self.run.fetch([int(pair[1]) for some in pairs for pair in some if pair[0] > 0])
 
     def _pair(self, pair: Sequence[float]) -> Record:
         """A pair of a [`TopPairs`] table as a record has it."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from shapedpo.monitor.records import read_records
 from tests.distributed import runs
 from tests.distributed.launches import CASES, ROOT, cases, launch
-from tests.helpers import model_path
+from tests.helpers import model_path, tokenizer
 
 
 UNIT = 2**-7
@@ -62,6 +62,8 @@ def test_two_processes_equal_one(alone, together, launcher, name):
     # What the monitor wrote, rollouts and all, is that of one process.
     records, theirs = read_records(here), read_records(there)
     assert [record["type"] for record in records].count("probe") == (3 if name == "monitor" else 0)
+    if name == "stream":
+        assert_texts(theirs)
     if "rows" in runs.RUNS[name]:  # one process takes a repeated pair for another one
         records, theirs = ([record for record in some if record["type"] != "pairs"] for some in (records, theirs))
     if not loose:
@@ -73,6 +75,19 @@ def test_two_processes_equal_one(alone, together, launcher, name):
         "frozen": True,
         "outside": True,
     }
+
+
+def assert_texts(records: list) -> None:
+    """Of the rows behind the concepts, whichever process had them in its batches."""
+    found = [
+        row for record in records if record["type"] == "pairs" for rows in record["concepts"].values() for row in rows
+    ]
+    assert len({row["row"] for row in found}) > 20
+    tokens, rows = tokenizer(), runs.data()
+    for row in found:
+        for name in ("prompt", "chosen", "rejected"):
+            text = tokens.decode(tokens(rows[row["row"]][name])["input_ids"], skip_special_tokens=True)
+            assert row[name] == text
 
 
 def assert_same_batches(one: list, two: list, tolerance: float, flips: float = 0) -> None:
