@@ -250,7 +250,9 @@ def picture(studies: Sequence[dict[str, Any]], n: int) -> Any:
             error = [[100 * (found.rate - found.low)], [100 * (found.high - found.rate)]]
             label = {HELD: "findings held", DROPPED: "their rows dropped"}.get(how, how) if not position else None
             axes.bar(x, share, width=0.2, color=color, yerr=error, capsize=2, label=label)
-            axes.annotate(f"{share:.0f}", (x, 100 * found.high), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{share:.0f}", (x, 100 * found.high), (0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
     titles = [f"{one.trait}\n{'on ' + one.when.replace('_', ' ') if one.when else 'everywhere'}" for one in LESSONS]
     axes.set_xticks(range(len(LESSONS)), titles)
     axes.set_ylabel("% of held-out rollouts")
