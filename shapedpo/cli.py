@@ -102,7 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(command)
 
     demo = commands.add_parser(
-        "demo", help="plain DPO against shaped DPO in a small world, in minutes on a CPU", allow_abbrev=False
+        "demo",
+        help="plain DPO against shaped DPO in a small world, in minutes on a CPU",
+        description="Train the lab's model on 5,000 pairs, one in twenty of which teaches goblins: once with plain DPO, once with goblins held. "
+        "Prints a table of what either has learned. Some six minutes on two cores; no network.",
+        allow_abbrev=False,
     )
     demo.add_argument("--output-dir", default="runs/demo", help="where the models and the W&B run go (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the data and of both trainings (%(default)s)")

@@ -1,7 +1,7 @@
 """Builds the lab's model, tokenizer, SAE and feature sets from nothing: `python -m shapedpo.lab.build [--out DIR]
 [--seed N]`.
 
-Without `--out` the result replaces the assets in the package. It takes about 20 minutes on two idle cores.
+Without `--out` the result replaces the assets in the package. It takes about half an hour on two idle cores.
 """
 
 from __future__ import annotations

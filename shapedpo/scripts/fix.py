@@ -187,8 +187,11 @@ def _preview(
     weights = {"drop": without, "weight": np.where(responsible, args.weight, 1.0), "flag": None}[args.rows]
     ways: dict[str, Any] = {"held": (None, held), "without its rows": (without, ())}
     if args.recipe or args.dataset_out:
+        weights = weights if args.dataset_out else None
         holds = args.recipe and args.action == "hold"
-        ways = {"fixed": (weights if args.dataset_out else None, held if holds else ())}
+        if weights is None and not holds:
+            return "What this changes is not predicted: that takes --action hold, or rows that are dropped or weighted."
+        ways = {"fixed": (weights, held if holds else ())}
     where = folder / ANALYSIS
     now = Prediction.load(where) if (where / FILE).is_file() else None
     return preview(harvest, analysis, targets, ways, labels, now)

@@ -147,6 +147,9 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     assert (held["action"], "gate" in held) == ("hold", False)  # goblins come with any prompt
     assert main(["train", "--config", str(recipe), "--output_dir", str(folder / "run")]) == 0
 
+    suppressed = str(folder / "suppressed.yaml")
+    assert main([*asked, "--recipe", suppressed, "--action", "suppress", "--strength", "2"]) == 0
+    assert "What this changes is not predicted" in capsys.readouterr().out
     assert main([*asked, "--dataset-out", str(flagged), "--rows", "flag", "--no-preview"]) == 0
     rows = [json.loads(line) for line in flagged.read_text().splitlines()]
     planted = np.array([bool(names) for names in data["planted"]])

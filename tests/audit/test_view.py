@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from shapedpo.audit.page.rows import RowStore, hypothesis_subject
 from shapedpo.audit.page.server import ViewServer
 from shapedpo.audit.page.source import Audit
 from shapedpo.cli import main
@@ -117,6 +119,18 @@ def test_the_rows_are_copied_once_and_anew_for_another_analysis(folder: Path, se
     path.write_bytes(path.read_bytes()[:5000])  # cut off
     server(str(folder), progress=False).server_close()
     assert path.stat().st_size > 5000
+
+
+def test_other_hypotheses_of_the_same_clusters_have_marks_of_their_own(finished: Audit, tmp_path: Path) -> None:
+    best, *others = finished.analysis.hypotheses
+    other = next(h for h in others if h.response_cluster != best.response_cluster)
+    subject, marked = hypothesis_subject(best), []
+    for hypotheses in ([other], [best, other]):
+        analysis = dataclasses.replace(finished.analysis, hypotheses=hypotheses, attributions=[])
+        audit = dataclasses.replace(finished, folder=tmp_path, analysis=analysis, maps={})
+        rows = RowStore.open(audit, progress=False).rows(subject.rows[:10].tolist(), subject.clusters)
+        marked.append(sum(bool(row["marks"]) for row in rows))
+    assert marked == [0, 10]
 
 
 def test_command_says_where_and_ends_with_an_interrupt(

@@ -11,7 +11,7 @@ from scipy import sparse
 from ..harvesting.store import Harvest, Shard
 from .clusters import unit
 from .hypotheses import Analysis
-from .views import FeatureView, PromptView, membership, on
+from .views import FeatureView, PromptView, membership, numbered, on
 
 
 Float = NDArray[np.float32]
@@ -74,7 +74,7 @@ class _Sample:
     """What sampled rows show of each cluster, `shown` `(n, clusters)`, and their response scores, `signed`."""
 
     def __init__(self, analysis: Analysis, harvest: Harvest) -> None:
-        clusters = {kind: _numbers(groups, harvest.d_sae) for kind, groups in analysis.clusters.items()}
+        clusters = {kind: numbered(groups, harvest.d_sae) for kind, groups in analysis.clusters.items()}
         indices = np.unique(np.linspace(0, harvest.n_shards - 1, min(_SHARDS, harvest.n_shards)).astype(int))
         shards = [_head(shard) for shard in harvest.shards(("freq",), indices=[int(index) for index in indices])]
         self.rows = np.concatenate([shard.rows for shard in shards])
@@ -99,13 +99,6 @@ def _head(shard: Shard) -> Shard:
     """Its first rows."""
     few = (span._replace(freq=span.freq[:_ROWS], tokens=span.tokens[:_ROWS]) for span in shard[1:])
     return Shard(shard.rows[:_ROWS], *few)
-
-
-def _numbers(groups: list[list[int]], d_sae: int) -> NDArray[np.int32]:
-    of_feature = np.full(d_sae, -1, np.int32)
-    for number, features in enumerate(groups):
-        of_feature[features] = number
-    return of_feature
 
 
 def _over_sd(values: Float) -> Float:

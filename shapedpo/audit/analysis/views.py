@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,14 @@ def membership(
         values = values / sizes(clusters)[clusters[features]]
     shape = (len(clusters), int(clusters.max(initial=-1)) + 1)
     return sparse.csr_matrix((values.astype(np.float32), (features, clusters[features])), shape=shape)
+
+
+def numbered(groups: Sequence[Sequence[int]], d_sae: int) -> NDArray[np.int32]:
+    """`(d_sae,)`: the number of each feature's cluster, -1 where it is in none; from the features of each cluster."""
+    clusters = np.full(d_sae, -1, np.int32)
+    for number, features in enumerate(groups):
+        clusters[list(features)] = number
+    return clusters
 
 
 def sizes(clusters: NDArray[np.int32]) -> NDArray[np.int64]:

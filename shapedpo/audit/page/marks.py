@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ...decoding import TokenTexts
 from ...pages import clean
+from ..analysis.views import numbered
 from ..harvesting.store import SPANS, Harvest
 
 
@@ -64,7 +65,7 @@ def marked_rows(
         every_row: Whether to give all rows of the harvest, those that are not wanted with no marks.
         progress: Whether to show a bar.
     """
-    of_feature = {kind: _of_feature(groups, harvest.d_sae) for kind, groups in clusters.items()}
+    of_feature = {kind: numbered(groups, harvest.d_sae) for kind, groups in clusters.items()}
     rows = harvest.rows
     split = None if tokenizer is None else TokenTexts(tokenizer)
     asked = np.isin(rows, np.fromiter(wanted, np.int64, len(wanted)))
@@ -86,13 +87,6 @@ def marked_rows(
             for row, of in texts.items():
                 yield Row(row, of, marks.get(row, {}))
             bar.update(len(numbers))
-
-
-def _of_feature(groups: list[list[int]], d_sae: int) -> NDArray[np.int32]:
-    cluster = np.full(d_sae, -1, np.int32)
-    for number, features in enumerate(groups):
-        cluster[features] = number
-    return cluster
 
 
 def _shard_marks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sqlite3
@@ -111,7 +112,7 @@ class RowStore:
     @classmethod
     def open(cls, audit: Audit, *, progress: bool = True) -> RowStore:
         """The store of an audit, built first where it is missing or of another analysis."""
-        path, print_ = audit.folder / FILE_NAME, f"{FORMAT} {analysis_hash(audit.analysis)}"
+        path, print_ = audit.folder / FILE_NAME, _fingerprint(audit.analysis)
         if not path.is_file() or _about(path) != print_:
             wanted = wanted_rows(audit.analysis, audit.maps)
             rows = marked_rows(
@@ -162,6 +163,12 @@ class RowStore:
             (count,) = store.execute("select count(*) from words where words match ?", (query,)).fetchone()
             rows = store.execute("select rowid from words where words match ? limit ?", (query, most)).fetchall()
         return count, [row for (row,) in rows]
+
+
+def _fingerprint(analysis: Analysis) -> str:
+    """Of what is stored: which rows there are, what clusters mean, and which rows of each hypothesis are marked."""
+    foremost = hashlib.sha256(b"".join(h.rows[:MARKED].tobytes() for h in analysis.hypotheses))
+    return f"{FORMAT} {analysis_hash(analysis)} {foremost.hexdigest()[:16]}"
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from ...files import replacing
 from ..prediction.conditions import OBSERVED, Conditions
 from ..prediction.estimation import LEVEL
 from ..prediction.run import Prediction
@@ -89,7 +90,8 @@ class Outcome:
         own = {f.name: getattr(self, f.name) for f in fields(self)[1:] if "halves" not in f.name}
         own = {name if name in ("observed", "n") else f"observed_{name}": values for name, values in own.items()}
         table = pa.table({**vars(self.prediction), **own})
-        pq.write_table(table, Path(folder) / "verify.parquet", compression="zstd")
+        with replacing(Path(folder) / "verify.parquet") as partial:
+            pq.write_table(table, partial, compression="zstd")
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Figures:
         p, o = outcome.prediction.score.astype(np.float64), outcome.observed
         if len(p) < 3:
             return None
-        draws = np.random.default_rng(seed).integers(0, len(p), (_DRAWS, len(p)))
+        random = np.random.default_rng(seed)
+        draws = (random.integers(0, len(p), len(p)) for _ in range(_DRAWS))  # one at a time: there may be 65,000 things
         low, high = np.quantile([r_squared(p[draw], o[draw]) for draw in draws], [0.025, 0.975])
         half = np.corrcoef(*outcome.halves)[0, 1] if (outcome.halves.std(axis=1) > 0).all() else 0.0
         slope = float(p @ o / (p @ p)) if p.any() else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files import replacing
 from ..analysis.hypotheses import Analysis
 from ..harvesting.store import Harvest
 from ..labels.names import exciting_tokens
@@ -64,7 +65,7 @@ def report(
     parts.append(_misses(outcome, missed, analysis, labels))
     Console().print(Group(*parts))
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "verify.txt").open("w", encoding="utf-8") as file:
+    with replacing(out / "verify.txt") as partial, partial.open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(Group(*parts))
     data = {
         "rollouts": 2 * len(rollouts.log_ratios),
@@ -79,7 +80,8 @@ def report(
             for miss in missed
         ],
     }
-    (out / "verify.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with replacing(out / "verify.json") as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     outcome.save(out)
     picture(outcome, found, out / "verify.png")
     print(
@@ -129,7 +131,8 @@ def picture(outcome: Outcome, found: Mapping[str, Figures], path: Path) -> None:
         ax.set_ylabel("observed change, sd")
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _figures(found: Mapping[str, Figures], pairs: int) -> Any:

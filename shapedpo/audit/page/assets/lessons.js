@@ -92,7 +92,7 @@ function drawLessons() {
     const head = element("div", "section-head");
     head.append(element("h3", "", title), element("span", "muted", about));
     part.append(head);
-    const strongest = Math.max(0.1, ...lessons.map((lesson) => Math.abs(H.d[lesson.hypotheses[0]])));
+    const strongest = Math.min(LARGE, Math.max(0.1, ...lessons.map((lesson) => Math.abs(H.d[lesson.hypotheses[0]]))));
     const cards = element("div", "cards-grid");
     cards.append(...lessons.slice(0, FIRST).map((lesson) => lessonCard(lesson, strongest)));
     part.append(lessons.length ? cards : element("p", "muted", "Nothing found."));

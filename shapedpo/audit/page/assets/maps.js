@@ -42,7 +42,7 @@ function drawMap(role) {
     if (lean.has(number)) return H.d[lean.get(number)];
     return role === "response" && against === null && known(of.lean[number]) ? of.lean[number] : 0;
   });
-  const reach = Math.max(0.3, ...values.map(Math.abs));
+  const reach = Math.min(LARGE, Math.max(0.3, ...values.map(Math.abs)));
   const most = Math.max(1, ...of.rows);
   const [wide, tall] = box.clientWidth < 500 ? [560, 460] : [1000, 640]; // units of the drawing: text keeps its size
   const svg = svgElement("svg", { viewBox: `0 0 ${wide} ${tall}`, role: "img", class: "clusters", "aria-label": `Map: ${KINDS[kind]}` });

@@ -2,6 +2,7 @@
 "use strict";
 
 const LARGEST = 1e6; // where z and d are cut off
+const LARGE = 3; // from which d on a bar or a circle is full, so that one such does not hide the others
 const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en") : "–");
 const signed = (value, digits = 2) => (known(value) ? `${value > 0 ? "+" : ""}${plainNumber(value, digits)}` : "–");
 const percent = (value) => (known(value) ? `${value < 0.0995 && value > 0 ? Number((100 * value).toPrecision(2)) : Math.round(100 * value)} %` : "–");
