@@ -231,9 +231,9 @@ def _print_confusions(kept: dict[str, Fitted]) -> None:
     if not any(one.confusions for one in kept.values()):
         return
     table = Table(
-        "responses that lack it and are",
+        "kind",
         *(f"{kind}, layer {one.layer}" for kind, one in kept.items()),
-        title="What it may be taken for: AUROC against it, and how loudly the readout answers to it",
+        title="Negatives by kind: AUROC against them, loudness",
     )
     found = {kind: {other.name: other for other in one.confusions} for kind, one in kept.items()}
     for name in dict.fromkeys(other.name for one in kept.values() for other in one.confusions):

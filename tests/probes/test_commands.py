@@ -133,7 +133,7 @@ def test_fit_on_the_models_own_answers_and_what_is_taken_for_it(recipe, capfd): 
     more = ["--layers", 1, "--kinds", "linear_probe", "attention_probe", "--max-new-tokens", 4, "--heldout", 0.5]
     assert cli.main(list(map(str, [*words, *others, *more]))) == 0, capfd.readouterr().err
     printed = capfd.readouterr().out
-    assert "What it may be taken for" in printed
+    assert "Negatives by kind" in printed
     rows = re.findall(
         r"^│ (\w+) \((\d+)\) +│ (\d\.\d+), +(-?\d+)% +│ (\d\.\d+), +(-?\d+)%", printed, flags=re.MULTILINE
     )
