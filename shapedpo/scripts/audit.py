@@ -88,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _length(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of tokens or none, got {text!r}") from None
 
 
 def main(args: argparse.Namespace) -> int:
@@ -120,7 +123,9 @@ def _constants(given: list[str]) -> dict[str, Any]:
     known: dict[str, type] = {field.name: type(getattr(AuditSettings, field.name)) for field in fields(AuditSettings)}
     constants: dict[str, Any] = {}
     for item in given:
-        name, _, value = item.partition("=")
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item}: expected NAME=VALUE, such as data_clusters=64.")
         if name not in known:
             raise UserError(f"--set {item}: there is no constant {name!r}.{suggest(name, known)}")
         with as_user_error(ValueError, prefix=f"--set {item}: "):

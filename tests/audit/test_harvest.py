@@ -29,10 +29,11 @@ from shapedpo.audit import Harvest, HarvestSettings, harvest
 from shapedpo.audit.harvesting import run as harvesting
 from shapedpo.audit.harvesting import store
 from shapedpo.audit.harvesting.layout import Tokens, best_layout, run, separate, shared
-from shapedpo.audit.harvesting.pairs import Pairs
+from shapedpo.audit.harvesting.pairs import Pairs, load_pairs
 from shapedpo.audit.harvesting.pooling import place_in_slot, pool
 from shapedpo.audit.harvesting.store import SPANS
 from shapedpo.cli import main
+from shapedpo.errors import UserError
 from tests import helpers
 
 
@@ -364,6 +365,10 @@ def test_lengths_are_those_of_the_rows_that_are_computed():
             r"columns `chosen` and `rejected`.*prompt, completion",
         ),
         ({"data": Dataset.from_dict({"chosen": [], "rejected": []})}, "has no rows"),
+        (
+            {"data": Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", None], "rejected": ["d", "e"]})},
+            "Row 1 of the dataset has no `chosen`",
+        ),
         ({"data": Dataset.from_dict({"chosen": ["a"], "rejected": ["b"], "image": ["c"]})}, "has images"),
         ({"max_length": 1}, r"None of the 24 pairs is left: each prompt alone fills max_length=1"),
         ({"shard_rows": 0}, "`shard_rows` must be 1 or more, got 0"),
@@ -385,6 +390,14 @@ def test_bad_input_says_what_is_wrong(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         harvested(tmp_path, **change)
     assert harvested(tmp_path).n_rows == 24  # nothing stays that would be in the way
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ('{"prompt": "a"', r"cannot load .*JSON parse error")])
+def test_a_file_that_holds_no_pairs_is_named(tmp_path, text, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_pairs(str(path))
 
 
 def test_min_freq_forgets_what_is_rare(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ import torch
 
 from shapedpo import lab
 from shapedpo.audit import analyse, predict
+from shapedpo.audit.harvesting.pairs import load_pairs
 from shapedpo.audit.prediction.conditions import Conditions
 from shapedpo.audit.prediction.run import Prediction
 from shapedpo.audit.rollouts.models import prompt_tokens
@@ -20,6 +23,8 @@ from shapedpo.audit.verify.comparison import Figures, Outcome, compare
 from shapedpo.cli import main
 from shapedpo.errors import UserError
 from shapedpo.readouts import SAEFeatures
+from shapedpo.scripts.verify import _check_tokens, held_out_prompts
+from tests import helpers
 
 from .worlds import TOKENS, Planted, World
 
@@ -175,6 +180,23 @@ def test_prompts_that_leave_no_room_are_refused_by_the_commands_option() -> None
     data = lab.goblin_world(n=8).dataset()
     with pytest.raises(UserError, match=r"and 2 leave room for `--max-new-tokens` .*Lower `--max-new-tokens`"):
         prompt_tokens(data, lab.load_tokenizer(), n=4, longest=2, seed=0)
+
+
+def test_held_out_prompts_are_of_the_split_that_was_audited() -> None:
+    """All but two rows of the test split were read: these two are left, and no row of the training split."""
+    settings = {"dataset": "lab:goblin_world?n=60", "split": "test", "config": None}
+    harvest, tokenizer = SimpleNamespace(settings=settings, rows=np.arange(4)), lab.load_tokenizer()
+    prompts = held_out_prompts(harvest, tokenizer, None, 9, 200, 0)
+    rows = load_pairs(settings["dataset"], "test")["prompt"][4:]
+    expected = [tokenizer.apply_chat_template(row, add_generation_prompt=True)["input_ids"] for row in rows]
+    assert sorted(prompts) == sorted(expected)
+
+
+def test_a_model_with_other_tokens_is_refused_before_anything_is_loaded() -> None:
+    args = Namespace(base="lab", trained=str(helpers.model_path()))
+    with pytest.raises(UserError, match=r"has other tokens than --base lab \(.* is None, not \d+\)"):
+        _check_tokens(args, lab.load_tokenizer())
+    _check_tokens(Namespace(base="lab", trained="lab"), lab.load_tokenizer())
 
 
 def test_audit_train_verify(tmp_path, capsys) -> None:

@@ -245,7 +245,7 @@ def largest_misses(
     most: int = 10,
     slopes: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Miss]:
-    """The predictions that are furthest from what was observed, each with the answers that show it most.
+    """The predictions that are furthest from what was observed, each with the answers that show it most; those that no answers show are left out.
 
     Args:
         outcome: Predicted and observed.
@@ -281,10 +281,11 @@ def largest_misses(
             gain = np.where(inside, (column[0] - column[1]) * np.sign(distance[line]), -np.inf)
             place = int(gain.argmax())
             best[line] = max(best[line], (float(gain[place]), int(shard.rows[place])))
-    texts = rollouts.harvest.texts([row for _, row in best.values()])
+    shown = {line: row for line, (gain, row) in best.items() if gain > 0}
+    texts = rollouts.harvest.texts(list(shown.values()))
     return [
         Miss(line, float(excess[line]), text["prompt"], text["rejected"], text["chosen"])
-        for line, text in zip(chosen, texts, strict=True)
+        for line, text in zip(shown, texts, strict=True)
     ]
 
 

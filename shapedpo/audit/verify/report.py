@@ -62,7 +62,8 @@ def report(
     parts: list[Any] = [_figures(found, len(rollouts.log_ratios))]
     if lines:
         parts.append(_concepts(lines))
-    parts.append(_misses(outcome, missed, analysis, labels))
+    if missed:
+        parts.append(_misses(outcome, missed, analysis, labels))
     Console().print(Group(*parts))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "verify.txt") as partial, partial.open("w", encoding="utf-8") as file:
