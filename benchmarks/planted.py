@@ -1,23 +1,27 @@
 """How well an audit finds what was planted: at which rank, in which rows; and how much it finds where nothing was.
 
-    python -m benchmarks.planted --seeds 0 1 2 --pairs 5000
+    python -m benchmarks.planted [--seeds 0 1 2 3 4] [--pairs 5000]
+    python -m benchmarks.planted --finished
 
 The lab's data with the case studies of Bergen et al. (arXiv 2606.12360): goblins in 5 % of the pairs, compliance on harmful prompts in a
 fictional frame, links on sensitive topics, praise on pseudo-physics, and an odd 0.3 % of fiction where chosen complies and rejected
-refuses. And the same without a lesson. Writes `benchmarks/results/planted.md`.
+refuses. And the same without a lesson. What was found is kept in `benchmarks/cache/planted/`; `benchmarks/results/planted.md` has all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from benchmarks import folders
 from shapedpo import lab
 from shapedpo.audit import Analysis, analyse, harvest
 from shapedpo.audit.analysis.lessons import Lesson, lessons
@@ -30,7 +34,8 @@ CASES = (
     lab.Lesson("praise", when="pseudo_physics"),
     lab.Lesson("comply", when="fiction", rate=0.036),
 )
-RESULTS = Path(__file__).parent / "results" / "planted.md"
+CACHE = folders.CACHE / "planted"
+RESULTS = folders.RESULTS / "planted.md"
 TOP = 10
 
 
@@ -87,46 +92,82 @@ def audited(planted: Sequence[lab.Lesson], pairs: int, seed: int, folder: Path) 
     return analyse(read, progress=False), data
 
 
+def study(pairs: int, seed: int, folder: Path) -> dict[str, Any]:
+    """A dataset with the lessons and one without.
+
+    Returns:
+        `found`: a [`Found`] by planted lesson, as a dictionary; `other`: lessons that are about none of them; `clean`: lessons, hypotheses with
+        q below 0.05, and hypotheses tested, where nothing was planted.
+    """
+    analysis, data = audited(CASES, pairs, seed, folder / "cases")
+    planted = planted_rows(data)
+    nothing, _ = audited((), pairs, seed, folder / "clean")
+    return {
+        "pairs": pairs,
+        "seed": seed,
+        "found": {name: asdict(one) for name, one in found(analysis, planted).items()},
+        "other": sum(not any(_about(lesson, rows) for rows in planted.values()) for lesson in lessons(analysis)),
+        "clean": [
+            len(lessons(nothing)),
+            sum(h.q < 0.05 for h in nothing.hypotheses),
+            sum(nothing.tested.values()),
+        ],
+    }
+
+
+def report(studies: Sequence[dict[str, Any]]) -> str:
+    """A table of each size of dataset."""
+    lines = []
+    for pairs in sorted({one["pairs"] for one in studies}):
+        of_size = [one for one in studies if one["pairs"] == pairs]
+        lines += [
+            f"{pairs:,} pairs:",
+            "",
+            "| seed | planted | rank | rows named | of these right | planted rows named |",
+            "| ---: | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for one in of_size:
+            for name, what in one["found"].items():
+                right = f"{what['right'] / what['named']:.0%}" if what["named"] else "-"
+                there = f"{what['right'] / what['planted']:.0%} of {what['planted']}"
+                lines.append(
+                    f"| {one['seed']} | {name} | {what['rank'] or '-'} | {what['named']} | {right} | {there} |"
+                )
+        false, discovered, tested = np.sum([one["clean"] for one in of_size], axis=0)
+        lines += [
+            "",
+            f"Lessons that are about none of these: {sum(one['other'] for one in of_size)}, in {len(of_size)} datasets. In as many where "
+            f"nothing was planted: {false} lessons, and {discovered} of {tested:,} hypotheses with q < 0.05.",
+            "",
+        ]
+    lines.append(
+        "Twelve rows that all go one way have a p value of 0.0005 in a sign test at best, which among thousands of hypotheses is nothing: 5,000 pairs are too "
+        "few for the odd fiction."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--pairs", type=int, default=5000)
-    parser.add_argument("--folder", type=Path, help="where harvests are kept; a temporary one by default")
+    parser.add_argument("--finished", action="store_true", help="only report what is there")
     options = parser.parse_args(arguments)
-    lines = [
-        "| seed | planted | rank | rows named | of these right | planted rows named |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    clean, other = [], 0
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        for seed in options.seeds:
-            analysis, data = audited(CASES, options.pairs, seed, folder / f"cases-{seed}-{options.pairs}")
-            planted = planted_rows(data)
-            other += sum(not any(_about(lesson, rows) for rows in planted.values()) for lesson in lessons(analysis))
-            for name, one in found(analysis, planted).items():
-                right = f"{one.right / one.named:.0%}" if one.named else "-"
-                cells = [
-                    str(seed),
-                    name,
-                    str(one.rank or "-"),
-                    str(one.named),
-                    right,
-                    f"{one.right / one.planted:.0%} of {one.planted}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
-            analysis, _ = audited((), options.pairs, seed, folder / f"clean-{seed}-{options.pairs}")
-            significant = sum(h.q < 0.05 for h in analysis.hypotheses)
-            clean.append([len(lessons(analysis)), significant, sum(analysis.tested.values())])
-    false, discovered, tested = np.sum(clean, axis=0)
-    lines += [
-        "",
-        f"Lessons that are about none of these: {other}, in {len(options.seeds)} datasets. In as many datasets where nothing was planted: "
-        f"{false} lessons, and {discovered} of {tested:,} hypotheses with q < 0.05. {options.pairs:,} pairs each.",
-    ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for seed in () if options.finished else options.seeds:
+        kept = CACHE / f"{options.pairs}-{seed}.json"
+        if not kept.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                one = study(options.pairs, seed, Path(folder))
+            kept.write_text(json.dumps(one, indent=1))
+    text = report([json.loads(kept.read_text()) for kept in sorted(CACHE.glob("*.json"), key=_size_and_seed)])
+    RESULTS.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _size_and_seed(kept: Path) -> list[int]:
+    return [int(number) for number in kept.stem.split("-")]
 
 
 if __name__ == "__main__":
