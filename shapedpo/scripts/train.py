@@ -89,7 +89,7 @@ def parse(recipe: Recipe | None, overrides: Sequence[str]) -> Arguments:
             values["concepts"] = concepts_from(values["concepts"])
         parser.set_defaults_with_config(**values)
     with as_user_error(ValueError, TypeError), warnings.catch_warnings():
-        # TRL's own default, which nobody here can do anything about
+        # the name of TRL's own field, which a recipe cannot but use
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         *parsed, remaining = parser.parse_args_into_dataclasses(
             args=list(overrides), return_remaining_strings=True, look_for_args_file=False
