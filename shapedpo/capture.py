@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LENS_HOOKS", "CapturePass", "Side", "Site", "activation", "decoder_layers", "resolve_site", "run_to"]
 
+UNREACHED = (
+    "no forward pass reached it, or the model was compiled before and passes over hooks (then set torch_compile=False)."
+)
+
 
 def activation(side: Side, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Tensor:
     """The tensor that a module takes or gives, from what its forward hook sees.
@@ -77,7 +81,7 @@ class CapturePass:
         """For each reader its scores, `(N, F)` float32."""
         scores = [score for score in self._scores if score is not None]
         if len(scores) < len(self._scores):
-            raise RuntimeError(f"Nothing was read at {self._unread()}: no forward pass reached it.")
+            raise RuntimeError(f"Nothing was read at {self._unread()}: {UNREACHED}")
         return scores
 
     def __enter__(self) -> CapturePass:
@@ -95,7 +99,7 @@ class CapturePass:
     ) -> None:
         self._remove()
         if kind is None and any(score is None for score in self._scores):
-            raise RuntimeError(f"Nothing was read at {self._unread()}: no forward pass reached it.")
+            raise RuntimeError(f"Nothing was read at {self._unread()}: {UNREACHED}")
 
     def _hook(self, module: nn.Module, side: Side, indices: list[int]) -> torch.utils.hooks.RemovableHandle:
         if side == "input":
@@ -174,4 +178,4 @@ def run_to(model: nn.Module, hook_name: str, **inputs: Any) -> Tensor:
         return found[0]
     finally:
         handle.remove()
-    raise RuntimeError(f"Nothing was read at {hook_name!r}: no forward pass reached it.")
+    raise RuntimeError(f"Nothing was read at {hook_name!r}: {UNREACHED}")

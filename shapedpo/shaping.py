@@ -15,19 +15,15 @@ from .capture import decoder_layers
 from .concept import Concept
 from .metrics import Pairs
 from .openings import sequence_logps, token_weights
-from .readouts import ActivationReader, LoadedReadout
+from .readouts import LoadedReadout
 from .shapers import ConceptSignal, Project
 from .shapers.hold import HoldController
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
 from .structure import own_directions
 
 
-# Losses that sort a batch and compare ranks: its pairs have no losses of their own.
-SORTING_LOSSES = ("aot", "aot_unpaired")
-# Losses that compare log-ratios a token; all that divide by length; and those whose pull on a pair is far from DPO's `beta * sigmoid(-margin)`.
 NORMALISED_LOSSES = ("sigmoid_norm",)
-DIVIDING_LOSSES = ("ipo", *NORMALISED_LOSSES)
-OTHER_PULLS = ("ipo", "sppo_hard")
+"""Losses that compare log-ratios a token."""
 
 
 class Shaping:
@@ -172,7 +168,7 @@ class Shaping:
 
     def projected_deltas(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
         """Deltas of the concepts projected in pair space: `(B, C')`, or `None` if there are none."""
-        projected = [index for index, concept in self.active if _projects(concept, "pair")]
+        projected = [index for index, concept in self.active if projects(concept, "pair")]
         return _gated_deltas(signals, projected) if projected else None
 
     def residual_projection(self, model: nn.Module, readers: Sequence[LoadedReadout]) -> AbstractContextManager[Any]:
@@ -185,7 +181,7 @@ class Shaping:
         Raises:
             ValueError: If a layer is not there or a readout has no direction in the residual stream.
         """
-        chosen = [(index, concept) for index, concept in self.active if _projects(concept, "residual")]
+        chosen = [(index, concept) for index, concept in self.active if projects(concept, "residual")]
         if not chosen:
             return nullcontext()
         layers = decoder_layers(model)
@@ -232,108 +228,11 @@ def project_policy(
     log_probs.register_hook(project)
 
 
-def check_methods(
-    concepts: Sequence[Concept], readers: Sequence[LoadedReadout], args: Any, weight_column: str | None, pairs: int
-) -> list[str]:
-    """Check that every method has a meaning for the run's loss.
-
-    Args:
-        concepts: All concepts.
-        readers: Their readers.
-        args: The trainer's arguments.
-        weight_column: Column of pair weights in use, if any.
-        pairs: Pairs of one forward batch over all processes.
-
-    Returns:
-        Warnings.
-
-    Raises:
-        ValueError: If a method has none; the text names the concept, the method and the loss type.
-    """
-    losses = list(args.loss_type)
-    warnings = []
-    users = [
-        (f"Concept {concept.name!r}: method {concept.shaper.name!r}", concept) for concept in concepts if concept.shapes
-    ]
-    weighing = [owner for owner, concept in users if concept.shaper.per_pair]
-    if weight_column is not None:
-        weighing.append(f"The weight column {weight_column!r}")
-    for owner in weighing:
-        if unfit := [loss for loss in losses if loss in (*SORTING_LOSSES, "sft")]:
-            why = (
-                "TRL's 'sft' loss takes no pair weights (it fails with `use_weighting`)"
-                if unfit[0] == "sft"
-                else "it sorts the batch, so that a pair has no loss of its own to weight"
-            )
-            raise ValueError(f"{owner} has no meaning for the loss type {unfit[0]!r}: {why}. Use another loss type.")
-    for owner, concept in users:
-        if set(losses) == {"sft"} and not (
-            concept.shaper.fits_sft or _projects(concept, "residual") or _projects(concept, "parameters")
-        ):
-            raise ValueError(
-                f"{owner} has no meaning for the loss type 'sft' alone, which compares no pairs and reads no reference."
-            )
-        if _projects(concept, "pair") and (unfit := [loss for loss in losses if loss in SORTING_LOSSES]):
-            raise ValueError(
-                f"{owner} in pair space has no meaning for the loss type {unfit[0]!r}, which sorts the batch: a pair has "
-                "no coefficient of its own. Use another loss type, or space: residual."
-            )
-        if _projects(concept, "residual"):
-            index = concepts.index(concept)
-            reader = readers[index]
-            if not isinstance(reader, ActivationReader):
-                raise ValueError(
-                    f"{owner} in the residual stream needs a readout with a direction (SAEFeatures, Direction or LinearProbe); a readout of "
-                    "text has none. Use space: pair."
-                )
-            if concept.gate is not None:
-                raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
-        if concept.action == "hold":
-            owner = f"Concept {concept.name!r}: action 'hold'"
-            if unfit := [loss for loss in losses if loss in OTHER_PULLS]:
-                raise ValueError(
-                    f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is of another "
-                    "size. Use another loss type, or action suppress or amplify with a strength."
-                )
-            if args.use_weighting:
-                raise ValueError(
-                    f"{owner} weighs its pull against DPO's on each pair, and with `use_weighting=True` (WPO) that is smaller by a factor that "
-                    "only TRL's loss knows. Leave one out, or use action suppress or amplify with a strength."
-                )
-            normalised = {loss in NORMALISED_LOSSES for loss in losses if loss != "sft"}
-            if len(normalised) > 1:
-                raise ValueError(
-                    f"{owner} needs losses that compare one thing, got {', '.join(losses)}: 'sigmoid_norm' compares log-ratios a "
-                    "token, the others those of whole completions. Use one of the two kinds."
-                )
-        if concept.shaper.name == "reward" and concept.action != "hold":
-            strength = abs(concept.signed_strength)
-            for loss in (loss for loss in losses if loss in DIVIDING_LOSSES):
-                warnings.append(
-                    f"{owner} shifts a completion's reward before the loss type {loss!r} divides it by the completion's length: with 200 tokens "
-                    f"a strength of {strength:g} counts as {strength / 200:g}. Multiply it by the usual length."
-                )
-        if args.beta == 0 and concept.shaper.name in ("reward", "residual"):
-            raise ValueError(f"{owner} divides by `beta`, which is 0.")
-    projected = [repr(concept.name) for _, concept in users if _projects(concept, "pair")]
-    owner = f"Concept {', '.join(projected)}: method 'project' in pair space"
-    if projected and pairs <= len(projected):
-        raise ValueError(
-            f"{owner} would leave nothing of the gradient of a forward batch, which has {pairs} pair(s) over all processes. "
-            "Raise `per_device_train_batch_size` (accumulation does not help)."
-        )
-    if projected and pairs < 4 * len(projected):
-        warnings.append(
-            f"{owner} takes {len(projected)} of {pairs} directions from the gradient of each forward batch. Larger batches lose "
-            "less."
-        )
-    return warnings
-
-
 def _gated_deltas(signals: Sequence[ConceptSignal], indices: Sequence[int]) -> Tensor:
     """Deltas of some concepts, 0 outside their gates: `(B, C')`."""
     return torch.stack([signals[index].delta * signals[index].gate for index in indices], dim=1)
 
 
-def _projects(concept: Concept, space: str) -> bool:
+def projects(concept: Concept, space: str) -> bool:
+    """Whether a concept is projected out of the gradient in that space."""
     return isinstance(concept.shaper, Project) and concept.shaper.space == space

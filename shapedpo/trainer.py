@@ -18,6 +18,7 @@ from .batch import Batch
 from .calibration import FILE_NAME as CALIBRATION
 from .calibration import Calibration, load_calibration, save_calibration
 from .collator import check_columns, split_batch
+from .composition import check_methods
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
 from .filtering import check_filters, save_record
@@ -30,7 +31,7 @@ from .parameter_projection import ParameterProjection, check_parameter_projectio
 from .processes import all_or_none
 from .reading import ConceptReader
 from .reading_trainer import valid_pairs
-from .shaping import Shaping, check_methods, project_policy
+from .shaping import Shaping, project_policy
 from .steering import policy_steering
 
 

@@ -15,15 +15,16 @@ from transformers import TrainerCallback
 
 from ..files import replacing
 from ..readouts.sae_reader import SAEReader
-from .estimates import Estimates, Window
+from .estimates import Window
 from .estimators import best_estimate
-from .features import GATHERED, Exciting, ExcitingReader
+from .features import ExcitingReader
 from .names import FeatureNames
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder
 from .probe.rollouts import Probe, choose_prompts
-from .records import FILE_NAME, TEXT_LENGTH, Record, RecordFile, Sink, plain
-from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics, ranked
+from .recorder import StepRecorder
+from .records import FILE_NAME, Record, RecordFile, Sink
+from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics
 from .settings import MonitorSettings, run_record
 
 
@@ -35,7 +36,6 @@ STATE_NAME = "monitor.safetensors"
 """Name of the monitor's state in a checkpoint."""
 DASHBOARDS = 50
 """How often, at most, the dashboards of a run are drawn anew."""
-TOP_FEATURES = 20
 TOP_PAIRS = 8
 
 
@@ -68,6 +68,7 @@ class RunMonitor(TrainerCallback):
         self.features: FeatureMonitor | None = None
         self._calibration: FeatureCalibration | None = None
         self._names = FeatureNames(run, settings.labels)
+        self._recorder = StepRecorder(run, self._names, settings.sae)
         self._strengths: dict[str, float] = {}
         self._probe: ProbeRecorder | None = None
         self._loaded: dict[str, Tensor] = {}
@@ -203,90 +204,21 @@ class RunMonitor(TrainerCallback):
             sink.write(self._pending)
         self._pending = []
 
-    # ------------------------------------------------------------------ records
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum") if self.accelerator.num_processes > 1 else tensor
-
-    def _merged(self, pairs: TopPairs) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return pairs.table
-        parts = pairs.table.split(GATHERED)
-        return torch.cat([pairs.merged(self.accelerator.gather(part[None])) for part in parts])
-
     def _estimates(self, state: Any, draws: bool) -> list[Record]:
         """The records of a logging step; all processes must ask for them together."""
         step = self._logged = state.global_step
-        estimates = Window.estimates(self._sum(self.window.state()))
-        table = _table(estimates)
-        record: Record = {
-            "type": "step",
-            "step": step,
-            "epoch": plain(state.epoch or 0),
-            "pairs": step * self._batch,
-            "concepts": {},
-        }
+        estimates = self._recorder.estimates(self.window)
         amplification, se = (tensor[0].double().cpu().numpy() for tensor in estimates)
         best = self._probe.between(amplification, se) if self._probe is not None else best_estimate(amplification, se)
-        record["estimator"] = best.name if self.concepts else None
-        for index, concept in enumerate(self.concepts):
-            strength = plain(self._strengths.get(concept.name, 0.0)) if concept.shapes else None
-            change = [plain(best.value[index]), plain(best.se[index])]
-            record["concepts"][concept.name] = {**table[index], "change": change, "strength": strength}
-        records = [record]
+        records = [self._recorder.step(state, step * self._batch, estimates, best, self._strengths)]
         if not draws:
             return records
         self._drawn = step
         if self.features is not None:
-            records.append(self._features_record(self.features, step))
-        pairs = self._merged(self.pairs).tolist()
-        self._fetch(pairs)
-        if self.accelerator.is_main_process and self.concepts:
-            found = {
-                c.name: [self._pair(pair) for pair in rows if pair[0] > 0]
-                for c, rows in zip(self.concepts, pairs, strict=True)
-            }
-            records.append({"type": "pairs", "step": step, "concepts": found})
+            records.append(self._recorder.features(step, self.features))
+        if self.concepts:
+            records.append(self._recorder.pairs(step, self.pairs))
         return records
-
-    def _features_record(self, features: FeatureMonitor, step: int) -> Record:
-        estimates = Window.estimates(self._sum(features.window.state()))
-        amplified, suppressed = ranked(estimates.value[0], estimates.se[0], TOP_FEATURES)
-        chosen = [*amplified, *suppressed]
-        names = self._names.of(chosen, features)
-        index = torch.tensor(chosen, dtype=torch.long, device=features.pairs.table.device)
-        best = self._merged(features.pairs)[index].tolist()
-        self._fetch(best)
-        entries = []
-        if self.accelerator.is_main_process:
-            table = _table(Estimates(estimates.value[:, index], estimates.se[:, index]))
-            for column, numbers, (pair,) in zip(chosen, table, best, strict=True):
-                rows = [self._pair(pair)] if pair[0] > 0 else []
-                entries.append({**names[column], **numbers, "rows": rows})
-        return {
-            "type": "features",
-            "step": step,
-            "sae": self.settings.sae,
-            "watched": features.reader.n_features,
-            "amplified": entries[: len(amplified)],
-            "suppressed": entries[len(amplified) :],
-        }
-
-    def _fetch(self, pairs: Sequence[Sequence[Sequence[float]]]) -> None:
-        """Bring together the texts of the pairs of [`TopPairs`] tables, where they are spread over processes."""
-        self.run.fetch([int(pair[1]) for some in pairs for pair in some if pair[0] > 0])
-
-    def _pair(self, pair: Sequence[float]) -> Record:
-        """A pair of a [`TopPairs`] table as a record has it."""
-        _, row, delta, apart, contribution, _ = pair
-        texts = self.run.texts(int(row))
-        return {
-            "row": int(row),
-            **{name: None if text is None else text[:TEXT_LENGTH] for name, text in texts.items()},
-            "delta": plain(delta),
-            "margin": plain(self.run.beta * apart),
-            "contribution": plain(contribution),
-        }
 
     # ------------------------------------------------------------------ probe rollouts
 
@@ -304,8 +236,8 @@ class RunMonitor(TrainerCallback):
 
     def _run_probe(self, step: int) -> None:
         assert self._probe is not None
-        concepts = Window.estimates(self._sum(self.window.state()))
-        features = Window.estimates(self._sum(self.features.window.state())) if self.features is not None else None
+        concepts = self._recorder.estimates(self.window)
+        features = self._recorder.estimates(self.features.window) if self.features is not None else None
         record, shown = self._probe.run(step, concepts, features, self.features)
         names = self._names.of(shown, self.features) if self.features is not None else {}
         if step:
@@ -328,18 +260,14 @@ class RunMonitor(TrainerCallback):
 
     def gather_state(self) -> None:
         """Bring the state of all processes together, for [`save_state`]; all must call this."""
-        tensors = {"window": self._sum(self.window.state()), "pairs": self._merged(self.pairs)}
+        together = self._recorder
+        tensors = {"window": together.summed(self.window.state()), "pairs": together.merged(self.pairs)}
         tensors["written"] = torch.tensor([self._logged, self._drawn, self._file.count])
         if self.features is not None:
-            statistics = self.features.statistics
             tensors |= {
-                "features.window": self._sum(self.features.window.state()),
-                "features.pairs": self._merged(self.features.pairs),
-                **{
-                    f"features.{name}": tensor
-                    for name, tensor in zip(("ids", "mean", "std", "delta"), statistics[:4], strict=True)
-                },
-                **{f"features.exciting.{name}": tensor for name, tensor in statistics.exciting._asdict().items()},
+                "features.window": together.summed(self.features.window.state()),
+                "features.pairs": together.merged(self.features.pairs),
+                **{f"features.{name}": tensor for name, tensor in self.features.statistics.tensors().items()},
             }
         if self._probe is not None:
             tensors |= self._probe.state()
@@ -373,19 +301,8 @@ class RunMonitor(TrainerCallback):
         if self.reader is None or "features.ids" not in tensors or self.features is not None:
             return None
         part = {name.removeprefix("features."): tensor.to(device) for name, tensor in tensors.items()}
-        exciting = Exciting(part["exciting.activation"], part["exciting.token"])
-        features = self._watch(FeatureStatistics(part["ids"], part["mean"], part["std"], part["delta"], exciting))
+        features = self._watch(FeatureStatistics.of(part))
         if main:
             features.window.load_state(tensors["features.window"])
             features.pairs.table = tensors["features.pairs"].to(device)
         return features.reader
-
-
-def _table(estimates: Estimates) -> list[Record]:
-    """One mapping of `[value, standard error]` for each column of estimates."""
-    values, errors = estimates.value.T.tolist(), estimates.se.T.tolist()
-    names = ("amplification", "pressure", "delta")
-    return [
-        {name: [plain(v), plain(e)] for name, v, e in zip(names, value, error, strict=True)}
-        for value, error in zip(values, errors, strict=True)
-    ]

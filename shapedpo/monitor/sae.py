@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,17 @@ class FeatureStatistics(NamedTuple):
     std: Tensor
     delta: Tensor
     exciting: Exciting
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name, for a checkpoint."""
+        exciting = {f"exciting.{name}": tensor for name, tensor in self.exciting._asdict().items()}
+        return {"ids": self.ids, "mean": self.mean, "std": self.std, "delta": self.delta, **exciting}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> FeatureStatistics:
+        """What gave these tensors."""
+        exciting = Exciting(tensors["exciting.activation"], tensors["exciting.token"])
+        return cls(tensors["ids"], tensors["mean"], tensors["std"], tensors["delta"], exciting)
 
     def narrowed(self, keep: Tensor) -> FeatureStatistics:
         """Those of some features only."""

@@ -339,8 +339,8 @@ class TestBadInput:
             ({"monitor": "some"}, "`monitor` must be 'all' or a number of features above 0, got 'some'"),
             ({"monitor": "0"}, "`monitor` must be 'all' or a number"),
             ({"monitor_sae": "x"}, "`monitor_sae` is given, but `monitor` is not"),
-            ({"monitor_window": 1}, "`monitor_window` must be at least 2, got 1"),
-            ({"probe_steps": -1}, "`probe_steps` must be at least 0, got -1"),
+            ({"monitor_window": 1}, "`monitor_window` must be a whole number of at least 2, got 1"),
+            ({"probe_steps": -1}, "`probe_steps` must be a whole number of at least 0, got -1"),
         ],
     )
     def test_settings(self, fields, text):
