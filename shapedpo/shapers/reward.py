@@ -19,6 +19,7 @@ class Reward(Shaper):
     already explained by the concept, and the policy has that much less to learn from it. It enters as a tilted reference,
     \\( \log \mathrm{ref}'(y) = \log \mathrm{ref}(y) - (\lambda/\beta)\, s(y) \\), and so has a meaning for every loss type
     that reads the reference. The strength is \\( \lambda \\), in nats of margin per standard deviation of the score.
+    Losses that divide by a completion's length (`ipo`, `sigmoid_norm`) divide the shift too: they take as many times the strength.
 
     Action `hold` does the same to first order, by a term of the loss instead of the reference (see `hold.py`).
 
