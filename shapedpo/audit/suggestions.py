@@ -24,10 +24,13 @@ LEAST = 0.15
 
 _SENTENCE = re.compile(r"[.;!?\n]+")
 _CLAUSE = re.compile(
-    r",?\s+(?:but|and|yet|while)\s+(?=(?:\w+\s+){0,2}?(?:should|must|shall|may|can|cannot|never|not|avoid\w*|do|does|don't)\b)",
+    r",?\s+(?:but|and|yet|while)\s+(?=(?:\w+\s+){0,2}?(?:should|must|shall|may|can|cannot|never|not|avoid\w*|do|does|don't)\b)"
+    r"|,?\s+(?:but|yet)\s+(?=(?:be|stay|keep|remain)\b)",
     re.IGNORECASE,
 )
-_NOT = re.compile(r"\b(?:not|never|no|nor|without|avoid\w*|cannot|stop|less|\w+n't)\b", re.IGNORECASE)
+_NOT = re.compile(
+    r"\b(?:not|never|(?<!say )(?<!says )no|nor|without|avoid\w*|cannot|stop|less|\w+n't)\b", re.IGNORECASE
+)
 _EMPTY = re.compile(
     r"\b(?:model|assistant|answers?|should|must|shall|may|can|do|does|learn|want|stay|keep|be|use|uses|talks?|about|say|says)\b",
     re.IGNORECASE,

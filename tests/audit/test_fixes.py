@@ -15,6 +15,7 @@ from shapedpo.audit.fixes import targets
 from shapedpo.audit.fixes.data import changed, write
 from shapedpo.audit.fixes.preview import preview
 from shapedpo.audit.harvesting.store import Harvest
+from shapedpo.audit.suggestions import parts
 from shapedpo.cli import main
 from shapedpo.concept import resolve_concepts
 from shapedpo.lab.features import shipped_features
@@ -192,6 +193,19 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     assert "is not the one that was audited: the data have changed since" in capsys.readouterr().err
     assert not (folder / "other.parquet").exists()
     (folder / "pairs.jsonl").write_bytes(source)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("It should say no to harmful requests.", [True]),
+        ("Be brief, but do not be rude; never invent links and must not flatter.", [True, False, False, False]),
+        ("Avoid goblins, yet stay playful", [False, True]),
+        ("no goblins", [False]),
+    ],
+)
+def test_parts_of_a_description_ask_or_forbid(spec, wanted) -> None:
+    assert [part.wanted for part in parts(spec)] == wanted
 
 
 def test_suggest_says_what_goes_against_a_description(goblins, capsys) -> None:
