@@ -66,6 +66,8 @@ def predictions(
     yield DATA, first
     yield ANSWERS, predict(harvest, analysis, rollouts=given, progress=False)
     for share, weighed in pilots.items():
+        if not weighed.log_ratios.any():
+            continue  # it was still at a learning rate of 0
         how = PredictionSettings(pilot_share=learnt(setting, share))
         yield PILOT.format(share), predict(harvest, analysis, how, rollouts=weighed, progress=False)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.estimates_runs import Setting
-from benchmarks.prediction_runs import GENTLE, HELD_OUT
+from benchmarks.prediction_runs import GENTLE, HELD_OUT, PILOTS, learnt
 from shapedpo.audit.verify.comparison import GROUPS, ODDS, Figures, Outcome
 
 
@@ -27,7 +27,7 @@ resampled things; things vary together, so it is too narrow. *Less everywhere*: 
 
 The estimators build on each other: the plain mean delta; the reward that explains it, and what that moves in the data's own completions (`shapedpo audit`);
 in answers of the reference, of which there are 1,024 (`--answers`); put together with the log-ratios of a pilot on them, which is the run itself after a part of its steps and
-also gives the scale (`--pilot`). In forward passes over a completion, of which DPO on 1,000 pairs takes 8,000 (two a pair, the reference's and the policy's, and
+also gives the scale (`--pilot`; where warm-up is most of it, it has learnt little: see below). In forward passes over a completion, of which DPO on 1,000 pairs takes 8,000 (two a pair, the reference's and the policy's, and
 twice as much for its gradient), the answers cost about 2,000 (writing and reading them), a pilot of 1/8 another 1,000 for its steps and 1,000 to weigh the answers, one of
 1/4 2,000 and 1,000. Answers cost the same for a million pairs. One seed a world. The estimators and their constants were settled on the worlds of the
 design (`benchmarks/prediction_runs.py` says what else was seen).
@@ -59,9 +59,16 @@ def report(
 
 
 def made(planned: Sequence[Setting], runs: Sequence[Setting]) -> str:
-    """Which of the planned runs there are."""
+    """Which of the planned runs there are, and how much of them their pilots are."""
     missing = [name_of(run) for run in planned if run not in runs]
-    return f"{len(runs)} of {len(planned)} runs. " + (f"Not made: {', '.join(missing)}." if missing else "")
+    lines = [f"{len(runs)} of {len(planned)} runs." + (f" Not made: {', '.join(missing)}." if missing else "")]
+    for share in PILOTS:
+        had: dict[str, list[str]] = {}
+        for run in runs:
+            had.setdefault(f"{learnt(run, share):.0%}", []).append(f"{run.world.split(':')[0]}, {run.pairs} pairs")
+        parts = (f"{part} ({'; '.join(dict.fromkeys(of))})" for part, of in had.items())
+        lines.append(f"By the sum of learning rates a pilot of 1/{share} of the steps has had {', '.join(parts)}.")
+    return " ".join(lines)
 
 
 def name_of(run: Setting) -> str:

@@ -243,9 +243,9 @@ def _log_ratios(setting: Setting, trained: Any, given: Rollouts, prompts: Sequen
 
 
 def learnt(setting: Setting, share: int) -> float:
-    """The share of a run's learning rates, summed over its steps, that its pilot has had: linear decay, in the lab after 10 steps of warm-up."""
+    """The share of a run's learning rates, summed over its steps, that its pilot has had: linear decay, in the lab after 10 steps of warm-up from 0."""
     steps, warm_up = setting.pairs // 16, 10 if setting.world in LESSONS else 0
-    rates = [min((step + 1) / max(warm_up, 1), (steps - step) / (steps - warm_up), 1.0) for step in range(steps)]
+    rates = [step / warm_up if step < warm_up else (steps - step) / (steps - warm_up) for step in range(steps)]
     return sum(rates[: steps // share]) / sum(rates)
 
 

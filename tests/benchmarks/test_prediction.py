@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
+from transformers import get_linear_schedule_with_warmup
 
 from benchmarks import prediction, prediction_report
-from benchmarks.prediction_runs import DESIGN, GENTLE, HELD_OUT, settings
+from benchmarks.prediction_runs import DESIGN, GENTLE, HELD_OUT, PILOTS, learnt, settings
 from shapedpo.audit import Prediction
 from shapedpo.audit.rollouts.observed import Observed
 from shapedpo.audit.verify.comparison import GROUPS, compare, figures
@@ -55,6 +57,16 @@ def test_a_second_run_says_how_much_the_order_of_pairs_decides(order) -> None:
         if "less" not in name:
             assert value == pytest.approx(1 / (1 + order**2) ** 2, abs=0.08)
     assert np.isnan(prediction.another_run(*world(0.0, noise=9.0))["features"])  # nothing to be seen
+
+
+def test_what_a_pilot_has_had_is_the_schedules_share() -> None:
+    for setting in settings((DESIGN[0], DESIGN[-1])):
+        steps, warm_up = setting.pairs // 16, 10 if setting.world.startswith("lab") else 0
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        (rate,) = get_linear_schedule_with_warmup(optimizer, warm_up, steps).lr_lambdas
+        for share in PILOTS:
+            had = sum(map(rate, range(steps // share))) / sum(map(rate, range(steps)))
+            assert learnt(setting, share) == pytest.approx(had)
 
 
 def test_the_page_says_what_the_rows_hold(tmp_path) -> None:
