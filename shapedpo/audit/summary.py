@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_matrix
 
 from .analysis.hypotheses import Analysis, Hypothesis
 from .analysis.lessons import Lesson, lessons
@@ -186,28 +188,43 @@ def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int 
 
 
 def distinctive_words(texts: Sequence[str], others: Sequence[str], most: int = 4, least: float = 2.5) -> list[str]:
-    """The words that are in more of the texts than of the others, by the log-odds ratio over its standard error.
+    """The words that are in more of the texts than of the others: see [`Words.distinctive`]."""
+    places = np.arange(len(texts) + len(others))
+    return Words([*texts, *others]).distinctive(places[: len(texts)], places[len(texts) :], most, least)
 
-    English function words are left out: they go with length.
+
+class Words:
+    """The words of some texts. English function words are left out: they go with length.
 
     Args:
-        texts: Some texts.
-        others: What they are compared with.
-        most: Number of words.
-        least: Smallest ratio to its standard error.
+        texts: The texts.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
 
-    vectorizer = CountVectorizer(
-        binary=True, stop_words="english", token_pattern=r"[^\W\d_]{2,}|[^\w\s]{2,}|[^\x00-\x7f]"
-    )
-    try:
-        present = vectorizer.fit_transform([*texts, *others])
-    except ValueError:  # no words at all
-        return []
-    a = np.asarray(present[: len(texts)].sum(axis=0)).ravel() + 0.5
-    b = np.asarray(present[len(texts) :].sum(axis=0)).ravel() + 0.5
-    not_a, not_b = len(texts) + 1 - a, len(others) + 1 - b
-    ratio = np.log(a / not_a * not_b / b) / np.sqrt(1 / a + 1 / not_a + 1 / b + 1 / not_b)
-    words = vectorizer.get_feature_names_out()
-    return [str(words[i]) for i in np.lexsort((words, -ratio))[:most] if ratio[i] >= least]
+    def __init__(self, texts: Sequence[str]) -> None:
+        from sklearn.feature_extraction.text import CountVectorizer
+
+        vectorizer = CountVectorizer(
+            binary=True, stop_words="english", token_pattern=r"[^\W\d_]{2,}|[^\w\s]{2,}|[^\x00-\x7f]"
+        )
+        try:
+            self.present = vectorizer.fit_transform(texts)  # (texts, words)
+        except ValueError:  # no words at all
+            self.present = csr_matrix((len(texts), 0))
+        self.words = vectorizer.get_feature_names_out() if self.present.shape[1] else np.zeros(0, object)
+
+    def distinctive(self, texts: ArrayLike, others: ArrayLike, most: int = 4, least: float = 2.5) -> list[str]:
+        """The words that are in more of some texts than of others, by the log-odds ratio over its standard error.
+
+        Args:
+            texts: Which texts, by their places.
+            others: What they are compared with.
+            most: Number of words.
+            least: Smallest ratio to its standard error.
+        """
+        which, rest = np.asarray(texts, np.int64), np.asarray(others, np.int64)
+        a, b = (np.asarray(self.present[some].sum(axis=0)).ravel() + 0.5 for some in (which, rest))
+        not_a, not_b = len(which) + 1 - a, len(rest) + 1 - b
+        ratio = np.log(a / not_a * not_b / b) / np.sqrt(1 / a + 1 / not_a + 1 / b + 1 / not_b)
+        found = np.flatnonzero(ratio >= least)
+        best = found[np.lexsort((self.words[found], -ratio[found]))[:most]]
+        return [str(word) for word in self.words[best]]

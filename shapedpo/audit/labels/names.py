@@ -175,7 +175,7 @@ def token_labels(
         maps: Of [`cluster_maps`]: the rows that show each cluster.
         decode: Makes text of token ids: the tokenizer's `decode`.
     """
-    from ..summary import distinctive_words
+    from ..summary import Words
 
     every = {feature for groups in analysis.clusters.values() for group in groups for feature in group}
     names = exciting_tokens(harvest, every, decode)
@@ -183,7 +183,10 @@ def token_labels(
     some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
     shown = {int(row) for of in maps.values() for rows in of.exemplars for row in rows} | set(some.tolist())
     rows = np.array(sorted(shown), np.int64)
-    texts = dict(zip(rows.tolist(), harvest.texts(rows), strict=True))
+    texts = harvest.texts(rows)
+    words_of = {
+        spans: Words([" ".join(text[span] for span in spans) for text in texts]) for spans in (_PROMPT, _ANSWERS)
+    }
     clusters: dict[str, dict[int, Label]] = {}
     for kind, of in maps.items():
         tokens = cluster_tokens(analysis.clusters.get(kind, []), names)
@@ -191,11 +194,8 @@ def token_labels(
         for number, exemplars in enumerate(of.exemplars):
             words: list[str] = []
             for spans in _WORDS[kind]:
-                here, others = (
-                    [" ".join(texts[row][span] for span in spans) for row in which]
-                    for which in (exemplars, some.tolist())
-                )
-                words = words or distinctive_words(here, others, most=_MOST)
+                here, others = np.searchsorted(rows, exemplars), np.searchsorted(rows, some)
+                words = words or words_of[spans].distinctive(here, others, most=_MOST)
             clusters[kind][number] = Label(words or (tokens[number] if tokens else []))
     return Labels(names, clusters)
 
