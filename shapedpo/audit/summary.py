@@ -133,9 +133,8 @@ def summarise(
         if first.view == "global":
             where = "all rows"
         else:
-            where = ", ".join(distinctive_words([text["prompt"] for text in texts], others)) or _condition(
-                analysis, first
-            )
+            words = distinctive_words([text["prompt"] for text in texts], others)
+            where = ", ".join(words) or _condition(analysis, first, labels)
         return Finding(
             lesson=lesson,
             where=where,
@@ -174,10 +173,10 @@ def _q(q: float) -> str:
     return f"{q:.0e}" if q >= 1e-99 else "<1e-99"
 
 
-def _condition(analysis: Analysis, hypothesis: Hypothesis) -> str:
+def _condition(analysis: Analysis, hypothesis: Hypothesis, labels: Mapping[int, str]) -> str:
     if hypothesis.view == "feature":
         return f"data cluster {hypothesis.condition}"
-    return "prompts with " + feature_names(analysis.condition_features(hypothesis), {})
+    return "prompts with " + feature_names(analysis.condition_features(hypothesis), labels)
 
 
 def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int = _NAMED) -> str:

@@ -265,8 +265,9 @@ class Analysis:
 
         folder = Path(folder)
         if missing := [name for name in FILES if not (folder / name).is_file()]:
+            what = "" if len(missing) == len(FILES) else f": {', '.join(missing)} missing"
             raise FileNotFoundError(
-                f"'{folder}' holds no analysis: {', '.join(missing)} missing. Run the same `shapedpo audit` (again): what it has read is kept."
+                f"'{folder}' holds no analysis{what}. Run the same `shapedpo audit` (again): what it has read is kept."
             )
         found = json.loads((folder / "hypotheses.json").read_text(encoding="utf-8"))
         responsible = parts(folder / "rows.parquet", len(found["hypotheses"]))
