@@ -103,11 +103,9 @@ class Concept:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
-            hint = (
-                " (YAML takes yes, no, on and off for true and false: quote them)"
-                if isinstance(self.name, bool)
-                else ""
-            )
+            name: Any = self.name
+            yaml_word = isinstance(name, bool)
+            hint = " (YAML takes yes, no, on and off for true and false: quote them)" if yaml_word else ""
             raise ValueError(
                 f"A concept's name must be letters, digits, spaces or any of `_-.`; got {self.name!r}{hint}."
             )

@@ -184,9 +184,9 @@ class ConceptReader:
         scores = scores * valid.repeat(2)[:, None]
         prompt = self._standardise(raw.prompt, statistics.prompt_mean, statistics.prompt_std, self.prompt_columns)
         names = [self.concepts[index].name for index in self.prompt_index]
-        signals = []
+        signals, always = [], torch.ones(len(valid), device=scores.device)
         for concept, score in zip(self.concepts, scores.unbind(dim=1), strict=True):
-            gate = torch.ones(len(valid), device=score.device)
+            gate = always
             if isinstance(concept.gate, Gate):
                 if concept.gate.column is not None:
                     gate = gates[:, self.gate_columns.index(concept.gate.column)].float()
