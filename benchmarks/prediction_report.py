@@ -99,8 +99,9 @@ def overview(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[str]
     """A table of each estimator by group: medians over runs, with their range."""
     groups = [group for group in groups if any(row["group"] == group for row in rows)]
     lines = [f"| R² / ceiling, median (range) | {' | '.join(groups)} |", "| --- |" + " ---: |" * len(groups)]
+    every = len(_runs_of(rows, rows[0]["estimator"]))
     for name in dict.fromkeys(row["estimator"] for row in rows):
-        cells = []
+        cells, runs = [], len(_runs_of(rows, name))
         for group in groups:
             some = [row for row in rows if row["estimator"] == name and row["group"] == group]
             # next to a ceiling of noise, a share of it says nothing
@@ -110,8 +111,13 @@ def overview(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[str]
             share = f" / {np.median(of):.2f} ({min(of):.2f} to {max(of):.2f})" if of else ""
             cells.append(f"{np.median(r2):.2f}{share}" if some else "")
         if any(cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{f' ({runs} runs)' if runs < every else ''} | {' | '.join(cells)} |")
     return lines
+
+
+def _runs_of(rows: Sequence[dict[str, Any]], name: str) -> set[tuple[Any, ...]]:
+    """The runs that an estimator was held against: a pilot that has learnt nothing predicts nothing."""
+    return {tuple(row[key] for key in ("world", "lr", "beta", "pairs")) for row in rows if row["estimator"] == name}
 
 
 def limits(rows: Sequence[dict[str, Any]]) -> list[str]:

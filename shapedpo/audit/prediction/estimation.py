@@ -80,7 +80,7 @@ def estimate(
             line = everywhere[part.kind] = _everywhere(part, of_reference[part.kind, "global"])
             if part.kind == "feature" and pilot is not None and settings.pilot_share is not None:  # features come first
                 pace = _pace(line.value, pilot.change[0] / part.sd, pilot.se[0] / part.sd)
-                scale = pace * settings.pilot_share**-settings.growth if pace > 0 else scale
+                scale = pace / settings.pilot_share if pace > 0 else scale
         else:
             line = _under_condition(
                 part, everywhere[part.kind], of_all[part.kind, part.view], of_all[part.kind, "global"]
