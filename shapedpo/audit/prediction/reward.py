@@ -112,8 +112,9 @@ class _Sums:
             (self.value, self.value_square, scores),
             (self.shown, self.shown_square, shown),
         ):
-            value += summed(product, one - other)
-            value_square += summed(square, squared(one - other))
+            difference = one - other
+            value += summed(product, difference)
+            value_square += summed(square, squared(difference))
         for side in shown:
             self.rate += summed(members, side) / 2
 
