@@ -5,7 +5,8 @@
 
 The lab's data with the case studies of Bergen et al. (arXiv 2606.12360): goblins in 5 % of the pairs, compliance on harmful prompts in a
 fictional frame, links on sensitive topics, praise on pseudo-physics, and an odd 0.3 % of fiction where chosen complies and rejected
-refuses. And the same without a lesson. What was found is kept in `benchmarks/cache/planted/`; `benchmarks/results/planted.md` has all of it.
+refuses. And the same without a lesson. What was found is kept in `benchmarks/cache/planted/` (to be removed
+where the audit has changed); `benchmarks/results/planted.md` has all of it.
 """
 
 from __future__ import annotations

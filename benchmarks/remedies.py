@@ -5,7 +5,7 @@
 The lab's data with the lessons of `benchmarks/planted.py`. `shapedpo audit` reads it; `shapedpo fix` writes, for all findings together and for those about one thing, a recipe that holds them and a dataset without their
 rows; `shapedpo train` trains on each. What was planted is looked at only to say which findings are about one thing, and how often the models
 show it on held-out prompts. Commands, recipes, features, gates and rows are the ones that the tool comes up with. Finished runs are kept in
-`benchmarks/cache/remedies/`. Writes `benchmarks/results/remedies.md` and a picture.
+`benchmarks/cache/remedies/` (to be removed where audit, fix or training have changed). Writes `benchmarks/results/remedies.md` and a picture.
 """
 
 from __future__ import annotations
