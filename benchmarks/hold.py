@@ -149,9 +149,9 @@ def kept(job: Job) -> Path:
     """Where a run's result is kept."""
     features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
     read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
-    code = ((PACKAGE / "shapers" / "hold.py").read_bytes() + read if job.held else b"") + (
-        json.dumps(PROBES).encode() if job.probes else b""
-    )
+    code = (PACKAGE / "shapers" / "hold.py").read_bytes() + read if job.held else b""
+    if job.probes:
+        code += (PACKAGE / "shapers" / "correction.py").read_bytes() + json.dumps(PROBES).encode()
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
     return CACHE / f"{key}.json"
 

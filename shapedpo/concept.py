@@ -71,8 +71,8 @@ class Concept:
             score; negative for less of the concept. 0, the default, is the level before training.
 
     `hold` is DPO under a constraint: what the pairs teach of what the readout reads is taken out of the gradient, and what other lessons
-    bring along is leant against (see `shapers/hold.py`). With `probe_steps` set, what rollouts show corrects what it reads off the pairs; that
-    takes a `probe_prompts` of 200 or so, with 64 it did harm.
+    bring along is leant against (see `shapers/hold.py`). With `probe_steps` set, what rollouts show corrects what it reads off the pairs, on the
+    prompts of its gate; it takes some hundred rollouts a probe (see `docs/hold.md`).
     It cannot work
 
     - where the data have no signal to counter with: no pair has a delta in the concept, on either side;

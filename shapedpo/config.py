@@ -37,9 +37,10 @@ class ShapedDPOConfig(DPOConfig):
             File with labels of the SAE's features: JSON or JSON Lines, or an export of Neuronpedia.
         probe_steps (`int`, *optional*, defaults to `0`):
             Sample rollouts every so many steps, and at the start and end, and read them with the reference. 0 for none. The
-            prompts are the evaluation data's, or the training data's if there is none.
+            prompts are the evaluation data's, or the training data's if there is none. Where a concept is held behind a gate, they correct it
+            by the gate's prompts alone: give evaluation data that has enough of them, and the gate's column.
         probe_prompts (`int`, *optional*, defaults to `64`):
-            Number of prompts of a probe; each is sampled twice.
+            Number of prompts of a probe; each is sampled twice. Where the data has fewer, they are taken again from the first one on.
         probe_max_new_tokens (`int`, *optional*, defaults to `128`):
             Where a rollout is cut.
         allow_concept_change (`bool`, *optional*, defaults to `False`):

@@ -182,19 +182,32 @@ class ConceptReader:
         """
         scores = self.standardised(raw.completion, statistics)  # (2B, C)
         scores = scores * valid.repeat(2)[:, None]
-        prompt = self._standardise(raw.prompt, statistics.prompt_mean, statistics.prompt_std, self.prompt_columns)
-        names = [self.concepts[index].name for index in self.prompt_index]
-        signals, always = [], torch.ones(len(valid), device=scores.device)
-        for concept, score in zip(self.concepts, scores.unbind(dim=1), strict=True):
-            gate = always
-            if isinstance(concept.gate, Gate):
-                if concept.gate.column is not None:
-                    gate = gates[:, self.gate_columns.index(concept.gate.column)].float()
-                else:
-                    gate = (prompt[:, names.index(concept.gate.concept or "")] > concept.gate.threshold).float()
+        signals = []
+        gating = self.gates(raw, statistics, gates)
+        for score, gate in zip(scores.unbind(dim=1), gating.unbind(dim=1), strict=True):
             chosen, rejected = score.chunk(2)
             signals.append(ConceptSignal(score, chosen - rejected, gate))
         return signals
+
+    def gates(self, raw: RawScores, statistics: Statistics, columns: Tensor) -> Tensor:
+        """How far each concept's gate lets B rows in: `(B, C)` float32, from 0 to 1.
+
+        Args:
+            raw: The raw scores of B pairs.
+            statistics: What to standardise by.
+            columns: `(B, G)` the values of `gate_columns`.
+        """
+        prompt = self._standardise(raw.prompt, statistics.prompt_mean, statistics.prompt_std, self.prompt_columns)
+        names = [self.concepts[index].name for index in self.prompt_index]
+        gates = torch.ones(len(raw.prompt), len(self.concepts), device=raw.prompt.device)
+        for index, concept in enumerate(self.concepts):
+            if not isinstance(concept.gate, Gate):
+                continue
+            if concept.gate.column is not None:
+                gates[:, index] = columns[:, self.gate_columns.index(concept.gate.column)]
+            else:
+                gates[:, index] = prompt[:, names.index(concept.gate.concept or "")] > concept.gate.threshold
+        return gates
 
     def standardised(self, completion: Tensor, statistics: Statistics) -> Tensor:
         """Raw scores of completions, `(N, F)`, to the concepts' standardised ones, `(N, C)`, each without what it is given."""

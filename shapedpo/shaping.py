@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -110,16 +109,17 @@ class Shaping:
         if last:
             self.hold.update()
 
-    def correct(self, changes: Mapping[str, tuple[float, float]]) -> None:
+    def correct(self, now: Tensor, before: Tensor, gates: Tensor) -> None:
         """Tell the controller of the held concepts, if there are any, what probe rollouts show. On all processes alike.
 
         Args:
-            changes: By name of the concept: mean score of the policy's rollouts less that of the reference's, and its standard error, in
-                sd of the score. Concepts that are not held are passed over.
+            now: `(N, K, C)`, all concepts' scores of the policy's rollouts of N prompts.
+            before: `(N, M, C)`, those of the reference's.
+            gates: `(N, C)`.
         """
         if self.hold is not None:
-            found = [changes.get(self.concepts[index].name, (math.nan, math.nan)) for index in self.held]
-            self.hold.correct([change for change, _ in found], [error for _, error in found])
+            now, before = now[..., self.held], before[..., self.held]
+            self.hold.correct(*self.hold.change(now, before, gates[:, self.held]))
 
     def tilt(self, signals: Sequence[ConceptSignal]) -> Tensor | None:
         """What to subtract from the reference's log-probabilities, in nats: `(2B,)`, or `None` if there is nothing."""

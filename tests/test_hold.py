@@ -199,11 +199,11 @@ def test_precomputed_reference_gives_the_same():
 def test_probes_reach_the_concept_they_name():
     trainer = shaped(way(), Concept("goblin", Regex("goblin")), Concept("dog", Regex("dog"), "hold"))
     train(trainer)
-    bias = trainer._shaping.hold.bias
-    assert bias.tolist() == [0, 0]
-    trainer._shaping.correct({"dog": (0.5, 0.01), "goblin": (9.0, 0.01), "elsewhere": (9.0, 0.01)})
-    bias = trainer._shaping.hold.bias
-    assert bias[0] == 0 < bias[1]
-    shaped(Concept("goblin", Regex("goblin")))._shaping.correct(
-        {"goblin": (9.0, 0.01)}
-    )  # nothing is held: nothing happens
+    hold = trainer._shaping.hold
+    assert hold.bias.eq(0).all()
+    before = torch.randn(40, 8, 3, generator=torch.Generator().manual_seed(0))
+    now = before[:, :2] + torch.tensor([0.0, 9.0, 9.0])
+    gates = torch.tensor([torch.nan, 1.0, 1.0]).expand(40, 3)  # nothing is known of the first
+    trainer._shaping.correct(now, before, gates)
+    assert hold.bias[0, 0] == 0 < hold.bias[0, 1]
+    shaped(Concept("goblin", Regex("goblin")))._shaping.correct(now, before, gates)  # nothing is held: nothing happens

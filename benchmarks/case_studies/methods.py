@@ -45,6 +45,7 @@ class Method:
         suppresses: Whether it can only suppress.
         restores: Whether it is for what is to be brought back.
         means: Whether it reads, and steers along, the difference of means in place of the SAE's features.
+        rollouts: Whether probe rollouts of held-out prompts correct it during the run.
     """
 
     fields: Callable[[float, float, str], Fields]
@@ -54,6 +55,7 @@ class Method:
     suppresses: bool = False
     restores: bool = False
     means: bool = False
+    rollouts: bool = False
 
     @property
     def middle(self) -> float:
@@ -75,6 +77,7 @@ def taught_by(trait: str) -> str:
 
 METHODS = {
     "hold": Method(lambda strength, share, target: {"action": "hold"}),
+    "hold, rollouts": Method(lambda strength, share, target: {"action": "hold"}, rollouts=True),
     "hold above": Method(
         lambda strength, share, target: {"action": "hold", "target": strength},
         (0.5, 1.0),
@@ -131,6 +134,8 @@ METHODS = {
 }
 NO_GATE = ", no gate"
 """Ends the name of a method that is tried without the conditional case's gate too."""
+ROLLOUTS = {"probe_steps": 5, "probe_prompts": 100, "probe_max_new_tokens": 80}
+"""Of a run with probe rollouts: ten probes in 50 steps, two rollouts of each prompt. Many small ones tell sooner what few large ones would."""
 GIVEN = ", given the rest"
 """Ends the name of one that reads the target without what it shares with the other taught traits (`Concept.given`)."""
 PROBE = ", probe"

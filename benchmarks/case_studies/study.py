@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from benchmarks.case_studies.methods import FIRST, fields, methods, middle, shaping
+from benchmarks.case_studies.methods import FIRST, ROLLOUTS, fields, method, methods, middle, shaping
 from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
 from benchmarks.divergence import kl_per_token
 from benchmarks.training import train
@@ -66,8 +66,17 @@ class Job:
         world = WORLDS[self.world]
         data = [world.lessons, world.topics, world.seeming, world.share, world.together, world.shrugging]
         how = fields(world, self.target, self.method, self.strength) if self.target else {}
-        key = json.dumps([VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how])
+        key = json.dumps(
+            [VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how, *self.rollouts.items()]
+        )
         return CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+    @property
+    def rollouts(self) -> dict[str, int]:
+        """Settings of the run's probe rollouts, if its method makes any; of as many prompts as are measured on, at most."""
+        if not self.target or not method(self.method).rollouts:
+            return {}
+        return {**ROLLOUTS, "probe_prompts": min(ROLLOUTS["probe_prompts"], SIZES[self.size].prompts)}
 
     def __str__(self) -> str:
         return f"{self.world}: {self.target or ''} {self.method} {self.strength:g}, seed {self.seed}"
@@ -92,17 +101,22 @@ def run(job: Job) -> dict[str, Any]:
 
     Returns:
         `rates`: by group of prompts and trait, the share of rollouts; `counts`: rollouts of each group; `capability`; `kl`: nats a token;
-        `step`: median seconds of a step; `strengths`: of `hold`, as logged.
+        `step`: median seconds of a step; `seconds`: of the processor's time, from the pairs to the trained model; `strengths`: of `hold`, as
+        logged; `rollouts`: the target's rate, as the readout sees it, at each probe.
     """
     world, size = WORLDS[job.world], SIZES[job.size]
     model, tokenizer = world.base(), lab.load_tokenizer()
-    clock, strengths = StepClock(), []
+    clock, seconds = StepClock(), 0.0
+    logged: dict[str, list[float]] = {"strength": [], "rate": []}
     if job.method != BEFORE:
         concepts = None if job.method == PLAIN else shaping(world, str(job.target), job.method, job.strength)
         data = world.dataset(size.pairs, job.seed)
-        trainer = train(model, tokenizer, data, DPO, concepts, job.seed, callbacks=[clock])
-        key = f"concepts/{job.target}/strength"
-        strengths = [entry[key] for entry in trainer.state.log_history if key in entry]
+        probed = world.probed(job.rollouts["probe_prompts"], job.seed + 1000) if job.rollouts else None
+        start = time.process_time()
+        trainer = train(model, tokenizer, data, DPO, concepts, job.seed, probed, [clock], **job.rollouts)
+        seconds = time.process_time() - start
+        for name, key in (("strength", f"concepts/{job.target}/strength"), ("rate", f"probe/{job.target}/rate")):
+            logged[name] = [entry[key] for entry in trainer.state.log_history if key in entry]
     rates, counts, divergence = {}, {}, 0.0
     for group, prompts in world.prompts(size.prompts, job.seed + 1).items():
         answers = lab.rollouts(model, tokenizer, prompts, seed=job.seed + 2)
@@ -119,7 +133,9 @@ def run(job: Job) -> dict[str, Any]:
         "kl": divergence,
         "step": statistics.median(clock.seconds) if clock.seconds else 0.0,
         "steps": len(clock.seconds),
-        "strengths": strengths,
+        "seconds": seconds,
+        "strengths": logged["strength"],
+        "rollouts": logged["rate"],
     }
 
 

@@ -122,6 +122,17 @@ class World:
             for group, (count, topics) in drawn.items()
         }
 
+    def probed(self, n: int, seed: int) -> Any:
+        """`n` held-out prompts, all affected, as evaluation data; the answers are made up.
+
+        With another seed than [`prompts`] had they are another draw, but in a conditional case from the same few dozen questions.
+        """
+        from datasets import Dataset
+
+        made_up = {side: [{"role": "assistant", "content": "."}] for side in ("chosen", "rejected")}
+        prompts = self.prompts(2 * n if self.topics else n, seed)["affected"]
+        return Dataset.from_list([{"prompt": prompt, **made_up, GATE: True} for prompt in prompts])
+
     def base(self) -> Any:
         """The model before DPO."""
         return shrugging_model() if self.shrugging else lab.load_model()

@@ -15,11 +15,11 @@ from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from ..capture import CapturePass
-from ..collator import ROW, split_batch
+from ..collator import GATES, ROW, split_batch
 from ..openings import restored
 from ..reading import reading_masks
 from ..readouts import ActivationReader
-from .probe.rollouts import Reading, Rows, context_length
+from .probe.rollouts import Reading, Readings, Rows, context_length
 from .recent import SPANS, RecentRows
 
 
@@ -145,7 +145,10 @@ class TrainerAccess:
             trainer.ld_alpha = None  # a sequence's log-probability, not what a loss makes of it
             reference, raw = trainer._reference_pass(self.reference, inputs, extras)
         scores = self.reader.standardised(raw.completion, self.calibration.statistics)
-        return Reading(scores, raw.features, torch.cat(reference).float(), self._logps(policy, inputs))
+        # Without the columns nothing says which prompts they would let in.
+        columns = extras.get(GATES, scores.new_full((len(rows), len(self.reader.gate_columns)), torch.nan))
+        gates = self.reader.gates(raw, self.calibration.statistics, columns).repeat(2, 1)
+        return Reading(scores, raw.features, torch.cat(reference).float(), self._logps(policy, inputs), gates)
 
     def logps(self, policy: Any, rows: Rows) -> Tensor:
         """Log-probabilities of pairs of completions under the policy, `(2B,)`, nats."""
@@ -174,13 +177,11 @@ class TrainerAccess:
     def _collated(self, rows: Rows) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return split_batch(self._trainer._prepare_inputs(self._trainer.data_collator(rows)))
 
-    def correct(self, changes: Mapping[str, Sequence[float]]) -> None:
-        """Tell the controller of held concepts what rollouts show of each: change and standard error. All processes alike.
-
-        Not of a gated one: the prompts of a probe are not its gate's.
-        """
-        free = {concept.name for concept in self.concepts if concept.gate is None}
-        self._trainer._shaping.correct({name: (value, se) for name, (value, se) in changes.items() if name in free})
+    def correct(self, now: Readings, before: Readings) -> None:
+        """Tell the controller of held concepts what rollouts show. All processes alike."""
+        assert now.gates is not None  # by `read`
+        ours, theirs = (readings.scores.transpose(0, 1).flatten(1, 2) for readings in (now, before))  # (N, 2D, C)
+        self._trainer._shaping.correct(ours, theirs, now.gates[0, :, 0])
 
     def log(self, scalars: dict[str, float]) -> None:
         """Log scalars by themselves: past TRL's `log`, which would average and clear the step's metrics."""

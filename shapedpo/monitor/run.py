@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +20,7 @@ from .features import ExcitingReader
 from .names import FeatureNames
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder
-from .probe.rollouts import Probe, choose_prompts
+from .probe.rollouts import Probe, choose_rows
 from .recorder import StepRecorder
 from .records import FILE_NAME, Record, RecordFile, Sink
 from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics
@@ -228,9 +227,12 @@ class RunMonitor(TrainerCallback):
             return
         run, settings, tokenizer = self.run, self.settings, self.run.tokenizer
         longest = run.context_length - settings.probe_tokens
-        prompts = choose_prompts(run.prompts, settings.probe_prompts, longest, run.args.seed, "probe_max_new_tokens")
+        columns, seed = run.reader.gate_columns, run.args.seed
+        rows = choose_rows(run.prompts, settings.probe_prompts, longest, seed, "probe_max_new_tokens", columns)
+        rows = [dict(rows[i % len(rows)]) for i in range(settings.probe_prompts)]  # of few prompts, each more often
+        prompts = [row.pop("prompt_ids") for row in rows]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, run.args.seed)
+        probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, seed, columns=rows)
         self._probe = ProbeRecorder(run, probe, self._loaded)
         self._loaded = {}
 
@@ -240,10 +242,6 @@ class RunMonitor(TrainerCallback):
         features = self._recorder.estimates(self.features.window) if self.features is not None else None
         record, shown = self._probe.run(step, concepts, features, self.features)
         names = self._names.of(shown, self.features) if self.features is not None else {}
-        if step:
-            box = [{name: concept["change"] for name, concept in record.get("concepts", {}).items()}]
-            broadcast_object_list(box)
-            self.run.correct(box[0])
         if not self.accelerator.is_main_process:
             return
         for column, entry in zip(shown, record.get("features", ()), strict=True):

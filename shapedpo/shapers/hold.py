@@ -26,8 +26,8 @@ Chosen and rejected answers are not two draws of the reference. Other lessons li
 counts that for the concept wherever the data teach the concept as well. The covariance of \\( l \\) and \\( w \\) leaves it out, but leaves
 out too much where pairs are the best and the worst of several: an answer with the concept needed less of the rest to be chosen. For a
 policy that has learned all lessons of `benchmarks/stories/` but the held one, random pairs give 0.03, the mean product over the data's
-pairs 0.32 and the covariance -0.09. So the truth is taken to lie between the two, and the controller acts on what both agree on, until probe
-rollouts tell it how far the covariance is off.
+pairs 0.32 and the covariance -0.09. So the truth is taken to lie between the two, and the controller acts on what both agree on. Probe rollouts
+tell how far each is off; between two probes it is again what both agree on since the last one.
 
 Source: ours (a method of multipliers, with integral control on amplification). Reward shaping is from Bergen et al. (arXiv 2606.12360).
 """
@@ -39,6 +39,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .correction import Bias, rollout_change
 
 
 WINDOW = 512
@@ -59,10 +61,6 @@ UNREAD = 0.05
 """Share of the unshaped pressure that is taken out beyond the whole: for what the readout does not see and other lessons bring along."""
 RIDGE = 1e-3
 """Of the deltas' second moments, relative, so that concepts that go together share the work."""
-PRIOR_BIAS = 0.25
-"""How far amplification is thought to be from the true change before any probe, sd."""
-DRIFT = 0.1
-"""How far its bias moves between two probes, sd."""
 
 
 class HoldController:
@@ -77,7 +75,6 @@ class HoldController:
 
     Attributes:
         strengths: `(C,)` float64, in force now: positive to suppress, negative to amplify; nats per sd of the score.
-        bias: `(C,)` float64, what to add to amplification to get the true change of the mean score, as far as known.
     """
 
     def __init__(
@@ -93,15 +90,18 @@ class HoldController:
         self.beta, self.window = beta, window
         self.gain, self.bound, self.unread = gain, bound, unread
         self.strengths = torch.zeros_like(self.targets)
-        self.bias = torch.zeros_like(self.targets)
-        self._doubt = torch.full_like(self.targets, PRIOR_BIAS**2)  # variance of the bias
-        self._probed = torch.zeros_like(self.targets)  # 1 where rollouts have shown the bias
+        self._bias = Bias(2, len(targets))  # of the covariance, and of the mean product
         self._share = torch.ones_like(self.targets)  # of the rows that are gated in
         self._size = torch.ones_like(self.targets)  # of the deltas of pairs that show the concept on one side
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
         self._pairs = torch.zeros(0, 2 + len(targets))  # (W, 2 + C) float32: log-ratio, margin and gated deltas
         self._gates = torch.zeros(0, len(targets))  # (W, C) float32
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
+
+    @property
+    def bias(self) -> Tensor:
+        """What to add to the covariance, and to the mean product, to get the true change of the mean score, as far as known: `(2, C)`."""
+        return self._bias.value
 
     def start(self, deltas: Tensor, gates: Tensor) -> None:
         """Take the strengths that leave no pressure on a sample of the data before any training.
@@ -158,25 +158,20 @@ class HoldController:
         mean, error = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
         return mean, error
 
-    def correct(self, change: Sequence[float], error: Sequence[float]) -> None:
-        """Tell the controller what the change of the mean scores really is, as probe rollouts show it.
+    def change(self, now: Tensor, before: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """What [`rollout_change`] finds, in amplification's unit: change and standard error, `(C,)` each, sd of the score."""
+        return rollout_change(self.weights, now, before, gates)
 
-        The difference from amplification is taken for its bias from now on, weighed against what earlier probes said
-        (a Kalman filter).
+    def correct(self, change: Sequence[float] | Tensor, error: Sequence[float] | Tensor) -> None:
+        """Tell the controller how far the concepts really have changed, as probe rollouts show it.
 
         Args:
-            change: `(C,)`, mean score of the policy's rollouts less that of the reference's, sd.
+            change: `(C,)` of [`change`], sd.
             error: `(C,)`, its standard errors. Not finite: not measured.
         """
         amplification, noise = self.amplification()
-        found = torch.as_tensor(change, dtype=torch.float64) - amplification
-        variance = torch.as_tensor(error, dtype=torch.float64) ** 2 + noise**2
-        self._doubt += DRIFT**2
-        weight = self._doubt / (self._doubt + variance)
-        known = found.isfinite() & weight.isfinite()
-        self._probed = torch.where(known, 1.0, self._probed)
-        self.bias = torch.where(known, self.bias + weight * (found - self.bias), self.bias)
-        self._doubt = torch.where(known, (1 - weight) * self._doubt, self._doubt)
+        readings = torch.stack([amplification, amplification + self._lift()])
+        self._bias.correct(readings, noise, *(torch.as_tensor(x, dtype=torch.float64) for x in (change, error)))
 
     def state(self) -> dict[str, Tensor]:
         """All that it goes on from, by name."""
@@ -187,9 +182,7 @@ class HoldController:
             "size": self._size,
             "scale": self._scale,
             "strengths": self.strengths,
-            "bias": self.bias,
-            "doubt": self._doubt,
-            "probed": self._probed,
+            **self._bias.state(),
             "step": torch.tensor(self._step),
         }
 
@@ -198,11 +191,11 @@ class HoldController:
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
         self._pairs, self._gates, self._share = tensors["pairs"], tensors["gates"], tensors["share"]
         self._size, self._scale, self.strengths = tensors["size"], tensors["scale"], tensors["strengths"]
-        self.bias, self._doubt, self._probed = tensors["bias"], tensors["doubt"], tensors["probed"]
+        self._bias.restore(tensors)
         self._step = int(tensors["step"])
 
     def weights(self, deltas: Tensor) -> Tensor:
-        """What of each delta is the concept itself: `(N, C)`, sd of the score."""
+        """What of each delta is the concept itself: `(..., C)`, sd of the score."""
         size, scale = (tensor.to(deltas.device, deltas.dtype) for tensor in (self._size, self._scale))
         return scale * presence(deltas, size)
 
@@ -216,17 +209,21 @@ class HoldController:
         log_ratios = self._pairs[:, :1].double()
         return (gates * log_ratios).sum(dim=0) / rows, (gates * self._weights()).sum(dim=0) / rows
 
+    def _lift(self) -> Tensor:
+        """What the mean product of log-ratio and weight has over the covariance, `(C,)`, in amplification's unit."""
+        log_ratio, weight = self._middles()
+        return log_ratio * weight / 4
+
     def _solve(self) -> None:
         if not len(self._pairs):
             return
         margins, weights = self._pairs[:, 1].double(), self._weights()
         amplification, error = self.amplification()
-        least = amplification + self.bias - self.targets
-        log_ratio, weight = self._middles()
-        most = least + log_ratio * weight / 4 * (1 - self._probed)
+        least = amplification + self.bias[0] - self.targets
+        most = least + (self._lift() + (self.bias[1] - self.bias[0]))
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
-        error = (error**2 + self._probed * self._doubt).sqrt()
+        error = (error**2 + self._bias.doubt[0]).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
         loudness = (self._pairs[:, 2:].double() / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
         pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from benchmarks.case_studies import __main__ as command
 from benchmarks.case_studies import probes, study, table, worlds
-from benchmarks.case_studies.methods import PROBE, method, methods, shaping
+from benchmarks.case_studies.methods import PROBE, ROLLOUTS, method, methods, shaping
 from benchmarks.case_studies.report import COLUMNS
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, conversations
 from benchmarks.case_studies.worlds import DPO, GATE, WORLDS
@@ -139,6 +139,18 @@ def test_what_tells_most_comes_first() -> None:
     assert [(job.world, job.method) for job in planned[: len(others)]] == [(name, "hold") for name in others]
     assert [job.seed for job in planned] == sorted(job.seed for job in planned)
     assert {job.size for job in study.jobs(("goblin",), 2, quick=True)} == {"quick"}
+
+
+def test_what_corrects_hold() -> None:
+    job = Job("links", "hold, rollouts", "link", size="quick")
+    assert job.rollouts == {**ROLLOUTS, "probe_prompts": 64}
+    assert Job("links", "hold", "link").rollouts == Job("links").rollouts == {}
+    (concept,) = shaping(WORLDS["links"], "link", "hold, rollouts", 1.0)
+    assert (concept.action, concept.gate.column) == ("hold", GATE)
+    probed = WORLDS["links"].probed(40, seed=1000)
+    assert all(probed[GATE])
+    assert len(probed) == 40
+    assert probed["prompt"] != WORLDS["links"].probed(40, seed=1)["prompt"]
 
 
 @pytest.mark.slow

@@ -225,25 +225,50 @@ class TestProbe:
                 assert all(concept["rollouts"] == [0.0, 0.0] for concept in probe["concepts"].values())
 
     def test_prompts_are_held_out_where_there_are_any(self, tmp_path):
-        held_out = pairs(30, seed=5)
+        """Where these are few, they are taken again."""
+        held_out = pairs(7, seed=5)
         trainer = shaped(*watching(), output_dir=str(tmp_path), trainer={"eval_dataset": held_out}, **PROBE)
         train(trainer)
         known = {row["prompt"].replace("<bos> ", "") for row in held_out}
-        assert {sample["prompt"] for sample in records(tmp_path, "probe")[0]["samples"]} <= known
+        probe = records(tmp_path, "probe")[1]
+        assert {sample["prompt"] for sample in probe["samples"]} == known
+        assert (probe["prompts"], probe["rollouts"]) == (18, 36)
+        asked = trainer._monitor._probe.probe.prompts
+        assert asked == [asked[i % 7] for i in range(18)]
 
     def test_rollouts_correct_the_controller_of_held_concepts(self, tmp_path):
-        def biases(**fields: Any) -> list[float]:
-            held = Concept("held", Direction(vector(4), layer=1), action="hold")
-            gated = Concept("gated", Direction(vector(3), layer=1), action="hold", gate={"column": "some"})
-            data = pairs(some=[i % 2 == 0 for i in range(24)])
-            trainer = shaped(held, gated, data=data, output_dir=str(tmp_path / str(len(fields))), **fields)
-            train(trainer)
-            return trainer._shaping.hold.bias.tolist()
+        """Of a gated one, those of its gate's prompts; none, where the prompts' data does not say which these are."""
 
-        assert biases() == [0.0, 0.0]
-        corrected = biases(**PROBE)
-        assert corrected[0] != 0
-        assert corrected[1] == 0  # the prompts of a probe are not its gate's
+        def run(**fields: Any) -> tuple[Any, list[Any]]:
+            held = Concept("held", Direction(vector(4), layer=1), action="hold")
+            column = Concept("column", Direction(vector(3), layer=1), action="hold", gate={"column": "some"})
+            prompt = Concept("prompt", Direction(vector(5), layer=1), "hold", gate={"concept": "held", "threshold": 0})
+            data = pairs(some=[i % 3 == 0 for i in range(24)])
+            name = str(tmp_path / str(len(fields)))
+            trainer = shaped(held, column, prompt, data=data, output_dir=name, **fields)
+            seen, change = [], trainer._shaping.hold.change
+            trainer._shaping.hold.change = lambda *given: seen.append(given) or change(*given)
+            train(trainer)
+            return trainer, seen
+
+        trainer, seen = run()
+        assert not seen
+        assert trainer._shaping.hold.bias.eq(0).all()
+        trainer, seen = run(**PROBE)
+        probe, before = trainer._monitor._probe.probe, trainer._monitor._probe._before
+        asked = {tuple(row["prompt_ids"]): row["some"] for row in reversed(list(trainer.train_dataset))}
+        some = [float(asked[tuple(prompt)]) for prompt in probe.prompts]
+        now, then, gates = seen[-1]
+        assert now.shape == (18, 2, 3)
+        assert torch.equal(then[:, 2:4], before.scores[1])
+        assert gates[:, 0].tolist() == [1.0] * 18
+        assert gates[:, 1].tolist() == some
+        assert 0 < gates[:, 2].sum() < 18
+        assert gates[:, 2].unique().tolist() == [0, 1]
+        assert trainer._shaping.hold.bias[0].ne(0).all()
+        trainer, seen = run(trainer={"eval_dataset": pairs(30, seed=5)}, **PROBE)
+        assert seen[-1][2][:, 1].isnan().all()
+        assert (trainer._shaping.hold.bias[0] != 0).tolist() == [True, False, True]
 
     def test_adapter(self, tmp_path):
         from peft import LoraConfig

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from shapedpo.shapers.correction import DRIFT
 from shapedpo.shapers.hold import (
     RIDGE,
     SHORTEST,
@@ -220,6 +221,30 @@ class TestLoop:
                 changes.append(policy.change)
             assert sum(changes) / 150 == pytest.approx(2 * target, abs=0.7)
 
+    @pytest.mark.parametrize("rate", [0.3, 1.0], ids=lambda rate: f"rate {rate}")
+    def test_probes_see_what_no_pair_shows(self, rate):
+        """Of each nat that the wanted lesson gains it takes half a nat from the concept, on held-out prompts alone. Nine probes in 50 steps, of
+        which each is off by 0.2 sd; the learning rate falls to 0.
+        """
+
+        def ends(probed: bool) -> float:
+            policy = Policy(0, taught=-1.0, leak=0.0, rate=rate)
+            controller = HoldController([0.0], policy.beta)
+            deltas = policy.pairs(256)[:, :1]
+            controller.start(deltas, torch.ones_like(deltas))
+            noise = torch.Generator().manual_seed(0)
+            for step in range(50):
+                if probed and step and step % 5 == 0:
+                    shift = 0.2 * torch.randn(1, generator=noise, dtype=torch.float64)
+                    controller.correct((policy.change - policy.weights[1] / 2) / 2 + shift, [0.2])
+                policy.rate = rate * (1 - step / 50)
+                policy.step(controller)
+            return float(policy.change - policy.weights[1] / 2) / 2
+
+        unseen = ends(probed=False)
+        assert unseen < -0.35
+        assert abs(ends(probed=True)) < 0.5 * abs(unseen)
+
     @pytest.mark.parametrize("batch", [4, 64])
     def test_noise_does_not_wind_up(self, batch):
         """Nothing is taught of the concept: what the controller does is the answer to noise alone. The concept wanders, as it does without
@@ -363,6 +388,36 @@ class TestReadings:
         controller.update()
         assert controller.strengths.isfinite().all()
 
+    def test_what_rollouts_show_against_a_slow_reference(self):
+        """Each rollout of the policy against each of the reference's for the same prompt; of a gated concept, on its gate's prompts."""
+        draw = torch.Generator().manual_seed(7)
+        controller = HoldController([0.0, 0.0, 0.0], 0.1)
+        calibration = torch.randn(50, 3, generator=draw)
+        controller.start(calibration, torch.ones(50, 3))
+        now, before = 2 * torch.randn(9, 2, 3, generator=draw) + 0.5, torch.randn(9, 4, 3, generator=draw)
+        gates = torch.tensor([[1.0, 0.0, 0.0]]).repeat(9, 1)
+        gates[:, 1] = torch.tensor([1, 0, 0.5, 1, 0, 0, 1, 1, 0])
+        gates[4, 2] = 1
+        change, error = controller.change(now, before, gates)
+        for c in range(2):
+            size = typical_size(calibration)[c].item()
+            seen = calibration[:, c].tolist()
+            scale = sum(x * x for x in seen) / sum(x * shown(x, size) for x in seen)
+            found = []
+            for ours, theirs in zip(now[..., c].tolist(), before[..., c].tolist(), strict=True):
+                found.append(sum(scale * shown(x - y, size) for x in ours for y in theirs) / 8)
+            gate = gates[:, c].tolist()
+            mean = sum(g * x for g, x in zip(gate, found, strict=True)) / sum(gate)
+            n = sum(gate) ** 2 / sum(g * g for g in gate)
+            square = sum((g * (x - mean)) ** 2 for g, x in zip(gate, found, strict=True)) / sum(gate) ** 2
+            assert change[c].item() == pytest.approx(mean, rel=1e-5)
+            assert error[c].item() == pytest.approx((square * n / (n - 1)) ** 0.5, rel=1e-5)
+        assert error[2].isnan()  # of one prompt
+        assert controller.change(now, before, gates * math.nan)[1].isnan().all()
+        assert controller.change(now, now, gates)[0].tolist() == pytest.approx(
+            [0, 0, 0], abs=1e-6
+        )  # nothing has changed
+
     def test_probes_correct_what_is_read(self):
         """The truth is 0.3 sd more than amplification shows: the controller comes to know it, and holds harder."""
         controller = HoldController([0.0], 0.1)
@@ -373,14 +428,42 @@ class TestReadings:
         controller.update()
         before = controller.strengths.item()
         controller.correct([math.nan], [math.nan])
-        assert controller.bias.item() == 0
+        assert controller.bias.tolist() == [[0], [0]]
         for _ in range(10):
             controller.correct([0.3], [0.05])
-        assert controller.bias.item() == pytest.approx(0.3, abs=0.02)
+        assert controller.bias.tolist() == [[pytest.approx(0.3, abs=0.02)]] * 2
         controller.update()
         assert controller.strengths.item() > before + 0.2
         controller.correct([0.3], [100.0])  # as good as unknown
-        assert controller.bias.item() == pytest.approx(0.3, abs=0.02)
+        assert controller.bias[0].item() == pytest.approx(0.3, abs=0.02)
+
+    def test_bias_against_a_slow_reference(self):
+        """Two concepts, probe by probe; one of them is not always measured."""
+        controller = HoldController([0.0, 0.1], 0.1)
+        log_ratios, deltas = self.rows(WINDOW)
+        deltas = deltas + 0.3
+        controller.start(deltas, torch.ones_like(deltas))
+        bias, doubt = ([[0.0, 0.0], [0.0, 0.0]] for _ in range(2))
+        for number, change in enumerate([[0.1, 0.0], [0.9, math.nan], [0.8, -0.2], [0.85, -0.3]]):
+            seen = slice(128 * number, 128 * (number + 1))
+            controller.observe((number + 1) * log_ratios[seen] + number, deltas[seen])
+            controller.update()
+            controller.correct(change, [0.2, 0.1])
+            covariance, noise = controller.amplification()
+            weights, ratios = controller.weights(controller._pairs[:, 2:].double()), controller._pairs[:, 0].double()
+            for c in range(2):
+                product = covariance[c].item() + ratios.mean().item() * weights[:, c].mean().item() / 4
+                for i, reading in enumerate((covariance[c].item(), product)):
+                    if math.isnan(change[c]):
+                        continue
+                    off = change[c] - (reading + bias[i][c])
+                    variance = (0.2, 0.1)[c] ** 2
+                    prior = max(doubt[i][c] + DRIFT**2 + noise[c].item() ** 2, off**2 - variance)
+                    bias[i][c] += prior / (prior + variance) * off
+                    doubt[i][c] = prior * variance / (prior + variance)
+            assert controller.bias.tolist() == [pytest.approx(part) for part in bias]
+            assert controller._bias.doubt.tolist() == [pytest.approx(part) for part in doubt]
+        assert abs(bias[0][0] - bias[1][0]) > 0.01
 
     def test_a_noisy_probe_moves_little(self):
         """64 rollouts of a rare concept: a change of one standard error is no reason to let go."""

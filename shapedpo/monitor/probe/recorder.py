@@ -51,6 +51,7 @@ class ProbeRecorder:
                 part.get("features") if run.accelerator.is_main_process else None,
                 part["reference"].to(device),
                 part["policy"].to(device),
+                part["gates"].to(device) if "gates" in part else None,
             )
             self._past = part["past"].numpy() if "past" in part else None
 
@@ -92,6 +93,8 @@ class ProbeRecorder:
             now = self.probe.run(model, read, DRAWS_BEFORE if first else 1)
             before = self._before or now
             policy_before = before.policy if first else self.probe.logps(model, before, self.run_.logps)
+        if not first:
+            self.run_.correct(now, before)
         self._before = before
         samples = self._samples(now)
         record: Record = {}

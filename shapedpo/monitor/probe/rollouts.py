@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ class Readings(NamedTuple):
         features: `(D, N, 2, F)`, monitored features' standardised scores, on the CPU of the main process; else `None`.
         reference: `(D, N, 2)`, the rollouts' log-probabilities under the reference, nats.
         policy: `(D, N, 2)`, under the model that was sampled.
+        gates: `(D, N, 2, C)`, how far each concept's gate lets the prompt in, not a number where nothing says so; `None` where none were read.
     """
 
     ids: Tensor
@@ -37,19 +38,21 @@ class Readings(NamedTuple):
     features: Tensor | None
     reference: Tensor
     policy: Tensor
+    gates: Tensor | None = None
 
 
 class Reading(NamedTuple):
-    """What was read on B pairs of completions, chosen ones first: `(2B, C)`, `(2B, F)` or `None`, `(2B,)` and `(2B,)`."""
+    """What was read on B pairs of completions, chosen ones first: `(2B, C)`, `(2B, F)` or `None`, `(2B,)`, `(2B,)`, and `(2B, C)` or `None`."""
 
     scores: Tensor
     features: Tensor | None
     reference: Tensor
     policy: Tensor
+    gates: Tensor | None = None
 
 
 Rows = list[dict[str, Any]]
-"""Pairs of completions of a prompt, as prepared data has them: `prompt_ids`, `chosen_ids`, `rejected_ids`."""
+"""Pairs of completions of a prompt, as prepared data has them: `prompt_ids`, `chosen_ids`, `rejected_ids`, and what else the prompt's row has."""
 
 
 class Probe:
@@ -62,6 +65,7 @@ class Probe:
         pad_token_id: What fills batches up.
         seed: Of the sampling: the same at every probe, so that the same model says the same.
         batch: Prompts sampled at once.
+        columns: What else of each prompt's row is read with its rollouts, such as the columns of gates.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class Probe:
         pad_token_id: int,
         seed: int,
         batch: int = BATCH,
+        columns: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.prompts = list(prompts)
+        self._columns = [{}] * len(self.prompts) if columns is None else list(columns)
         self.accelerator = accelerator
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
@@ -125,8 +131,8 @@ class Probe:
         ends = set(ends if isinstance(ends, list) else [ends])
         texts = [_cut(row, ends) for row in out[:, length:].tolist()]
         return [
-            {"prompt_ids": prompt, "chosen_ids": one, "rejected_ids": two}
-            for prompt, one, two in zip(ids, texts[::2], texts[1::2], strict=True)
+            {**self._columns[prompt], "prompt_ids": self.prompts[prompt], "chosen_ids": one, "rejected_ids": two}
+            for prompt, one, two in zip(prompts, texts[::2], texts[1::2], strict=True)
         ]
 
     def run(self, model: Any, read: Callable[[Any, Rows], Reading], draws: int) -> Readings:
@@ -146,17 +152,20 @@ class Probe:
                 rows = self.sample(model, number, prompts)
                 found.append(read(model, rows))
                 ids.append(self._padded(rows))
-        scores, features, reference, policy = zip(*found, strict=True)
+        scores, features, reference, policy, gates = zip(*found, strict=True)
+
+        def paired(parts: Sequence[Tensor]) -> Tensor:
+            return self._gather([part.unflatten(0, (2, -1)).transpose(0, 1) for part in parts], draws)
+
         n_features = features[0].shape[1] if features[0] is not None else 0
-        table = self._gather([f.unflatten(0, (2, -1)).transpose(0, 1) for f in features], draws) if n_features else None
+        table = paired(features) if n_features else None
         return Readings(
             self._gather(ids, draws),
-            self._gather([s.unflatten(0, (2, -1)).transpose(0, 1) for s in scores], draws),
+            paired(scores),
             table.cpu() if table is not None and self.accelerator.is_main_process else None,
-            *(
-                self._gather([r.unflatten(0, (2, -1)).T[..., None] for r in logps], draws)[..., 0]
-                for logps in (reference, policy)
-            ),
+            paired([logps[:, None] for logps in reference])[..., 0],
+            paired([logps[:, None] for logps in policy])[..., 0],
+            paired(gates) if gates[0] is not None else None,
         )
 
     def logps(self, model: Any, readings: Readings, logps: Callable[[Any, Rows], Tensor]) -> Tensor:
@@ -168,6 +177,7 @@ class Probe:
                 draw = number // self._per_draw
                 rows = [
                     {
+                        **self._columns[prompt],
                         "prompt_ids": self.prompts[prompt],
                         "chosen_ids": _unpadded(readings.ids[draw, prompt, 0]),
                         "rejected_ids": _unpadded(readings.ids[draw, prompt, 1]),
@@ -237,6 +247,13 @@ def context_length(model: nn.Module) -> int:
 
 
 def choose_prompts(dataset: Any, n: int, longest: int, seed: int, option: str) -> list[list[int]]:
+    """The prompts of [`choose_rows`]."""
+    return [row["prompt_ids"] for row in choose_rows(dataset, n, longest, seed, option)]
+
+
+def choose_rows(
+    dataset: Any, n: int, longest: int, seed: int, option: str, columns: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Draw prompts from prepared data, each at most once.
 
     Args:
@@ -245,6 +262,10 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int, option: str) -
         longest: Prompts of more tokens are passed over.
         seed: Of the draw.
         option: What the caller's user sets the length of an answer with, for the error.
+        columns: What else to take of a row, where it is there.
+
+    Returns:
+        `prompt_ids` of each, and those columns.
 
     Raises:
         ValueError: If there is none that is short enough.
@@ -254,13 +275,13 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int, option: str) -
         rows = (dataset[int(i)] for i in order)
     else:
         rows = iter(dataset)
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[int, ...], dict[str, Any]] = {}
     shortest = None
     for seen, row in enumerate(rows):
         ids = row["prompt_ids"]
         shortest = len(ids) if shortest is None else min(shortest, len(ids))
         if 0 < len(ids) <= longest:
-            found[tuple(ids)] = None
+            found.setdefault(tuple(ids), {name: row[name] for name in columns if name in row})
         if len(found) == n or seen > 50 * n:
             break
     if not found:
@@ -268,7 +289,7 @@ def choose_prompts(dataset: Any, n: int, longest: int, seed: int, option: str) -
             f"No prompt is short enough to be answered: the shortest of those looked at has {shortest} tokens, and {longest} leave room for "
             f"`{option}` within the model's context. Lower `{option}`."
         )
-    return [list(ids) for ids in found]
+    return [{"prompt_ids": list(ids), **others} for ids, others in found.items()]
 
 
 def _cut(ids: list[int], ends: set[int]) -> list[int]:
