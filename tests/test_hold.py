@@ -205,5 +205,5 @@ def test_probes_reach_the_concept_they_name():
     now = before[:, :2] + torch.tensor([0.0, 9.0, 9.0])
     gates = torch.tensor([torch.nan, 1.0, 1.0]).expand(40, 3)  # nothing is known of the first
     trainer._shaping.correct(now, before, gates)
-    assert hold.bias[0, 0] == 0 < hold.bias[0, 1]
+    assert hold.bias[0] == 0 < hold.bias[1]
     shaped(Concept("goblin", Regex("goblin")))._shaping.correct(now, before, gates)  # nothing is held: nothing happens

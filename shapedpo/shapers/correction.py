@@ -37,49 +37,46 @@ def rollout_change(
 
 
 class Bias:
-    """Tracks what to add to readings to get the true change of the mean score: a Kalman filter.
+    """Tracks what to add to a reading of C concepts to get the true change of their mean scores: a Kalman filter.
 
     Before training the bias is none, for sure. Between two probes doubt about it grows by a drift and by the reading's own noise, and where
     rollouts are more of a surprise than that and their own error explain, to what does explain them (maximum likelihood): so what moves
-    far is followed at once, and noise is not. Between probes it stays: carried on at its pace it overshot (dialogue in the stories at a high
-    learning rate, two probes 50 steps apart).
+    far is followed at once, and noise is not.
 
     Source: ours; adaptive noise as in R. K. Mehra, "On the identification of variances and adaptive Kalman filtering", IEEE Transactions on
     Automatic Control 15 (1970).
 
-    Args:
-        readings: R, of each concept.
-        concepts: C.
-
     Attributes:
-        value: `(R, C)` float64, sd of the score.
-        doubt: `(R, C)` float64, its variance after the last probe.
+        value: `(C,)` float64, sd of the score.
+        doubt: `(C,)` float64, its variance after the last probe.
+        probed: `(C,)` float64, 1 where a probe has shown it.
     """
 
-    def __init__(self, readings: int, concepts: int) -> None:
-        self.value, self.doubt = torch.zeros(2, readings, concepts, dtype=torch.float64)
+    def __init__(self, concepts: int) -> None:
+        self.value, self.doubt, self.probed = torch.zeros(3, concepts, dtype=torch.float64)
 
-    def correct(self, readings: Tensor, noise: Tensor, change: Tensor, error: Tensor) -> None:
+    def correct(self, reading: Tensor, noise: Tensor, change: Tensor, error: Tensor) -> None:
         """Learn from a probe.
 
         Args:
-            readings: `(R, C)`, not corrected, sd of the score.
-            noise: `(C,)`, their standard errors.
+            reading: `(C,)`, not corrected, sd of the score.
+            noise: `(C,)`, its standard errors.
             change: `(C,)`, what the rollouts show.
             error: `(C,)`, its standard errors. Not finite: not measured.
         """
         known = change.isfinite() & error.isfinite()
-        surprise = change.where(known, 0) - readings - self.value
+        surprise = change.where(known, 0) - reading - self.value
         variance = error.where(known, 1) ** 2
         doubt = torch.maximum(self.doubt + DRIFT**2 + noise**2, surprise**2 - variance)
         gain = doubt / (doubt + variance)
         self.value = torch.where(known, self.value + gain * surprise, self.value)
         self.doubt = torch.where(known, (1 - gain) * doubt, self.doubt)
+        self.probed = torch.where(known, 1.0, self.probed)
 
     def state(self) -> dict[str, Tensor]:
         """All that it goes on from, by name."""
-        return {"bias": self.value, "doubt": self.doubt}
+        return {"bias": self.value, "doubt": self.doubt, "probed": self.probed}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
-        self.value, self.doubt = state["bias"], state["doubt"]
+        self.value, self.doubt, self.probed = (state[name] for name in ("bias", "doubt", "probed"))

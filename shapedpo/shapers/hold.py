@@ -26,8 +26,8 @@ Chosen and rejected answers are not two draws of the reference. Other lessons li
 counts that for the concept wherever the data teach the concept as well. The covariance of \\( l \\) and \\( w \\) leaves it out, but leaves
 out too much where pairs are the best and the worst of several: an answer with the concept needed less of the rest to be chosen. For a
 policy that has learned all lessons of `benchmarks/stories/` but the held one, random pairs give 0.03, the mean product over the data's
-pairs 0.32 and the covariance -0.09. So the truth is taken to lie between the two, and the controller acts on what both agree on. Probe rollouts
-tell how far each is off; between two probes it is again what both agree on since the last one.
+pairs 0.32 and the covariance -0.09. So the truth is taken to lie between the two, and the controller acts on what both agree on, until probe
+rollouts tell it how far the covariance is off.
 
 Source: ours (a method of multipliers, with integral control on amplification). Reward shaping is from Bergen et al. (arXiv 2606.12360).
 """
@@ -90,7 +90,7 @@ class HoldController:
         self.beta, self.window = beta, window
         self.gain, self.bound, self.unread = gain, bound, unread
         self.strengths = torch.zeros_like(self.targets)
-        self._bias = Bias(2, len(targets))  # of the covariance, and of the mean product
+        self._bias = Bias(len(targets))
         self._share = torch.ones_like(self.targets)  # of the rows that are gated in
         self._size = torch.ones_like(self.targets)  # of the deltas of pairs that show the concept on one side
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
@@ -100,7 +100,7 @@ class HoldController:
 
     @property
     def bias(self) -> Tensor:
-        """What to add to the covariance, and to the mean product, to get the true change of the mean score, as far as known: `(2, C)`."""
+        """What to add to amplification to get the true change of the mean score, as far as known: `(C,)`, sd of the score."""
         return self._bias.value
 
     def start(self, deltas: Tensor, gates: Tensor) -> None:
@@ -170,8 +170,7 @@ class HoldController:
             error: `(C,)`, its standard errors. Not finite: not measured.
         """
         amplification, noise = self.amplification()
-        readings = torch.stack([amplification, amplification + self._lift()])
-        self._bias.correct(readings, noise, *(torch.as_tensor(x, dtype=torch.float64) for x in (change, error)))
+        self._bias.correct(amplification, noise, *(torch.as_tensor(x, dtype=torch.float64) for x in (change, error)))
 
     def state(self) -> dict[str, Tensor]:
         """All that it goes on from, by name."""
@@ -209,21 +208,17 @@ class HoldController:
         log_ratios = self._pairs[:, :1].double()
         return (gates * log_ratios).sum(dim=0) / rows, (gates * self._weights()).sum(dim=0) / rows
 
-    def _lift(self) -> Tensor:
-        """What the mean product of log-ratio and weight has over the covariance, `(C,)`, in amplification's unit."""
-        log_ratio, weight = self._middles()
-        return log_ratio * weight / 4
-
     def _solve(self) -> None:
         if not len(self._pairs):
             return
         margins, weights = self._pairs[:, 1].double(), self._weights()
         amplification, error = self.amplification()
-        least = amplification + self.bias[0] - self.targets
-        most = least + (self._lift() + (self.bias[1] - self.bias[0]))
+        least = amplification + self.bias - self.targets
+        log_ratio, weight = self._middles()
+        most = least + log_ratio * weight / 4 * (1 - self._bias.probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
-        error = (error**2 + self._bias.doubt[0]).sqrt()
+        error = (error**2 + self._bias.doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
         loudness = (self._pairs[:, 2:].double() / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
         pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
