@@ -19,6 +19,24 @@ BATCH = 16
 """Prompts sampled at once. Fixed, so that the same rollouts come out on any number of processes."""
 DRAWS_BEFORE = 4
 """Draws before training: once, so more are worth having. The first has the random numbers of every later probe."""
+FULL_DISTRIBUTION: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+"""What samples the model as it is, whatever its own generation config would have instead, such as Qwen's repetition penalty."""
 
 
 class Readings(NamedTuple):
@@ -117,10 +135,7 @@ class Probe:
             input_ids=input_ids,
             attention_mask=attention_mask,
             num_return_sequences=ROLLOUTS,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            **FULL_DISTRIBUTION,
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.pad_token_id,
             use_cache=True,
