@@ -129,5 +129,5 @@ look affected, in points, *capability* exact answers to 232 sums and facts, *KL*
 multiple of plain DPO's (only as good as the machine was quiet). Sampling noise of a rate near 5 % is 1.1 points (sd), of one near 50 % 2.5 (conditional cases: 1.4 times that). The strength of `mask` and `filter`
 is in multiples of the share of pairs that teach the target, which nobody knows of real data; that of `tokens` is the share of tokens; `ablate`: at how many
 layers; `inoculate`: of how many rows. `its rows out` trains without the rows that teach the target, as only who wrote the data can: what other lessons bring along
-remains; `hold above`: held at so many sd above its score before. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
+remains; `hold above`: held at so many sd above its score before. `hold, rollouts`: corrected by probe rollouts. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
 taught traits; `{PROBE.removeprefix(", ")}`: it is read by an attention probe, fitted on 4,000 answers of the base that a judge labelled, the other traits as hard negatives."""
