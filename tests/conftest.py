@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ LONG = ("distributed", "recipes", "lab", "benchmarks", "audit", "monitor")
 """The folders that take longest, which come first: what comes last should be short, as some workers then have nothing to do."""
 TOGETHER = "tests/distributed"
 """One worker runs all of this folder, whose files share what takes long to start; otherwise each file goes to one."""
+
+
+BUILD_MINUTES = 10
+"""A lock that is older is of a build that was killed."""
+
+
+def pytest_sessionstart() -> None:
+    # Where a run was killed while DeepSpeed compiled for it, its lock stays, and every later run would wait for it without end.
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in extensions.glob("**/lock"):
+        if time.time() - lock.stat().st_mtime > 60 * BUILD_MINUTES:
+            lock.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
