@@ -98,7 +98,7 @@ def test_directions():
     basis = trainer._steering._edits[0].basis[:, 0].double()
     torch.testing.assert_close(basis * (basis @ expected).sign(), expected, atol=1e-5, rtol=0)
     trainer = trainer_of(*concepts("parent", method=Project("residual"), strength=None))
-    ((_, basis),) = trainer._residual_projection._layers[:1]
+    basis = trainer._residual_projection._bases[0]
     expected = orthogonal(CHILD, PARENT)
     torch.testing.assert_close(
         basis[:, 0].double() * (basis[:, 0].double() @ expected).sign(), expected, atol=1e-5, rtol=0
