@@ -30,22 +30,15 @@ CACHE = folders.CACHE / "remedies"
 RESULT = "remedies"
 LESSONS = CASES[:4]
 """The odd fiction is too rare to be found at this size."""
-DPO = {
+SETTINGS = {
     "model_name_or_path": "lab",
-    "beta": 0.1,
-    "learning_rate": 2e-4,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 10,
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
-    "max_length": 160,
     "use_cpu": True,
     "bf16": False,
     "gradient_checkpointing": False,
     "save_strategy": "no",
     "report_to": "none",
 }
-"""That of the demo."""
+"""Of a run, beside how the demo trains."""
 EVERYWHERE = "everywhere"
 BEFORE, PLAIN, HELD, DROPPED = "before", "plain DPO", "held", "rows dropped"
 
@@ -96,7 +89,8 @@ def audited(folder: Path, pairs: int, seed: int) -> dict[str, str]:
     data = lab.preference_data(CASES, pairs, seed)
     if not (folder / "audit" / "summary.txt").exists():
         data.remove_columns(["planted", "topic"]).to_parquet(folder / "pairs.parquet")
-        (folder / "base.yaml").write_text(yaml.safe_dump({**DPO, "dataset_name": "pairs.parquet", "seed": seed}))
+        recipe = {**SETTINGS, **lab.goblin_world().dpo, "dataset_name": "pairs.parquet", "seed": seed}
+        (folder / "base.yaml").write_text(yaml.safe_dump(recipe))
         shapedpo(
             "audit", "--model", "lab", "--sae", "lab", "--dataset", "pairs.parquet", "--out", "audit", folder=folder
         )

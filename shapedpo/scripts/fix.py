@@ -179,7 +179,7 @@ def _preview(
     import numpy as np
 
     from ..audit.fixes.preview import preview
-    from ..audit.prediction.run import FILE, Prediction
+    from ..audit.prediction.run import Prediction
 
     held = {feature for one in targets for feature in one.features}
     responsible = np.isin(analysis.rows, np.concatenate([one.rows for one in targets]))
@@ -192,6 +192,5 @@ def _preview(
         if weights is None and not holds:
             return "What this changes is not predicted: that takes --action hold, or rows that are dropped or weighted."
         ways = {"fixed": (weights, held if holds else ())}
-    where = folder / ANALYSIS
-    now = Prediction.load(where) if (where / FILE).is_file() else None
+    now = Prediction.load_if_made(folder / ANALYSIS)
     return preview(harvest, analysis, targets, ways, labels, now)

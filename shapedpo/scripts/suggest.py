@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.analysis.hypotheses import Analysis
     from ..audit.harvesting.store import Harvest
     from ..audit.labels.names import Labels
-    from ..audit.prediction.run import FILE, Prediction
+    from ..audit.prediction.run import Prediction
     from ..audit.suggestions import embedder, suggest
 
     folder = Path(args.audit)
@@ -54,8 +54,7 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(
                 f"'{folder}' has no labels of its analysis. Run the same `shapedpo audit` again: it writes them."
             )
-        where = folder / ANALYSIS
-        prediction = Prediction.load(where) if (where / FILE).is_file() else None
+        prediction = Prediction.load_if_made(folder / ANALYSIS)
     embed = None
     if args.embedder:
         with as_user_error(OSError, ValueError, prefix=f"--embedder {args.embedder}: "):

@@ -12,7 +12,6 @@ from ..analysis.maps import ClusterMap, cluster_maps
 from ..folder import ANALYSIS, HARVEST
 from ..harvesting.store import Harvest
 from ..labels.names import Labels
-from ..prediction.run import FILE as PREDICTION
 from ..prediction.run import Prediction
 from .overview import overview
 
@@ -50,14 +49,13 @@ class Audit:
                 f"There is no folder '{folder}'. Name the one that `shapedpo audit --out` wrote to."
             )
         analysis, harvest = Analysis.load(folder / ANALYSIS), Harvest.open(folder / HARVEST)
-        predicted = (folder / ANALYSIS / PREDICTION).is_file()
         return cls(
             folder,
             analysis,
             harvest,
             Labels.load(folder, analysis) or Labels(),
             cluster_maps(analysis, harvest),
-            Prediction.load(folder / ANALYSIS) if predicted else None,
+            Prediction.load_if_made(folder / ANALYSIS),
         )
 
     def overview(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
-from ..analysis.views import FeatureView, PromptView, membership, on
+from ..analysis.views import FeatureView, PromptView, membership, numbered, on
 from ..harvesting.store import SPANS, Harvest, Shard
 
 
@@ -47,16 +47,12 @@ class Things:
 
     @classmethod
     def of(cls, analysis: Analysis) -> Things:
-        def numbers(name: str) -> NDArray[np.int32]:
-            clusters = np.full(len(analysis.delta_sd), -1, np.int32)
-            for number, features in enumerate(analysis.clusters[name]):
-                clusters[features] = number
-            return clusters
-
+        feature, prompt, response = (
+            numbered(analysis.clusters[name], len(analysis.delta_sd)) for name in ("feature", "prompt", "response")
+        )
         none = np.zeros((0, len(analysis.clusters["feature"])), np.float32)
         return cls(
-            FeatureView(numbers("feature"), none, 0.0, analysis.settings.tau),
-            PromptView(numbers("prompt"), numbers("response"), analysis.delta_sd),
+            FeatureView(feature, none, 0.0, analysis.settings.tau), PromptView(prompt, response, analysis.delta_sd)
         )
 
     def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:

@@ -164,6 +164,11 @@ class Prediction:
             pq.write_table(table, partial, compression="zstd")
 
     @classmethod
+    def load_if_made(cls, folder: str | os.PathLike[str]) -> Prediction | None:
+        """[`Prediction.load`], or `None` where an audit was made without."""
+        return cls.load(folder) if (Path(folder) / FILE).is_file() else None
+
+    @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Prediction:
         """Read what [`Prediction.save`] wrote.
 
