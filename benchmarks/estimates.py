@@ -1,13 +1,13 @@
 """Are the gauges true? What a run says it has changed, against what the model's answers say.
 
-    python -m benchmarks.estimates [--quick] [--worlds "lab: goblin world" ...] [--cached]
+    python -m benchmarks.estimates [--quick] [--worlds "lab: goblin world" ...] [--finished]
 
 DPO runs in four worlds (two of the lab's, two mixes of planted preferences on stories260k), gentle and violent: learning rates and betas a decade
 apart. At a quarter, a half and the end of each, the change of every SAE feature's mean score is measured on 1,536 rollouts before and after,
 which no estimator sees, and compared with what each estimator makes of the training pairs and of a few other rollouts.
 
 The runs are kept in `benchmarks/cache/estimates` (`benchmarks/estimates_runs.py`); the estimators are studied on what was kept.
-`--cached` takes the runs that are there.
+`--finished` takes the runs that are there.
 """
 
 from __future__ import annotations
@@ -233,18 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small runs, to check that it works")
     parser.add_argument("--worlds", nargs="+", help="names of worlds")
-    parser.add_argument("--cached", action="store_true", help="only study the runs that are there")
-    parser.add_argument("--cache", type=Path, default=CACHE / "estimates")
+    parser.add_argument("--finished", action="store_true", help="only study the runs that are there")
+    parser.add_argument("--folder", type=Path, default=CACHE / "estimates")
     add_out(parser)
     options = parser.parse_args(arguments)
     from benchmarks.estimates_runs import WORLDS, collect, settings
 
     wanted = settings(options.worlds or WORLDS, options.quick)
-    paths = [options.cache / f"{setting.key}.npz" for setting in wanted]
-    if options.cached:
+    paths = [options.folder / f"{setting.key}.npz" for setting in wanted]
+    if options.finished:
         paths = [path for path in paths if path.exists()]
     else:
-        paths = [collect(setting, options.cache) for setting in tqdm(wanted, desc="Runs")]
+        paths = [collect(setting, options.folder) for setting in tqdm(wanted, desc="Runs")]
     print(write(*study(paths), paths, out_folder(options, CACHE / "quick")))
 
 

@@ -1,11 +1,11 @@
 """Does the audit's prediction come true? Predicted against observed change of features and clusters, in worlds of known lessons.
 
-    python -m benchmarks.prediction [--worlds design | held-out] [--cached] [--quick]
+    python -m benchmarks.prediction [--worlds design | held-out] [--finished] [--quick]
 
 Each run is DPO with TRL's own trainer on a lab dataset or on planted preferences on stories260k, violent (learning rate 2e-4, beta 0.1), gentle (2e-5, 1)
 and violent on a quarter of the pairs. The truth: the model before and after answers 256 held-out prompts twice, the model before reads the answers,
 and they count by how much likelier they have become (`shapedpo verify`). The runs are kept in `benchmarks/cache/prediction`
-(`benchmarks/prediction_runs.py`, which says which worlds were held out); `--cached` takes those that are there. `--quick` makes one small run, to see
+(`benchmarks/prediction_runs.py`, which says which worlds were held out); `--finished` takes those that are there. `--quick` makes one small run, to see
 that all of it works. Writes `prediction.{md,csv,png}` in `benchmarks/results` (`--out`).
 """
 
@@ -116,7 +116,7 @@ def study(runs: Sequence[Setting], folder: Path) -> tuple[list[dict[str, Any]], 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", choices=("design", "held-out", "all"), default="all")
-    parser.add_argument("--cached", action="store_true", help="only the runs that are there")
+    parser.add_argument("--finished", action="store_true", help="only the runs that are there")
     parser.add_argument("--quick", action="store_true", help="one small run, in seconds: to see that it works")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache)")
     add_out(parser)
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     planned = settings({"design": DESIGN, "held-out": HELD_OUT, "all": (*DESIGN, *HELD_OUT)}[options.worlds])
     planned = [QUICK] if options.quick else planned
     runs = planned
-    if options.cached:
+    if options.finished:
         runs = [run for run in runs if (folder / f"{run.key}-rollouts" / "log_ratios.parquet").exists()]
     else:
         make(runs, folder)

@@ -111,7 +111,7 @@ def trained(folder: Path, remedy: Remedy) -> Path | str:
     if remedy.how == HELD:
         config = f"{remedy.name}.yaml"
         (folder / config).unlink(missing_ok=True)
-        shapedpo(*fix, "--base", "base.yaml", "--recipe", config, folder=folder)
+        shapedpo(*fix, "--config", "base.yaml", "--recipe-out", config, folder=folder)
     elif remedy.how == DROPPED:
         extra = ["--dataset_name", f"{remedy.name}.parquet"]
         (folder / extra[1]).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """How the cost of shaping grows: overhead over TRL on 1 and 2 processes under DDP, ZeRO-2 and ZeRO-3, measured, modelled, and carried on to many GPUs.
 
-    python -m benchmarks.scaling [--quick] [--device cuda] [--launches ddp1 ddp2 ...] [--steps 32] [--cached] [--out FOLDER]
+    python -m benchmarks.scaling [--quick] [--device cuda] [--launches ddp1 ddp2 ...] [--steps 32] [--finished] [--out FOLDER]
 
 Each launch measures its cases one after the other (`benchmarks/scaling_steps.py`); a case that is in the cache is not measured again. A model of cost is
 fitted on some cases and tried on others that it has not seen (`benchmarks/scaling_model.py`), and then evaluated for 8B and 70B models on 8 to 512
@@ -86,16 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--launches", nargs="+", help=f"such as {', '.join(LAUNCHES)}, or ddp8 on GPUs")
     parser.add_argument("--steps", type=int, default=32, help="measured steps of a case, plain and shaped together")
-    parser.add_argument("--cached", action="store_true", help="measure nothing, take what there is")
-    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--finished", action="store_true", help="measure nothing, take what there is")
+    parser.add_argument("--folder", type=Path, default=CACHE)
     add_out(parser)
     options = parser.parse_args(arguments)
     if options.steps < FEWEST:
         parser.error(f"--steps must be at least {FEWEST}: a case needs a step of every kind, got {options.steps}")
     scale = "quick" if options.quick else options.device
-    cache = options.cache / scale
+    cache = options.folder / scale
     launches = options.launches or (["ddp1", "ddp2"] if options.quick else LAUNCHES)
-    if options.device == "cuda" and not options.cached:
+    if options.device == "cuda" and not options.finished:
         import torch
 
         gpus = torch.cuda.device_count()
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not launches:
             parser.error(f"--device cuda: there are {gpus} GPUs, and no launch needs as few")
     wanted = {launch: cases(scale, launch) for launch in launches}
-    if not options.cached:
+    if not options.finished:
         for launch in launches:
             measure(launch, wanted[launch], options.device, options.steps, cache)
     from benchmarks.scaling_report import write

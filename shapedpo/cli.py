@@ -53,7 +53,7 @@ AUDITS: dict[str, tuple[Any, str, str]] = {
     "fix": (
         fix,
         "from a finding of an audit to a recipe, or to data without its rows",
-        "DIR --finding N [--recipe FILE] [--dataset-out FILE] [...]",
+        "DIR --finding N [--recipe-out FILE] [--dataset-out FILE] [...]",
     ),
     "suggest": (
         suggest,
@@ -108,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Prints a table of what either has learned. Some six minutes on two cores; no network.",
         allow_abbrev=False,
     )
-    demo.add_argument("--output-dir", default="runs/demo", help="where the models and the W&B run go (%(default)s)")
+    demo.add_argument(
+        "--out", metavar="DIR", default="runs/demo", help="where the models and the W&B run go (%(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of the data and of both trainings (%(default)s)")
 
     concepts = commands.add_parser(
@@ -129,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     page.add_argument("run", help="the run's output folder, or a concepts.jsonl")
-    page.add_argument("--output", metavar="FILE", help="where the page goes (report.html beside concepts.jsonl)")
+    page.add_argument("--out", metavar="FILE", help="where the page goes (report.html beside concepts.jsonl)")
 
     report = commands.add_parser(
         "wandb-report",
@@ -186,12 +188,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if args.command == "demo":
         from . import demo
 
-        demo.run(output_dir=args.output_dir, seed=args.seed)
+        demo.run(args.out, seed=args.seed)
         return 0
     if args.command == "report":
         from .scripts import report
 
-        return report.main(args.run, output=args.output)
+        return report.main(args.run, out=args.out)
     if args.command == "wandb-report":
         from .scripts import wandb_report
 

@@ -68,20 +68,20 @@ class DemoResult:
 HEADINGS = ("% of rollouts [95 %]", "before", "plain DPO", "shaped DPO", "kept")
 
 
-def run(output_dir: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N_ROLLOUTS) -> DemoResult:
+def run(out: str | Path = "runs/demo", seed: int = 0, n_rollouts: int = N_ROLLOUTS) -> DemoResult:
     """Trains the lab's model on the goblin world twice, with DPO and with the goblin held where it was, and prints the table.
 
-    W&B runs are written into `output_dir`, in offline mode unless `WANDB_MODE` says otherwise; the table goes to
+    W&B runs are written into `out`, in offline mode unless `WANDB_MODE` says otherwise; the table goes to
     `demo.md` and `demo.png` there.
 
     Args:
-        output_dir: folder for all that is written.
+        out: folder for all that is written.
         seed: of the data and of both trainings.
         n_rollouts: held-out prompts sampled from each model.
     """
     from rich.console import Console
 
-    out = Path(output_dir).resolve()
+    out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_PROJECT", "shapedpo-demo")

@@ -57,7 +57,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
     source.add_argument("--other", metavar="NAME=JUDGE", nargs="+", default=[], help="what it may be taken for")
     source.add_argument("--max-new-tokens", type=int, default=128, help="where an answer is cut (%(default)s)")
     source.add_argument(
-        "--pairs", type=int, default=500, help="pairs whose completions are read, or prompts answered (%(default)s)"
+        "--sample", type=int, default=500, help="pairs whose completions are read, or prompts answered (%(default)s)"
     )
     source.add_argument("--heldout", type=float, default=0.25, help="share of the prompts to judge on (%(default)s)")
     source.add_argument("--batch-size", type=int, default=8, help="responses in a forward pass (%(default)s)")
@@ -67,11 +67,11 @@ def add_commands(commands: Any, concepts: Any) -> None:
         "fit",
         help="train a probe or a direction on a contrast set",
         description=FIT,
-        usage="shapedpo fit --config RECIPE --output DIR (--contrast | --positive --negative | --pattern | --judge | --instruct) [...]",
+        usage="shapedpo fit --config RECIPE --out DIR (--contrast | --positive --negative | --pattern | --judge | --instruct) [...]",
         allow_abbrev=False,
         **shared,
     )
-    fit.add_argument("--output", metavar="DIR", required=True, help="folder for the readouts and the table")
+    fit.add_argument("--out", metavar="DIR", required=True, help="folder for the readouts and the table")
     fit.add_argument("--kinds", nargs="+", default=["direction", "linear_probe"], metavar="KIND",
         help="direction, linear_probe, attention_probe (the first two)")  # fmt: skip
     fit.add_argument("--layers", nargs="+", default=["all"], help="decoder layers, counted from 0 (all)")

@@ -56,7 +56,7 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         fitted = fit_readouts(model, tokenizer, contrast, options)
     kept = best(fitted)
     _print_fitted(fitted, kept, contrast, options)
-    out = Path(args.output)
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -174,7 +174,7 @@ def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any
         rows = read_contrast(args.positive, label=True, chat=args.chat, concept=args.concept)
         return rows + read_contrast(args.negative, label=False, chat=args.chat, concept=args.concept)
     sizes = {"seed": setting.args.seed, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    pairs = setting.responses(setting.train, args.pairs)
+    pairs = setting.responses(setting.train, args.sample)
     if args.instruct:
         judge = judge_from(args.judge, args.concept or args.instruct[0]) if args.judge else None
         prompts, told = [prompt for prompt, _ in pairs[::2]], (args.instruct[0], args.instruct[1])

@@ -12,11 +12,11 @@ from ..errors import UserError, as_user_error
 
 
 HELP = """\
-Fix what an audit has found. Without --recipe and --dataset-out it only shows what the audit predicts after each fix: with the finding's
+Fix what an audit has found. Without --recipe-out and --dataset-out it only shows what the audit predicts after each fix: with the finding's
 concept held, and without its rows.
 
   shapedpo fix audits/pairs --finding 2                                 # preview
-  shapedpo fix audits/pairs --finding 2 --recipe fixed.yaml             # a recipe that holds it, for shapedpo train --config
+  shapedpo fix audits/pairs --finding 2 --recipe-out fixed.yaml         # a recipe that holds it, for shapedpo train --config
   shapedpo fix audits/pairs --finding 2 --dataset-out clean.parquet     # the data without the rows that teach it
 
 --finding takes the numbers of the audit's summary. A recipe has the audit's model and data, a concept of the SAE features that
@@ -27,7 +27,7 @@ has a column of booleans for each finding, and the recipe is gated by it. The so
 
 _DEFAULTS = """\
 Learning rate, batch size and all else are TRL's defaults, which want a GPU: set them in the recipe or on the command line, or start
-from a recipe of yours with --base. On a CPU: --use_cpu true --bf16 false
+from a recipe of yours with --config. On a CPU: --use_cpu true --bf16 false
 """
 
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hypothesis", type=int, nargs="+", metavar="N", default=[], help="places in hypotheses.json, from 0"
     )
     shape = parser.add_argument_group("a recipe")
-    shape.add_argument("--recipe", metavar="FILE", help="write a recipe for `shapedpo train` (.yaml)")
-    shape.add_argument("--base", metavar="RECIPE", help="the recipe to start from")
+    shape.add_argument("--recipe-out", metavar="FILE", help="write a recipe for `shapedpo train` (.yaml)")
+    shape.add_argument("--config", metavar="RECIPE", help="the recipe to start from")
     shape.add_argument("--action", default="hold", help="hold, suppress, amplify or watch (%(default)s)")
     shape.add_argument("--strength", type=float, help="how strongly, to suppress or amplify")
     rows = parser.add_argument_group("a dataset")
@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--rows {args.rows}: choose one of {', '.join(HOW)}.")
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError):
-        if args.recipe:
-            check_target(args.recipe, (".yaml", ".yml"))
+        if args.recipe_out:
+            check_target(args.recipe_out, (".yaml", ".yml"))
         if args.dataset_out:
             check_target(args.dataset_out, tuple(WRITERS))
         harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> int:
     for one in targets:
         _say(console, one, analysis, labels)
     columns = {one.name: one.name.replace(" ", "_") for one in targets}
-    recipe = _recipe(args, harvest, targets, columns) if args.recipe else None  # first what may be refused
+    recipe = _recipe(args, harvest, targets, columns) if args.recipe_out else None  # first what may be refused
     if args.dataset_out:
         _write_dataset(args, harvest, {columns[one.name]: one.rows for one in targets})
     if recipe:
@@ -145,7 +145,7 @@ def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns:
     from ..concept import resolve_concepts
     from .recipe import read_recipe
 
-    base = read_recipe(args.base) if args.base else None
+    base = read_recipe(args.config) if args.config else None
     gated = columns if args.dataset_out and args.rows == "flag" else None
     shaped = concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
     dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None
@@ -160,16 +160,18 @@ def _write_recipe(args: argparse.Namespace, values: dict[str, Any], columns: dic
 
     from ..files import replacing
 
-    path = Path(args.recipe)
+    path = Path(args.recipe_out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        head = f"# {', '.join(columns)} of the audit in {args.audit}\n#\n#   shapedpo train --config {args.recipe}\n"
-        if not args.base:
+        head = (
+            f"# {', '.join(columns)} of the audit in {args.audit}\n#\n#   shapedpo train --config {args.recipe_out}\n"
+        )
+        if not args.config:
             head += f"#\n{textwrap.indent(_DEFAULTS, '# ')}"
         head += "\n"
         partial.write_text(head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    print(f"{args.recipe}: shapedpo train --config {args.recipe}")
-    if not args.base:
+    print(f"{args.recipe_out}: shapedpo train --config {args.recipe_out}")
+    if not args.config:
         print(_DEFAULTS, end="")
 
 
@@ -186,9 +188,9 @@ def _preview(
     without = np.where(responsible, 0.0, 1.0)
     weights = {"drop": without, "weight": np.where(responsible, args.weight, 1.0), "flag": None}[args.rows]
     ways: dict[str, Any] = {"held": (None, held), "without its rows": (without, ())}
-    if args.recipe or args.dataset_out:
+    if args.recipe_out or args.dataset_out:
         weights = weights if args.dataset_out else None
-        holds = args.recipe and args.action == "hold"
+        holds = args.recipe_out and args.action == "hold"
         if weights is None and not holds:
             return "What this changes is not predicted: that takes --action hold, or rows that are dropped or weighted."
         ways = {"fixed": (weights, held if holds else ())}

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VARIABLE",
         help="where the API key is, if it needs one (%(default)s)",
     )
-    parser.add_argument("--most", type=int, default=60, metavar="N", help="findings that are named (%(default)s)")
+    parser.add_argument("--top", type=int, default=60, metavar="N", help="findings that are named (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
     parser.add_argument(
         "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens, for an estimate of the cost"
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If there is no audit, the model refuses, or nobody says yes.
     """
-    if args.most < 1 or args.concurrency < 1:
-        raise UserError("--most and --concurrency must be 1 or more.")
+    if args.top < 1 or args.concurrency < 1:
+        raise UserError("--top and --concurrency must be 1 or more.")
     if args.labeller != "local" and not args.labeller.startswith(("http://", "https://")):
         raise UserError(f"--labeller {args.labeller}: expected a URL that begins with http:// or https://, or `local`.")
     import asyncio
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(
             f"'{args.audit}' has no labels.json of its analysis. Run the same `shapedpo audit` again: it writes one."
         )
-    found = tasks(audit.analysis, audit.harvest, audit.labels, audit.maps, foremost(audit.analysis, args.most))
+    found = tasks(audit.analysis, audit.harvest, audit.labels, audit.maps, foremost(audit.analysis, args.top))
     cache = audit.folder / CACHE
     known = read_cache(cache)
     asked = {task.key(args.labeller_model): task for task in found}

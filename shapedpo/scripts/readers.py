@@ -208,6 +208,6 @@ def matches(responses: Sequence[Response], pattern: str) -> Any:
     if min(shows.sum(), (~shows).sum()) < 10:
         raise UserError(
             f"{shows.sum()} of {len(shows)} completions match {pattern!r}: at least 10 that do and 10 that do not are needed. "
-            "Look at more with --pairs, or change the pattern."
+            "Look at more with --sample, or change the pattern."
         )
     return shows

@@ -9,12 +9,12 @@ from ..monitor.records import FILE_NAME, read_records
 from ..monitor.report import render, write_whole
 
 
-def main(run: str, *, output: str | None = None) -> int:
+def main(run: str, *, out: str | None = None) -> int:
     """Write `report.html` of a run.
 
     Args:
         run: The run's output folder, or a file of records.
-        output: Where the page goes; beside the records by default.
+        out: Where the page goes; beside the records by default.
 
     Returns:
         The exit status.
@@ -30,7 +30,7 @@ def main(run: str, *, output: str | None = None) -> int:
                 f"{source / FILE_NAME if source.is_dir() else source} has no records: the run has not begun."
             )
         folder = source if source.is_dir() else source.parent
-        target = Path(output) if output else folder / "report.html"
+        target = Path(out) if out else folder / "report.html"
         write_whole(target, render(records))
     print(f"{target}  ({len(records):,} records, {target.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -13,7 +13,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
     """Add them to the command line's own parser and to that of `shapedpo concepts`."""
     recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipe.add_argument("--config", metavar="RECIPE", required=True, help="the recipe that names model and data")
-    recipe.add_argument("--pairs", type=int, default=500, help="how many preference pairs are read (%(default)s)")
+    recipe.add_argument("--sample", type=int, default=500, help="how many preference pairs are read (%(default)s)")
     pattern = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pattern.add_argument("--pattern", required=True, help="regular expression on a completion's text")
     layer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -31,7 +31,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
         f"those that do not (Direction.from_contrast). {CHANGES}",
         allow_abbrev=False,
     )
-    direction.add_argument("--output", metavar="FILE", required=True, help="safetensors file for the direction")
+    direction.add_argument("--out", metavar="FILE", required=True, help="safetensors file for the direction")
 
     sae = commands.add_parser("sae", help="train and check a sparse autoencoder", allow_abbrev=False)
     actions = sae.add_subparsers(dest="sae_command", metavar="command", required=True)
@@ -43,7 +43,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
         f"docs/sae.md). {CHANGES}",
         allow_abbrev=False,
     )
-    train.add_argument("--output", metavar="DIR", required=True, help="folder for the SAE")
+    train.add_argument("--out", metavar="DIR", required=True, help="folder for the SAE")
     train.add_argument("--features", type=int, required=True, help="how many; 16 times the model's width in the paper")
     train.add_argument("--k", type=int, required=True, help="active features a token, on average")
     train.add_argument("--tokens", type=float, required=True, help="tokens to train on, such as 3e6")
@@ -62,17 +62,15 @@ def main(args: argparse.Namespace, overrides: list[str]) -> int:
     """Run one of them."""
     from . import readers
 
-    given = {"pairs": args.pairs}
+    given = {"pairs": args.sample}
     if args.command == "concepts":
-        return readers.direction(
-            args.config, overrides, pattern=args.pattern, layer=args.layer, out=args.output, **given
-        )
+        return readers.direction(args.config, overrides, pattern=args.pattern, layer=args.layer, out=args.out, **given)
     if args.sae_command == "train":
         return readers.train(
             args.config,
             overrides,
             layer=args.layer,
-            out=args.output,
+            out=args.out,
             d_sae=args.features,
             k=args.k,
             training_tokens=int(args.tokens),

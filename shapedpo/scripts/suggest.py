@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("audit", metavar="DIR", help="what `shapedpo audit` wrote")
     parser.add_argument("--spec", required=True, metavar="TEXT", help="the description, or a text file with it")
     parser.add_argument("--embedder", metavar="MODEL", help="an encoder: a folder, or a name on the hub")
-    parser.add_argument("--most", type=int, default=8, metavar="N", help="for each part, at most (%(default)s)")
+    parser.add_argument("--top", type=int, default=8, metavar="N", help="for each part, at most (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         with as_user_error(OSError, ValueError, prefix=f"--embedder {args.embedder}: "):
             embed = embedder(args.embedder)
     with as_user_error(ValueError):
-        found = suggest(_text(args.spec), harvest, analysis, labels, prediction, embed=embed, most=args.most)
+        found = suggest(_text(args.spec), harvest, analysis, labels, prediction, embed=embed, most=args.top)
     if args.json:
         print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, ensure_ascii=False))
     else:

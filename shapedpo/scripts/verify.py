@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a YAML file of concepts, or a recipe: those of SAE features are looked at by name",
     )
-    how.add_argument("--batch", type=int, default=32, help="prompts answered at once (%(default)s)")
+    how.add_argument("--batch-size", type=int, default=32, help="prompts answered at once (%(default)s)")
     how.add_argument("--dtype", default="float32", help="of the models: or bfloat16, float16 (%(default)s)")
     how.add_argument(
         "--misses", type=int, default=10, metavar="N", help="how many of the largest misses are shown (%(default)s)"
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     if (known := trained.get_input_embeddings().num_embeddings) < len(tokenizer):
         raise UserError(_OTHER_TOKENS.format(args, f"it knows {known}, the base model has {len(tokenizer)}"))
     with as_user_error(ValueError, TypeError):
-        settings = RolloutSettings(args.draws, answer_length(base, args.max_new_tokens), args.batch, args.seed)
+        settings = RolloutSettings(args.draws, answer_length(base, args.max_new_tokens), args.batch_size, args.seed)
     longest = longest_prompt(base, settings.max_new_tokens)
     prompts = held_out_prompts(harvest, tokenizer, args.prompts, args.n_prompts, longest, args.seed)
     out = Path(args.out) if args.out else folder / VERIFY

@@ -136,7 +136,7 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     }
     bold = {"name": "bold", "readout": {"type": "regex", "pattern": "[*]{2}"}}
     (folder / "base.yaml").write_text(yaml.safe_dump({**base, "save_strategy": "no", "concepts": [bold]}))
-    assert main([*asked, "--recipe", str(recipe), "--base", str(folder / "base.yaml")]) == 0
+    assert main([*asked, "--recipe-out", str(recipe), "--config", str(folder / "base.yaml")]) == 0
     shown = capsys.readouterr().out
     assert "goblin" in shown
     assert "Predicted change" in shown
@@ -149,7 +149,7 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     assert main(["train", "--config", str(recipe), "--output_dir", str(folder / "run")]) == 0
 
     suppressed = str(folder / "suppressed.yaml")
-    assert main([*asked, "--recipe", suppressed, "--action", "suppress", "--strength", "2"]) == 0
+    assert main([*asked, "--recipe-out", suppressed, "--action", "suppress", "--strength", "2"]) == 0
     assert "What this changes is not predicted" in capsys.readouterr().out
     assert main([*asked, "--dataset-out", str(flagged), "--rows", "flag", "--no-preview"]) == 0
     rows = [json.loads(line) for line in flagged.read_text().splitlines()]
@@ -165,9 +165,9 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
                 *asked,
                 "--dataset-out",
                 str(clean),
-                "--recipe",
+                "--recipe-out",
                 str(folder / "clean.yaml"),
-                "--base",
+                "--config",
                 str(recipe),
                 "--no-preview",
             ]

@@ -101,7 +101,7 @@ def folder(finished: Audit, tmp_path: Path) -> Path:
 
 
 def label(folder: Path, server: Server, *more: str) -> int:
-    return main(["label", str(folder), "--labeller", server.url, "--labeller-model", "m", "--most", "6", *more])
+    return main(["label", str(folder), "--labeller", server.url, "--labeller-model", "m", "--top", "6", *more])
 
 
 def test_clusters_and_findings_are_named_at_once_and_only_once(

@@ -357,7 +357,7 @@ def test_command_makes_the_page_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path)]) == 0
     assert "report.html" in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(synthetic())
-    assert main(["report", str(tmp_path / "concepts.jsonl"), "--output", str(tmp_path / "other.html")]) == 0
+    assert main(["report", str(tmp_path / "concepts.jsonl"), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
 
 

@@ -20,7 +20,7 @@ from tests.sae.test_commands import LAB, recipe  # noqa: F401 (a fixture)
 def test_fit_and_use(recipe, capfd):  # noqa: F811
     """Each kind, on pairs of a file; what is printed is a concept's readout, and a run takes it."""
     folder, pairs = recipe.parent / "fit", recipe.parent / "pairs.jsonl"
-    words = ["fit", "--config", recipe, "--contrast", pairs, "--output", folder, "--layers", 0, 2, "--seed", 1]
+    words = ["fit", "--config", recipe, "--contrast", pairs, "--out", folder, "--layers", 0, 2, "--seed", 1]
     kinds = ["direction", "linear_probe", "attention_probe"]
     assert cli.main([*map(str, words), "--kinds", *kinds]) == 0, capfd.readouterr().err
     printed = capfd.readouterr().out
@@ -53,11 +53,11 @@ def test_instructions(recipe, capfd):  # noqa: F811
         "--instruct",
         "likes the goblin",
         "eats the apple",
-        "--output",
+        "--out",
         recipe.parent / "told",
     ]
     more = [
-        "--pairs",
+        "--sample",
         12,
         "--layers",
         1,
@@ -83,7 +83,7 @@ def test_find_the_labs_goblin(capfd):
         "lab",
         "--pattern",
         "(?i)goblin",
-        "--pairs",
+        "--sample",
         "300",
         "--top",
         "8",
@@ -128,7 +128,7 @@ def test_find_looks_at_hard_negatives(recipe, tmp_path, capfd):  # noqa: F811
 def test_fit_on_the_models_own_answers_and_what_is_taken_for_it(recipe, capfd):  # noqa: F811
     """Labelled by a judge, as are the other concepts; the table names each of them, and metadata the hardest."""
     folder = recipe.parent / "judged"
-    words = ["fit", "--config", recipe, "--output", folder, "--judge", "regex:a\\w", "--answers", "--pairs", 150]
+    words = ["fit", "--config", recipe, "--out", folder, "--judge", "regex:a\\w", "--answers", "--sample", 150]
     others = ["--other", "eats=regex:eats|sees|likes", "never=regex:xyzzy", "e=regex:e"]
     more = ["--layers", 1, "--kinds", "linear_probe", "attention_probe", "--max-new-tokens", 4, "--heldout", 0.5]
     assert cli.main(list(map(str, [*words, *others, *more]))) == 0, capfd.readouterr().err
@@ -148,18 +148,18 @@ def test_fit_on_the_models_own_answers_and_what_is_taken_for_it(recipe, capfd): 
 
 
 BAD = {
-    "none": (["fit", "--output", "x"], "Give one of --contrast"),
-    "one side": (["fit", "--output", "x", "--positive", "a"], "with one side only"),
-    "two ways": (["fit", "--output", "x", "--pattern", "a", "--contrast", "b"], "got --contrast, --pattern"),
+    "none": (["fit", "--out", "x"], "Give one of --contrast"),
+    "one side": (["fit", "--out", "x", "--positive", "a"], "with one side only"),
+    "two ways": (["fit", "--out", "x", "--pattern", "a", "--contrast", "b"], "got --contrast, --pattern"),
     "answers": (
-        ["fit", "--output", "x", "--contrast", "a", "--answers"],
+        ["fit", "--out", "x", "--contrast", "a", "--answers"],
         "--answers makes the model answer the recipe's prompts",
     ),
-    "other": (["fit", "--output", "x", "--pattern", "a", "--other", "praise"], "expected NAME=JUDGE"),
-    "endpoint": (["fit", "--output", "x", "--judge", "http://localhost:1/v1#m"], "Say it with --concept"),
-    "kind": (["fit", "--output", "x", "--pattern", "a", "--kinds", "tree"], "'tree' is none of direction"),
+    "other": (["fit", "--out", "x", "--pattern", "a", "--other", "praise"], "expected NAME=JUDGE"),
+    "endpoint": (["fit", "--out", "x", "--judge", "http://localhost:1/v1#m"], "Say it with --concept"),
+    "kind": (["fit", "--out", "x", "--pattern", "a", "--kinds", "tree"], "'tree' is none of direction"),
     "layers": (
-        ["fit", "--output", "x", "--pattern", "a|e|i", "--layers", "top"],
+        ["fit", "--out", "x", "--pattern", "a|e|i", "--layers", "top"],
         "expected layer numbers or all, got top",
     ),
     "file": (

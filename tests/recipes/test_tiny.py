@@ -36,7 +36,7 @@ def commands(recipe: Path) -> list[list[str]]:
 
 def here(command: list[str], recipe: Path, folder: Path) -> list[str]:
     """A command for the swapped recipe: other paths, and a layer that the tiny model has."""
-    changed = {"--config": recipe, "--layer": "1", "--output": folder / "direction.safetensors"}
+    changed = {"--config": recipe, "--layer": "1", "--out": folder / "direction.safetensors"}
     return [str(changed.get(before, word)) for before, word in zip(["", *command], command, strict=False)]
 
 

@@ -56,7 +56,7 @@ def figure(printed: str, name: str) -> float:
 def test_train_check_use(recipe, capfd):
     folder = recipe.parent / "sae"
     sizes = ["--features", 48, "--k", 4, "--tokens", 20_000, "--batch-tokens", 100, "--sae-learning-rate", 3e-3]
-    assert sae("train", "--config", recipe, "--layer", 1, "--output", folder, *sizes) == 0
+    assert sae("train", "--config", recipe, "--layer", 1, "--out", folder, *sizes) == 0
     printed = capfd.readouterr().out
     assert figure(printed, "variance explained") > 0.6
     assert 2 < figure(printed, "active features a token (L0)") < 8
@@ -87,18 +87,18 @@ def test_training_repeats(recipe, capfd):
     found = []
     for name in ("one", "two"):
         folder = recipe.parent / name
-        sizes = ["--features", 16, "--k", 2, "--tokens", 1000, "--batch-tokens", 100, "--pairs", 20]
-        assert sae("train", "--config", recipe, "--layer", 0, "--output", folder, *sizes) == 0
+        sizes = ["--features", 16, "--k", 2, "--tokens", 1000, "--batch-tokens", 100, "--sample", 20]
+        assert sae("train", "--config", recipe, "--layer", 0, "--out", folder, *sizes) == 0
         found.append(SAEFeatures(str(folder), "all").load().directions())
     assert torch.equal(*found)
 
 
 BAD = {
     "layer": (
-        ["train", "--layer", 9, "--output", "x", "--features", 8, "--k", 2, "--tokens", 1000, "--batch-tokens", 9],
+        ["train", "--layer", 9, "--out", "x", "--features", 8, "--k", 2, "--tokens", 1000, "--batch-tokens", 9],
         "3 layers",
     ),
-    "tokens": (["train", "--layer", 0, "--output", "x", "--features", 8, "--k", 2, "--tokens", 100], "too few"),
+    "tokens": (["train", "--layer", 0, "--out", "x", "--features", 8, "--k", 2, "--tokens", 100], "too few"),
     "no sae": (["check"], "Which SAE?"),
     "sae": (["check", "--sae", "./nowhere"], "no SAE folder"),
     "key": (["check", "--sae", "lab", "--modle", "x"], "--modle"),
