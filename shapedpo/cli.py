@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("file", help="a YAML file")
     show.add_argument("--load", action="store_true", help="also load each readout's weights, as a training run would")
 
-    sae.add_commands(commands, actions)
+    sae.add_commands(commands)
     fit.add_commands(commands, actions)
 
     page = commands.add_parser(
@@ -158,10 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    takes_keys = args.command in ("train", "sae", "fit") or getattr(args, "concepts_command", None) in (
-        "direction",
-        "find",
-    )
+    takes_keys = args.command in ("train", "sae", "fit") or getattr(args, "concepts_command", None) == "find"
     if rest and not takes_keys:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -202,7 +199,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         )
     if args.command == "fit" or getattr(args, "concepts_command", None) == "find":
         return fit.main(args, rest)
-    if args.command == "sae" or args.concepts_command == "direction":
+    if args.command == "sae":
         return sae.main(args, rest)
     from .scripts import concepts
 

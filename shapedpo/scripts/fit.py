@@ -57,7 +57,11 @@ def add_commands(commands: Any, concepts: Any) -> None:
     source.add_argument("--other", metavar="NAME=JUDGE", nargs="+", default=[], help="what it may be taken for")
     source.add_argument("--max-new-tokens", type=int, default=128, help="where an answer is cut (%(default)s)")
     source.add_argument(
-        "--sample", type=int, default=500, help="pairs whose completions are read, or prompts answered (%(default)s)"
+        "--sample",
+        type=int,
+        default=500,
+        metavar="N",
+        help="pairs, at random, whose completions are read or prompts answered (%(default)s)",
     )
     source.add_argument("--heldout", type=float, default=0.25, help="share of the prompts to judge on (%(default)s)")
     source.add_argument("--batch-size", type=int, default=8, help="responses in a forward pass (%(default)s)")

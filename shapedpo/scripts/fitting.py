@@ -25,11 +25,13 @@ from ..readouts.sae_reader import SAEReader
 from ..sae.check import auroc
 from ..sae.find import best_sets, concept_score, hard_auroc
 from ..sources import sae_source
-from .readers import Setting, matches
+from .setting import Setting
 
 
 READ_AS = {"direction": {"pooling": "mean"}, "attention_probe": {"output": "probability"}}
 """How a fitted readout is best read, beside its defaults."""
+FEWEST = 10
+"""Responses of either kind that the data, or the model's answers, must have."""
 
 
 def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -174,19 +176,23 @@ def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any
         rows = read_contrast(args.positive, label=True, chat=args.chat, concept=args.concept)
         return rows + read_contrast(args.negative, label=False, chat=args.chat, concept=args.concept)
     sizes = {"seed": setting.args.seed, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    name = f"regex:{args.pattern}" if args.pattern else args.judge
+    judge = judge_from(name, args.concept or (args.instruct[0] if args.instruct else "")) if name else None
     pairs = setting.responses(setting.train, args.sample)
     if args.instruct:
-        judge = judge_from(args.judge, args.concept or args.instruct[0]) if args.judge else None
         prompts, told = [prompt for prompt, _ in pairs[::2]], (args.instruct[0], args.instruct[1])
         return instructed_rows(model, tokenizer, prompts, told, place=args.place, judge=judge, **sizes)
     if args.answers:
         pairs = answers(model, tokenizer, [prompt for prompt, _ in pairs[::2]], **sizes)
-    if args.pattern:
-        shows = matches(pairs, args.pattern)
-    else:
-        texts = [(response_text(prompt), response_text(response)) for prompt, response in pairs]
-        shows = judge_from(args.judge, args.concept or "")(texts)
+    texts = [(response_text(prompt), response_text(response)) for prompt, response in pairs]
+    assert judge is not None  # by `_check_source`
+    shows = judge(texts)
     source = "answers" if args.answers else "completions"
+    if min(sum(shows), len(shows) - sum(shows)) < FEWEST:
+        raise UserError(
+            f"{sum(shows)} of {len(shows)} {source} show it: at least {FEWEST} that do and {FEWEST} that do not are needed. "
+            "Look at more with --sample, or change the pattern or the judge."
+        )
     return [Row(prompt, answer, bool(shown), source) for (prompt, answer), shown in zip(pairs, shows, strict=True)]
 
 

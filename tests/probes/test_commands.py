@@ -168,7 +168,7 @@ BAD = {
     ),
     "judge": (["concepts", "find", "--sae", "lab", "--pattern", "a", "--judge", "regex:x"], "got --pattern, --judge"),
     "rare": (["concepts", "find", "--sae", "lab", "--pattern", "xyzzy"], "0 of"),
-    "pattern": (["concepts", "find", "--sae", "lab", "--pattern", "("], "no regular expression"),
+    "pattern": (["concepts", "find", "--sae", "lab", "--pattern", "("], "regular expression '(' is not valid"),
 }
 
 

@@ -68,7 +68,7 @@ def test_recipe_fits_its_model(path, on_meta):
     assert readouts(recipe) or "monitor" in recipe
     for readout in readouts(recipe):
         if readout["type"] == "direction":  # made by the command in the recipe's head, at the layer that it names
-            layer = int(re.search(r"concepts direction .*--layer (\d+)", path.read_text())[1])
+            layer = int(re.search(r"shapedpo fit .*--kinds direction --layers (\d+)", path.read_text())[1])
             assert resolve_site(model, f"blocks.{layer}.hook_resid_post").width == model.config.hidden_size
             continue
         published = SAES[readout["sae"]]

@@ -1,6 +1,6 @@
 """Each recipe trains: two steps on a random model of its architecture, read by a random SAE of its kind, on rows of its data's form.
 
-The commands that a recipe's head tells to run before it (`shapedpo concepts direction ...`) are run first, as they stand there.
+The commands that a recipe's head tells to run before it (`shapedpo fit ...`) are run first, as they stand there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def commands(recipe: Path) -> list[list[str]]:
 
 def here(command: list[str], recipe: Path, folder: Path) -> list[str]:
     """A command for the swapped recipe: other paths, and a layer that the tiny model has."""
-    changed = {"--config": recipe, "--layer": "1", "--out": folder / "direction.safetensors"}
+    changed = {"--config": recipe, "--layers": "1", "--out": folder}
     return [str(changed.get(before, word)) for before, word in zip(["", *command], command, strict=False)]
 
 
