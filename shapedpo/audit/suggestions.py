@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .analysis.hypotheses import Analysis
-from .analysis.lessons import MAX_Q
+from .analysis.shadows import MAX_Q
 from .harvesting.store import Harvest
 from .labels.names import Label, Labels, hypothesis_key
 from .prediction.run import Prediction

@@ -123,12 +123,15 @@ def summarise(
     labels = labels or {}
     draw = np.random.default_rng(analysis.settings.seed)
     some = np.sort(draw.choice(analysis.rows, min(_TEXTS, len(analysis.rows)), replace=False))
-    others = [text["prompt"] for text in harvest.texts(some)]
-    everywhere, conditional, rare = _sorted(analysis)
+    everywhere, conditional, rare = (found[:most] for found in _sorted(analysis))
+    evidence = [lesson.evidence[:_TEXTS] for lesson in (*everywhere, *conditional, *rare)]
+    rows = np.unique(np.concatenate([some, *evidence]))
+    text_of = dict(zip(rows.tolist(), harvest.texts(rows), strict=True))
+    others = [text_of[row]["prompt"] for row in some.tolist()]
 
     def finding(lesson: Lesson) -> Finding:
         first = lesson.first
-        texts = harvest.texts(lesson.evidence[:_TEXTS])
+        texts = [text_of[row] for row in lesson.evidence[:_TEXTS].tolist()]
         chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
         if first.view == "global":
             where = "all rows"
@@ -145,9 +148,9 @@ def summarise(
         )
 
     return Summary(
-        everywhere=[finding(lesson) for lesson in everywhere[:most]],
-        conditional=[finding(lesson) for lesson in conditional[:most]],
-        rare=[finding(lesson) for lesson in rare[:most]],
+        everywhere=[finding(lesson) for lesson in everywhere],
+        conditional=[finding(lesson) for lesson in conditional],
+        rare=[finding(lesson) for lesson in rare],
         analysis=analysis,
         prediction=prediction,
     )

@@ -146,7 +146,6 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
     from ..audit.prediction.run import PredictionSettings, predict
-    from ..audit.summary import summarise
     from ..sources import model_source
 
     out = Path(args.out)
@@ -164,11 +163,11 @@ def run_analysis(args: argparse.Namespace, harvest: Any, constants: dict[str, An
     if labels is None:
         labels = token_labels(analysis, harvest, maps, partial(tokenizer.decode, skip_special_tokens=True))
         labels.save(out, analysis)
-    summary = summarise(analysis, harvest, labels.features, prediction=prediction)
-    Console().print(summary)
+    audit = Audit(out, analysis, harvest, labels, maps, prediction)
+    Console().print(audit.summary)
     with (out / SUMMARY).open("w", encoding="utf-8") as file:
-        Console(file=file, width=160).print(summary)
-    page = write_page(Audit(out, analysis, harvest, labels, maps, prediction), tokenizer)
+        Console(file=file, width=160).print(audit.summary)
+    page = write_page(audit, tokenizer)
     print(f"{len(analysis.hypotheses):,} hypotheses: {out / ANALYSIS}; this summary: {out / SUMMARY}")
     print(f"Look at it: {page} (self-contained), or `shapedpo view {out}`, which has all rows")
 

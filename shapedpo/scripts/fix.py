@@ -124,6 +124,8 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
     settings = harvest.settings
     if not settings["dataset"]:
         raise UserError("The audit does not say which dataset it read. Use `shapedpo.audit.fixes.data` from Python.")
+    if not settings["model"]:  # whose tokenizer shows whether the data are what was audited
+        raise UserError("The audit does not say which model it read. Use `shapedpo.audit.fixes.data` from Python.")
     data = load_pairs(settings["dataset"], settings.get("split", "train"), settings.get("config"))
     with as_user_error(ValueError):
         new = changed(data, rows, args.rows, args.weight)
@@ -150,6 +152,10 @@ def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns:
     shaped = concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
     dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None
     values = recipe(harvest, shaped, base.values if base else None, dataset)
+    if "model_name_or_path" not in values:
+        raise UserError(
+            "The audit does not say which model it read: name it in a recipe, as model_name_or_path, and pass that with --base."
+        )
     with as_user_error(ValueError):
         resolve_concepts(values["concepts"])
     return values | ({"env": base.env} if base and base.env else {})

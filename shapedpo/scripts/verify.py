@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
         reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
         concepts = _concepts(args.concepts) if args.concepts else {}
     audited = harvest.settings["model"]
-    if audited != args.base:
+    if audited and audited != args.base:
         print(f"The audit was made with {audited!r}, and --base is {args.base!r}: they should be the same model.")
     with as_user_error(OSError, ValueError, prefix=f"--base {args.base}: "):
         tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))

@@ -38,9 +38,10 @@ def entropy(a) -> float:
     return mutual_information(a, a)
 
 
-@pytest.mark.parametrize("block", [1, 300, 10**6])
-def test_strongest_pairs_are_those_of_highest_normalised_mutual_information(block, monkeypatch) -> None:
+@pytest.mark.parametrize(("block", "frequent"), [(1, 0.18), (300, 1.0), (10**6, 0.0), (10**6, 0.18)])
+def test_strongest_pairs_are_those_of_highest_normalised_mutual_information(block, frequent, monkeypatch) -> None:
     monkeypatch.setattr(graph, "_BLOCK", block)
+    monkeypatch.setattr(graph, "_FREQUENT", frequent)  # the share of features whose joint counts are dense products
     draw = np.random.default_rng(0)
     firing, _ = together(400, [4, 3, 2], draw, loners=10)
     firing = np.concatenate([firing, np.zeros((400, 2), bool), np.ones((400, 1), bool), ~firing[:, :1]], axis=1)

@@ -194,6 +194,21 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     assert not (folder / "other.parquet").exists()
     (folder / "pairs.jsonl").write_bytes(source)
 
+    manifest = folder / "audit" / "harvest" / "harvest.json"
+    whole = manifest.read_text()
+    said = json.loads(whole)
+    manifest.write_text(
+        json.dumps({**said, "settings": {**said["settings"], "model": None}})
+    )  # audited as a loaded model
+    for more, asks in (
+        (["--recipe", str(folder / "nameless.yaml")], "model_name_or_path, and pass that with --base"),
+        (["--dataset-out", str(folder / "nameless.parquet")], "does not say which model it read"),
+    ):
+        assert main([*asked, *more, "--no-preview"]) == 2
+        assert asks in capsys.readouterr().err
+    assert not list(folder.glob("nameless*"))
+    manifest.write_text(whole)
+
 
 @pytest.mark.parametrize(
     ("spec", "wanted"),

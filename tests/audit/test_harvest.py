@@ -392,6 +392,17 @@ def test_bad_input_says_what_is_wrong(tmp_path, change, message):
     assert harvested(tmp_path).n_rows == 24  # nothing stays that would be in the way
 
 
+def test_a_loaded_model_is_named_by_where_it_came_from(tmp_path):
+    model = helpers.load_model()
+    assert (
+        harvested(tmp_path / "named", model=model).settings["model"] == model.name_or_path == str(helpers.model_path())
+    )
+    model.name_or_path = ""
+    with pytest.raises(ValueError, match="pass its `tokenizer`"):
+        harvested(tmp_path / "unnamed", model=model)
+    assert harvested(tmp_path / "unnamed", model=model, tokenizer=helpers.tokenizer()).settings["model"] is None
+
+
 @pytest.mark.parametrize(("text", "message"), [("", "is empty"), ('{"prompt": "a"', r"cannot load .*JSON parse error")])
 def test_a_file_that_holds_no_pairs_is_named(tmp_path, text, message):
     path = tmp_path / "pairs.jsonl"

@@ -13,7 +13,9 @@ from shapedpo.audit.analysis.hypotheses import Analysis
 from shapedpo.audit.analysis.lessons import attribute, lessons
 from shapedpo.audit.analysis.run import _Passes, analyse
 from shapedpo.audit.analysis.settings import AuditSettings
+from shapedpo.audit.analysis.shadows import Beside
 from shapedpo.audit.harvesting.store import Harvest
+from shapedpo.audit.prediction.conditions import Things
 
 from .worlds import GROUP, TOKENS, Planted, World, write_harvest
 
@@ -102,7 +104,9 @@ def test_hypotheses_without_rows_of_their_own_do_not_keep_a_lesson_from_being_fo
         settings=dataclasses.replace(analysis.settings, max_lessons=3),
     )
     passes = _Passes(Harvest.open(folder / "harvest"), progress=False)
-    with_rows = [one for one in attribute(crowded, passes) if len(one.rows)]
+    things = Things.of(crowded)
+    beside = Beside(crowded, things.feature_view, things.prompt_view)
+    with_rows = [one for one in attribute(crowded, passes, beside) if len(one.rows)]
     assert [len(one.rows) for one in with_rows] == [len(one.rows) for one in lessons(analysis) if len(one.rows)]
 
 

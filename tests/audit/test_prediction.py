@@ -203,6 +203,9 @@ def test_prediction_is_a_file_of_lines(audited, tmp_path) -> None:
     line = found.of("response_cluster", "prompt")
     assert found.at("response_cluster", int(line.number[3]), "prompt", int(line.condition[3]))["score"] == line.score[3]
     assert found.at("feature", WORLD.d_sae) is None
+    places = [("response_cluster", int(line.number[3]), "prompt", int(line.condition[3])), ("feature", 5, "global", -1)]
+    lines = found.lines([*places, ("feature", WORLD.d_sae, "global", -1)])
+    assert {place: found.score[line] for place, line in lines.items()} == {p: found.at(*p)["score"] for p in places}
     with pytest.raises(FileNotFoundError, match=r"prediction\.parquet"):
         Prediction.load(tmp_path / "nowhere")
 

@@ -87,8 +87,10 @@ def feature_embedding(x: sparse.csr_matrix, dims: int, seed: int) -> Float:
     shift = (mean * scale).astype(np.float32)
     of_feature = x.T.tocsr()
 
-    def forward(v: Float) -> Float:  # (F, r) -> (n, r)
-        return x @ (v * scale[:, None]) - (shift @ v)[None, :]
+    def forward(
+        v: Float,
+    ) -> Float:  # (F, r) -> (n, r); by columns, as the sums of n rows stay in the cache where the F rows of v do not
+        return of_feature.T @ (v * scale[:, None]) - (shift @ v)[None, :]
 
     def backward(v: Float) -> Float:  # (n, r) -> (F, r)
         return (of_feature @ v) * scale[:, None] - shift[:, None] * v.sum(axis=0)[None, :]

@@ -15,6 +15,7 @@ from .settings import AuditSettings
 
 
 _BLOCK = 4_000_000  # joint counts that each thread holds at once
+_FREQUENT = 0.1  # share of the samples; below it sparse products are faster than dense ones
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -53,26 +54,41 @@ def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress
     empty = Pairs(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
     if len(eligible) < 2:
         return empty
-    firing = firing[:, eligible].astype(np.int32)
-    firing.data[:] = 1
-    of_feature = firing.T.tocsr()
+    eligible = eligible[np.argsort(-often[eligible], kind="stable")]
     count = often[eligible]
-    share = (count / n).astype(np.float32)
+    share = count / n
     x_log_x = np.arange(n + 1) * np.log(np.maximum(np.arange(n + 1), 1))
     entropy = x_log_x[n] - x_log_x[count] - x_log_x[n - count]  # times n, nats
 
+    # Joint counts are whole numbers below 2^24, so float32 has them exactly. The frequent features' are cheaper as dense products.
+    firing = firing[:, eligible].astype(np.float32)
+    firing.data[:] = 1
+    of_feature = firing.T.tocsr()
+    n_frequent = int((share > _FREQUENT).sum())
+    frequent, rare = firing[:, :n_frequent].toarray(), firing[:, n_frequent:]
+
     keep = min(settings.max_edges, max(1, round(settings.edge_share * len(eligible) * (len(eligible) - 1) / 2)))
     least = stats.chi2.isf(settings.edge_p, 1) / 2  # of n times the mutual information, on which the G test is
+    # n times the mutual information is no more than Pearson's X^2 (Kullback-Leibler is bounded by chi-squared), which is cheaper: where it is
+    # `least`, a joint count is this scalar product, and here it may be a little less
+    spread = np.sqrt(share * (1 - share))
+    bound = np.stack([n * share, 0.99 * np.sqrt(least * n) * spread], axis=1).astype(np.float32)
+    of_bound = np.stack([share, spread]).astype(np.float32)
     threshold, found = 0.0, [empty]
 
     def strong(start: int) -> Pairs:
-        joint = (of_feature[start : start + step] @ firing[:, start:]).tocoo()
-        a, b, both = joint.row + start, joint.col + start, joint.data
-        expected = n * share[a] * share[b]
-        more = both - expected
-        # n times the mutual information is no more than Pearson's X^2 (Kullback-Leibler is bounded by chi-squared), which is cheaper
-        maybe = (b > a) & (more > 0) & (more * more > 0.99 * least * expected * (1 - share[a]) * (1 - share[b]))
-        a, b, both = a[maybe], b[maybe], both[maybe]
+        """Of the pairs of a block of features with those before them and each other."""
+        end = min(start + step, len(eligible))
+        own = of_feature[start:end]
+        joint = own.toarray() @ frequent[:, :end]
+        if end > n_frequent:
+            joint = np.hstack([joint, (own @ rare[:, : end - n_frequent]).toarray()])
+        a, b = np.nonzero(joint > bound[start:end] @ of_bound[:, :end])
+        before = b < a + start
+        a, b = a[before], b[before]
+        both = joint[a, b].astype(np.int64)
+        a += start
+        a, b = np.where(eligible[a] < eligible[b], (a, b), (b, a))
         only_a, only_b = count[a] - both, count[b] - both
         shared = x_log_x[both] + x_log_x[only_a] + x_log_x[only_b] + x_log_x[n - both - only_a - only_b]
         shared -= x_log_x[n] - entropy[a] - entropy[b]

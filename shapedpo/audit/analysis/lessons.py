@@ -14,10 +14,8 @@ from ..harvesting.store import Shard
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
 from .sampling import sample
+from .shadows import MAX_Q, Beside
 
-
-MAX_Q = 0.05
-"""Largest q value of a hypothesis that lessons are made of."""
 
 _OVERLAP = 0.5
 _FEWEST = 5  # rows that a lesson is learned from
@@ -66,7 +64,10 @@ def lessons(analysis: Analysis) -> list[Lesson]:
 
 
 def attribute(
-    analysis: Analysis, passes: Callable[..., Iterator[tuple[slice, Shard]]], progress: bool = False
+    analysis: Analysis,
+    passes: Callable[..., Iterator[tuple[slice, Shard]]],
+    beside: Beside,
+    progress: bool = False,
 ) -> list[Attribution]:
     """Explains the hypotheses by lessons, the strongest first.
 
@@ -78,10 +79,11 @@ def attribute(
     Args:
         analysis: Hypotheses with their rows.
         passes: Gives the shards, and where each begins.
+        beside: Of the analysis, empty: what holds among the rows that no lesson has.
         progress: Whether to show a bar.
 
     Returns:
-        Lessons with rows, then those whose rows do not stand out from chance.
+        Lessons with rows, then those whose rows do not stand out from chance, if their first hypothesis holds among the rows that no lesson has.
     """
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     views: tuple[View, ...] = ("feature", "prompt", "global")
@@ -92,7 +94,7 @@ def attribute(
     if not order:
         return []
     drafts = _explained(analysis, order, _sample_shown(analysis, order, passes), progress)
-    return _finished(analysis, drafts, passes)
+    return _finished(analysis, drafts, passes, beside)
 
 
 def _sampled(analysis: Analysis, order: Sequence[int]) -> NDArray[np.bool_]:
@@ -122,7 +124,7 @@ def _sample_shown(
             share /= 2
             sampled &= luck < share
             parts = [part.take(sampled[np.searchsorted(analysis.rows, part.rows)]) for part in parts]
-    return Shown.stacked(parts)
+    return Shown.stacked(parts).by_feature()
 
 
 @dataclass
@@ -171,18 +173,25 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
 
 
 def _finished(
-    analysis: Analysis, drafts: Sequence[_Draft], passes: Callable[..., Iterator[tuple[slice, Shard]]]
+    analysis: Analysis,
+    drafts: Sequence[_Draft],
+    passes: Callable[..., Iterator[tuple[slice, Shard]]],
+    beside: Beside,
 ) -> list[Attribution]:
-    """The lessons with their rows in all of the data."""
+    """The lessons with their rows in all of the data, and without what only seems taught where others are."""
     with_rows = [draft for draft in drafts if draft.model is not None]
     found: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in with_rows]
-    for _, shard in passes("Rows of lessons") if with_rows else ():
-        shown = Shown.of(shard, analysis.settings.tau)
+    for place, shard in passes("Rows of lessons"):
+        shown = Shown.of(shard, analysis.settings.tau).by_feature()
+        rest = np.ones(len(shard.rows), bool)
         for draft, parts in zip(with_rows, found, strict=True):
             assert draft.model is not None
             real, mirrored = draft.model.log_odds(shown)
             which = draft.model.named(real, mirrored)
             parts.append((shard.rows[which], real[which].astype(np.float32)))
+            rest &= ~which
+        if len(with_rows) < len(drafts):
+            beside.add(place, shard, rest)
     finished = []
     for draft, parts in zip(with_rows, found, strict=True):
         rows, log_odds = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -193,4 +202,8 @@ def _finished(
         )
         finished.append(Attribution(kind, draft.told, rows[surest], log_odds[surest]))
     none = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return finished + [Attribution(draft.hypotheses, draft.told, *none) for draft in drafts if draft.model is None]
+    return finished + [
+        Attribution(draft.hypotheses, draft.told, *none)
+        for draft in drafts
+        if draft.model is None and beside.holds(analysis.hypotheses[draft.hypotheses[0]])
+    ]

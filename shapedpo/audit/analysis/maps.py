@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +13,7 @@ from scipy import sparse
 from ..harvesting.store import Harvest, Shard
 from .clusters import unit
 from .hypotheses import Analysis
-from .views import FeatureView, PromptView, membership, numbered, on
+from .views import FeatureView, PromptView, numbered, on, pooled
 
 
 Float = NDArray[np.float32]
@@ -84,15 +86,20 @@ class _Sample:
         mean = np.asarray(deltas.mean(axis=0)).ravel()
         square = np.asarray(deltas.multiply(deltas).mean(axis=0)).ravel()
         prompts = PromptView(clusters["prompt"], clusters["response"], np.sqrt(np.maximum(square - mean**2, 0)))
-        share = membership(clusters["response"], mean=True)
-        shown = {
+        shown: dict[str, Callable[[Shard], Float]] = {
             "feature": features.activity,
             "prompt": prompts.expression,
-            "response": lambda shard: (on(shard.chosen.freq, 0) @ share + on(shard.rejected.freq, 0) @ share).toarray(),
+            "response": partial(_active, clusters["response"]),
         }
         signed = {"feature": features.disparity, "response": prompts.movement}
         self.shown: dict[str, Float] = {k: np.concatenate([f(s) for s in shards]) for k, f in shown.items()}
         self.signed: dict[str, Float] = {k: np.concatenate([f(s) for s in shards]) for k, f in signed.items()}
+
+
+def _active(clusters: NDArray[np.int32], shard: Shard) -> Float:
+    """`(n, clusters)`: the share of a cluster's features that fire, of both completions together."""
+    chosen, rejected = (pooled(on(span.freq, 0), clusters, mean=True) for span in (shard.chosen, shard.rejected))
+    return chosen + rejected
 
 
 def _head(shard: Shard) -> Shard:

@@ -1,4 +1,4 @@
-"""The analysis of a harvest: seven passes over its shards, one of which is in memory at a time."""
+"""The analysis of a harvest: six passes over its shards, one of which is in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 from ..harvesting.store import SPANS, Harvest, Shard
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
-from .hypotheses import Analysis, Attribution, Hypothesis, ranked
+from .hypotheses import Analysis, Hypothesis, ranked
 from .leading import Leading, Responsible, beyond_chance
-from .lessons import MAX_Q, attribute
+from .lessons import attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
-from .statistics import Moments, corrected
-from .views import FeatureView, PromptView, sizes
+from .shadows import Beside
+from .statistics import Moments
+from .views import FeatureView, PromptView, one_of, sizes
 
 
 COMPLETIONS = ("chosen", "rejected")
@@ -61,8 +62,8 @@ def analyse(
     analysis = dataclasses.replace(
         analysis, hypotheses=_responsible(passes, analysis, feature_view, prompt_view, leading)
     )
-    analysis = dataclasses.replace(analysis, attributions=attribute(analysis, passes, progress))
-    analysis = _without_shadows(passes, analysis, feature_view, prompt_view, leading)
+    beside = Beside(analysis, feature_view, prompt_view)
+    analysis = dataclasses.replace(analysis, attributions=attribute(analysis, passes, beside, progress))
     if out is not None:
         analysis.save(out)
     return analysis
@@ -209,7 +210,7 @@ def _compare(
         rows[place] = shard.rows
         if k:
             labels[place], typicality[place] = feature_view.data_clusters(shard)
-        of_features.add(shard.rows, _one_of(labels[place], k), feature_view.disparity(shard))
+        of_features.add(shard.rows, one_of(labels[place], k), feature_view.disparity(shard))
         of_prompts.add(shard.rows, leading.members(shard.rows), prompt_view.movement(shard))
     large = sizes(feature_view.clusters) >= settings.min_hypothesis_features
     everywhere, everywhere_tested = ranked("global", of_features.overall(), settings, responses=large)
@@ -237,12 +238,6 @@ def _compare(
     )
 
 
-def _one_of(labels: NDArray[np.int32], k: int) -> sparse.csr_matrix:
-    """`(n, k)`: 1 at each row's label; nothing for -1."""
-    inside = np.flatnonzero(labels >= 0)
-    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))
-
-
 def _responsible(
     passes: _Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
 ) -> list[Hypothesis]:
@@ -257,7 +252,7 @@ def _responsible(
         u, moved = feature_view.disparity(shard), prompt_view.movement(shard)
         groups = {
             "global": sparse.csc_matrix(np.ones((len(shard.rows), 1))),
-            "feature": _one_of(analysis.data_clusters[place], len(feature_view.centroids)).tocsc(),
+            "feature": one_of(analysis.data_clusters[place], len(feature_view.centroids)).tocsc(),
             "prompt": leading.members(shard.rows).tocsc(),
         }
         for (view, condition), numbers in asked.items():
@@ -278,35 +273,3 @@ def _responsible(
             )
         )
     return finished
-
-
-def _without_shadows(
-    passes: _Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
-) -> Analysis:
-    """The last pass: leaves out what only seems taught where other rows teach something, such as less praise than elsewhere.
-
-    A lesson without rows of its own stays if its first hypothesis holds among the rows that no lesson has.
-    """
-    if all(len(lesson.rows) for lesson in analysis.attributions):
-        return analysis
-    taught = np.unique(np.concatenate([lesson.rows for lesson in analysis.attributions]))
-    k, m = len(feature_view.centroids), len(sizes(feature_view.clusters))
-    of_features = Moments(k, m)
-    of_prompts = Moments(len(sizes(prompt_view.prompts)), len(sizes(prompt_view.responses)))
-    for place, shard in passes("Beside the lessons", COMPLETIONS):
-        rest = ~np.isin(shard.rows, taught)
-        rows = shard.rows[rest]
-        of_features.add(rows, _one_of(analysis.data_clusters[place][rest], k), feature_view.disparity(shard)[rest])
-        of_prompts.add(rows, leading.members(shard.rows)[rest], prompt_view.movement(shard)[rest])
-    beside = {"global": of_features.overall(), "feature": of_features.compare(), "prompt": of_prompts.compare()}
-    q = {
-        view: corrected(np.where(one.n_in >= analysis.settings.min_rows, one.p, np.nan)) for view, one in beside.items()
-    }
-
-    def holds(lesson: Attribution) -> bool:
-        first = analysis.hypotheses[lesson.hypotheses[0]]
-        place = max(first.condition, 0), first.response
-        same = beside[first.view].delta[place] * first.delta > 0
-        return len(lesson.rows) > 0 or bool(same and q[first.view][place] <= MAX_Q)
-
-    return dataclasses.replace(analysis, attributions=[lesson for lesson in analysis.attributions if holds(lesson)])

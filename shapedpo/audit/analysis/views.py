@@ -16,19 +16,29 @@ from .clusters import unit
 Float = NDArray[np.float32]
 
 
-def membership(
-    clusters: NDArray[np.int32], weights: NDArray[np.floating] | float = 1.0, mean: bool = False
-) -> sparse.csr_matrix:
-    """`(d_sae, clusters)` float32: each feature's weight in its own cluster; features of none (-1) have an empty row.
+def pooled(
+    values: sparse.csr_matrix,
+    clusters: NDArray[np.int32],
+    weights: NDArray[np.floating] | float = 1.0,
+    mean: bool = False,
+) -> Float:
+    """`(n, clusters)`: sums of features' values, `(n, d_sae)`, over clusters.
 
-    A product with it sums over clusters; with `mean` the weights are divided by the cluster's size.
+    Args:
+        values: The values.
+        clusters: `(d_sae,)`, each feature's cluster; -1 for features of none.
+        weights: `(d_sae,)`, what each feature's values are multiplied by.
+        mean: Whether to divide the weights by the cluster's size.
     """
-    features = np.flatnonzero(clusters >= 0)
-    values = np.broadcast_to(np.asarray(weights, np.float64), clusters.shape)[features]
+    of_cluster = sizes(clusters)
+    n = len(of_cluster)
+    factor = np.broadcast_to(np.asarray(weights, np.float64), clusters.shape)
     if mean:
-        values = values / sizes(clusters)[clusters[features]]
-    shape = (len(clusters), int(clusters.max(initial=-1)) + 1)
-    return sparse.csr_matrix((values.astype(np.float32), (features, clusters[features])), shape=shape)
+        factor = factor / np.append(of_cluster, 1)[clusters]
+    # each value moves to its cluster's column, those of no cluster to one more, and what meets there adds up: half the time of a product
+    column = np.where(clusters >= 0, clusters, n)[values.indices]
+    weighted = values.data * factor.astype(np.float32)[values.indices]
+    return sparse.csr_matrix((weighted, column, values.indptr), shape=(values.shape[0], n + 1)).toarray()[:, :n]
 
 
 def numbered(groups: Sequence[Sequence[int]], d_sae: int) -> NDArray[np.int32]:
@@ -42,6 +52,12 @@ def numbered(groups: Sequence[Sequence[int]], d_sae: int) -> NDArray[np.int32]:
 def sizes(clusters: NDArray[np.int32]) -> NDArray[np.int64]:
     """Number of features of each cluster."""
     return np.bincount(clusters[clusters >= 0], minlength=int(clusters.max(initial=-1)) + 1)
+
+
+def one_of(labels: NDArray[np.integer], k: int) -> sparse.csr_matrix:
+    """`(n, k)`: 1 at each row's label; nothing for -1."""
+    inside = np.flatnonzero(labels >= 0)
+    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))
 
 
 def on(values: sparse.csr_matrix, threshold: float) -> sparse.csr_matrix:
@@ -68,13 +84,12 @@ class FeatureView:
 
     def activity(self, shard: Shard) -> Float:
         """`s`, `(n, M)`: how much of each cluster a pair shows, whichever its side. Data clusters are made of it, and of it only."""
-        members = membership(self.clusters)
-        return ((shard.chosen.freq @ members) + (shard.rejected.freq @ members)).toarray()
+        return pooled(shard.chosen.freq, self.clusters) + pooled(shard.rejected.freq, self.clusters)
 
     def disparity(self, shard: Shard) -> Float:
         """`u`, `(n, M)`: by what share of a cluster's features more are on in the chosen than in the rejected completion."""
-        share = membership(self.clusters, mean=True)
-        return (on(shard.chosen.freq, self.tau) @ share - on(shard.rejected.freq, self.tau) @ share).toarray()
+        chosen, rejected = (on(span.freq, self.tau) for span in (shard.chosen, shard.rejected))
+        return pooled(chosen, self.clusters, mean=True) - pooled(rejected, self.clusters, mean=True)
 
     def data_clusters(self, shard: Shard) -> tuple[NDArray[np.int32], Float]:
         """Of each pair its data cluster, -1 if silent, and its cosine to the centroid."""
@@ -100,8 +115,7 @@ class PromptView:
 
     def expression(self, shard: Shard) -> Float:
         """`(n, A)`: the share of a cluster's features that fire in the prompt."""
-        share = membership(self.prompts, mean=True)
-        return (on(shard.prompt.freq, 0) @ share).toarray()
+        return pooled(on(shard.prompt.freq, 0), self.prompts, mean=True)
 
     def movement(self, shard: Shard) -> Float:
         """`(n, R)`: mean standardised delta over a cluster's features.
@@ -109,5 +123,8 @@ class PromptView:
         The deltas are divided by their standard deviation and not centred: it makes no difference to a comparison of rows, and
         leaves 0 for two sides that do not differ.
         """
-        scale = membership(self.responses, 1 / np.where(self.delta_sd > 0, self.delta_sd, 1), mean=True)
-        return (shard.chosen.freq @ scale - shard.rejected.freq @ scale).toarray()
+        return self.moved(shard.chosen.freq) - self.moved(shard.rejected.freq)
+
+    def moved(self, freq: sparse.csr_matrix) -> Float:
+        """`(n, R)`: mean of the features' frequencies, `(n, d_sae)`, in standard deviations of their deltas."""
+        return pooled(freq, self.responses, 1 / np.where(self.delta_sd > 0, self.delta_sd, 1), mean=True)

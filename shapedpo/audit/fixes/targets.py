@@ -227,9 +227,9 @@ def recipe(
         dataset: Another dataset than the audited one, a file.
     """
     settings = harvest.settings
-    found: dict[str, Any] = {"model_name_or_path": settings["model"]}
-    if dataset or settings["dataset"]:  # else it was audited from Python, and the base recipe has to name it
-        found["dataset_name"] = dataset or settings["dataset"]
+    # what was audited from Python may have no name: the base recipe has to give it
+    named = {"model_name_or_path": settings["model"], "dataset_name": dataset or settings["dataset"]}
+    found: dict[str, Any] = {key: name for key, name in named.items() if name}
     if dataset is None:
         if settings.get("config"):
             found["dataset_config"] = settings["config"]

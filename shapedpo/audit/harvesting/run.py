@@ -93,7 +93,7 @@ def harvest(
     (`accelerate launch`, `torchrun`) each make their own shards.
 
     Args:
-        model: The reference: a folder, a name on the hub, `lab`, or a loaded causal language model.
+        model: The reference: a folder, a name on the hub, `lab`, or a loaded causal language model, of which `name_or_path` is kept for later steps.
         sae: The SAE, as [`SAEFeatures`] takes it, or one of these with all features, for further fields.
         dataset: Preference pairs in any form that TRL takes, or the name of some (see [`~shapedpo.audit.harvesting.pairs.load_pairs`]).
         folder: Where the harvest goes.
@@ -124,7 +124,7 @@ def harvest(
     if pairs.dropped:
         logger.warning(f"{pairs.dropped} pairs are left out, as in training: their prompt alone fills max_length.")
     given = {
-        "model": model if isinstance(model, str) else type(model).__name__,
+        "model": _name(model) or None,
         "dataset": dataset if source is None and isinstance(dataset, str) else source,
         "split": split,
         "config": config,
@@ -163,12 +163,17 @@ def harvest(
     return Harvest.open(folder)
 
 
+def _name(model: str | nn.Module) -> str:
+    """Where a model came from; empty if a loaded one does not say."""
+    return model if isinstance(model, str) else getattr(model, "name_or_path", "")
+
+
 def _tokenizer(model: str | nn.Module) -> Any:
     from transformers import AutoTokenizer
 
-    name = model_source(model) if isinstance(model, str) else getattr(model, "name_or_path", "")
-    if not name:
+    if not _name(model):
         raise ValueError("The model does not say where it came from: pass its `tokenizer` too.")
+    name = model_source(_name(model))
     with as_user_error(OSError, prefix=f"The model {name!r}: cannot load its tokenizer: "):
         return AutoTokenizer.from_pretrained(name)
 

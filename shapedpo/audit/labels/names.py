@@ -29,7 +29,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -268,10 +268,11 @@ def exciting_tokens(
             best, least = _largest(np.concatenate([best, new]), completions, least)
     rows = np.unique(best["row"])
     ids = dict(zip(rows.tolist(), harvest.ids(rows), strict=True)) if len(rows) else {}
+    text_of = cache(lambda token: decode([token]).strip())
     found: dict[int, list[str]] = {}
     for feature, row, number, place in best[["feature", "row", "span", "place"]].tolist():
         read = ids[row][SPANS[number]]
-        text = decode([read[place]]).strip() if place < len(read) else ""
+        text = text_of(read[place]) if place < len(read) else ""
         if text and text not in found.setdefault(feature, []):
             found[feature].append(text)
     return {feature: ", ".join(texts[:tokens]) for feature, texts in found.items() if texts}

@@ -112,12 +112,13 @@ def _shard_marks(
             features, peaks = peak.indices[entries], peak.data[entries].astype(np.int64) - 1
             for kind in _KINDS[span]:
                 of = of_feature[kind][features].astype(np.int64)
-                inside = (of >= 0) & (peaks < len(ranges))
+                asked = [number for of_kind, number in wanted[row] if of_kind == kind]
+                inside = np.isin(of, asked) & (peaks < len(ranges))
                 keys, counts = np.unique(of[inside] * len(ranges) + peaks[inside], return_counts=True)
                 for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
                     number, token = divmod(key, len(ranges))
                     start, end = ranges[token]
-                    if (kind, number) in wanted[row] and end > start:
+                    if end > start:
                         found[row].setdefault((kind, number), {}).setdefault(span, []).append([start, end, count])
     return found
 

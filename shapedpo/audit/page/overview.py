@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ...pages import clean
 from ..analysis.hypotheses import Analysis
 from ..analysis.maps import ClusterMap
 from ..harvesting.store import Harvest
 from ..labels.names import Label, Labels, hypothesis_key
-from ..prediction.run import Prediction
+from ..prediction.run import Place, Prediction
 from ..summary import RARE, Finding, Summary
 
-
-Predictions = dict[tuple[str, int, str, int], list[float | None]]
-"""`[score, low, high, log-odds, low, high, base rate]` by kind, number, view and condition."""
 
 FEATURES = 24
 """Features of a cluster that the page names."""
@@ -65,7 +60,7 @@ def overview(
         "lessons": {
             kind: [_lesson(finding, analysis, number_of) for finding in found] for kind, found in groups.items()
         },
-        "hypotheses": _columns(analysis, labels, predicted(prediction) if prediction else {}),
+        "hypotheses": _columns(analysis, labels, prediction),
         "clusters": {kind: _clusters(analysis, kind, labels, of) for kind, of in maps.items()},
         "features": {
             feature: clean(labels.features[feature], 120)
@@ -107,7 +102,7 @@ def _lesson(finding: Finding, analysis: Analysis, number_of: Mapping[int, int]) 
     }
 
 
-def _columns(analysis: Analysis, labels: Labels, predictions: Predictions) -> dict[str, list[Any]]:
+def _columns(analysis: Analysis, labels: Labels, prediction: Prediction | None) -> dict[str, list[Any]]:
     """The hypotheses, a list for each column."""
     found = analysis.hypotheses
     columns: dict[str, list[Any]] = {
@@ -121,8 +116,8 @@ def _columns(analysis: Analysis, labels: Labels, predictions: Predictions) -> di
         "n_rows": [len(h.rows) for h in found],
         "label": [_label(labels.hypotheses.get(hypothesis_key(h))) for h in found],
     }
-    if predictions:
-        columns["predicted"] = [predictions.get(h.predicted_as) for h in found]
+    if prediction:
+        columns["predicted"] = predicted(prediction, [h.predicted_as for h in found])
     return columns
 
 
@@ -157,15 +152,11 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 # --- predicted changes, where the audit has them -----------------------------------------------------------------------
 
 
-def predicted(prediction: Prediction) -> Predictions:
-    """The predictions of clusters, by kind, number, view and condition."""
-    which = np.flatnonzero(prediction.kind != "feature")
-    values = np.stack([getattr(prediction, name)[which] for name in _PREDICTED], axis=1).tolist()
-    keys = [getattr(prediction, name)[which].tolist() for name in ("kind", "number", "view", "condition")]
-    return {
-        (kind, number, view, condition): [rounded(value) for value in row]
-        for kind, number, view, condition, row in zip(*keys, values, strict=True)
-    }
+def predicted(prediction: Prediction, places: Sequence[Place]) -> list[list[float | None] | None]:
+    """`[score, low, high, log-odds, low, high, base rate]` of some things, by kind, number, view and condition; `None` where there is none."""
+    lines = prediction.lines(places)
+    values = [getattr(prediction, name) for name in _PREDICTED]
+    return [[rounded(value[lines[place]].item()) for value in values] if place in lines else None for place in places]
 
 
 _PREDICTED = ("score", "score_low", "score_high", "log_odds", "log_odds_low", "log_odds_high", "base_rate")

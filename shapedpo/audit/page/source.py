@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..folder import ANALYSIS, HARVEST
 from ..harvesting.store import Harvest
 from ..labels.names import Labels
 from ..prediction.run import Prediction
+from ..summary import Summary, summarise
 from .overview import overview
 
 
@@ -58,12 +60,14 @@ class Audit:
             Prediction.load_if_made(folder / ANALYSIS),
         )
 
+    @cached_property
+    def summary(self) -> Summary:
+        """Of [`summarise`]."""
+        return summarise(self.analysis, self.harvest, self.labels.features, prediction=self.prediction)
+
     def overview(self) -> dict[str, Any]:
         """Of [`overview`]."""
-        from ..summary import summarise
-
-        summary = summarise(self.analysis, self.harvest, self.labels.features, prediction=self.prediction)
-        return overview(self.analysis, self.harvest, summary, self.labels, self.maps, self.prediction)
+        return overview(self.analysis, self.harvest, self.summary, self.labels, self.maps, self.prediction)
 
     def tokenizer(self) -> Any | None:
         """The model's; `None` where it cannot be had, and tokens are not marked."""
@@ -71,7 +75,9 @@ class Audit:
 
         from ...sources import model_source
 
+        if not (name := self.harvest.settings.get("model")):
+            return None
         try:
-            return AutoTokenizer.from_pretrained(model_source(str(self.harvest.settings["model"])))
-        except (KeyError, OSError, ValueError):
+            return AutoTokenizer.from_pretrained(model_source(name))
+        except (OSError, ValueError):
             return None

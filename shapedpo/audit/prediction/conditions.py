@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
-from ..analysis.views import FeatureView, PromptView, membership, numbered, on
+from ..analysis.views import FeatureView, PromptView, numbered, on, one_of, pooled
 from ..harvesting.store import SPANS, Harvest, Shard
 
 
@@ -58,15 +58,13 @@ class Things:
     def scores(self, freq: Any) -> dict[str, tuple[Any, Any]]:
         """Of completions' frequencies, `(n, d_sae)`, the scores of each kind and where it appears, `(n, things)` each; features' are sparse."""
         features, responses = self.feature_view.clusters, self.prompt_view.responses
-        sd = self.prompt_view.delta_sd
         active = on(freq, 0)
-        shares = (on(freq, self.feature_view.tau) @ membership(features, mean=True)).toarray()
-        moved = (freq @ membership(responses, 1 / np.where(sd > 0, sd, 1), mean=True)).toarray()
-        moving = (active @ membership(responses, mean=True)).toarray()
+        shares = pooled(on(freq, self.feature_view.tau), features, mean=True)
+        moving = pooled(active, responses, mean=True)
         return {
             "feature": (freq, active),
             "feature_cluster": (shares, (shares >= APPEARS).astype(np.float32)),
-            "response_cluster": (moved, (moving >= APPEARS).astype(np.float32)),
+            "response_cluster": (self.prompt_view.moved(freq), (moving >= APPEARS).astype(np.float32)),
         }
 
 
@@ -101,7 +99,7 @@ class Conditions:
         return {
             "global": sparse.csr_matrix(np.ones((len(shard.rows), 1))),
             "prompt": self.leading.members(shard.rows),
-            "feature": _one_of(self.data_clusters[place], self.n_data_clusters),
+            "feature": one_of(self.data_clusters[place], self.n_data_clusters),
         }
 
     def of_answers(self, shard: Shard) -> dict[str, Any]:
@@ -120,9 +118,3 @@ def passes(harvest: Harvest, what: str, progress: bool, spans: Sequence[str] = S
             yield slice(begin, begin + len(shard.rows)), shard
             begin += len(shard.rows)
             bar.update(len(shard.rows))
-
-
-def _one_of(labels: NDArray[np.integer], k: int) -> sparse.csr_matrix:
-    """`(n, k)`: 1 at each row's label; nothing for -1."""
-    inside = np.flatnonzero(labels >= 0)
-    return sparse.csr_matrix((np.ones(len(inside)), (inside, labels[inside])), shape=(len(labels), k))

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 FILE = "prediction.parquet"
 KINDS = ("feature", "feature_cluster", "response_cluster")
+Place = tuple[str, int, str, int]
+"""Kind, number, view and condition of a thing."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,12 @@ class Prediction:
         if not len(place):
             return None
         return {f.name: float(getattr(self, f.name)[place[0]]) for f in fields(self)[4:]}
+
+    def lines(self, places: Collection[Place]) -> dict[Place, int]:
+        """The lines of some things, all of them looked for at once; without those of which there is no prediction."""
+        wanted = set(places)
+        every = zip(*(getattr(self, name).tolist() for name in ("kind", "number", "view", "condition")), strict=True)
+        return {place: line for line, place in enumerate(every) if place in wanted}
 
     def line(self, place: int) -> dict[str, Any]:
         """A line as plain data."""
