@@ -4,7 +4,8 @@
 
 Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
 (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
-rate and half a decade below and above. `probes` is the same run with `probe_steps` set, so that rollouts correct the controller.
+rate and half a decade below and above. `sparing` is the same run with all other lessons in the concept's `spare`; `rollouts` with `probe_steps` set,
+so that rollouts correct the controller; `by probe` with an attention probe (`benchmarks/case_studies/probes.py`) in place of the lab's features.
 
 Finished runs are kept in `benchmarks/cache/hold/`, by settings, by the controller's source and by the lab's features, so that a run that was cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
@@ -32,7 +33,7 @@ CACHE = folders.CACHE / "hold"
 PACKAGE = Path(__file__).parents[1] / "shapedpo"
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
-PROBES = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
+ROLLOUTS = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
         held: The trait that is held; none in a plain run.
         rate: Factor of the world's learning rate; 0 for the model before training.
         seed: Of data and training.
-        probes: Whether rollouts correct the controller.
+        how: In what the run differs from the defaults: `sparing`, `rollouts`, `by probe`, or several of them.
         quick: Whether at the small size.
     """
 
@@ -52,13 +53,17 @@ class Job:
     held: str | None = None
     rate: float = 1.0
     seed: int = 0
-    probes: bool = False
+    how: str = ""
     quick: bool = False
 
     @property
     def name(self) -> str:
         what = "before" if self.rate == 0 else "plain" if self.held is None else self.held
-        return f"{self.world}/{what}{'+probes' if self.probes else ''} lr x {self.rate:g} seed {self.seed}"
+        return f"{self.world}/{what}{self.how and f' {self.how}'} lr x {self.rate:g} seed {self.seed}"
+
+    @property
+    def rollouts(self) -> bool:
+        return "rollouts" in self.how
 
 
 class Lab:
@@ -72,9 +77,12 @@ class Lab:
         self.settings = {**self.world.dpo, "learning_rate": self.world.dpo["learning_rate"] * job.rate}
 
     def concepts(self, held: str) -> list[Any]:
-        from shapedpo import lab
+        from benchmarks.case_studies.probes import probe
+        from shapedpo import Concept, lab
 
-        return [lab.concept(held, action="hold")]
+        others = [trait for trait in LAB_TRAITS if trait != held] if "sparing" in self.job.how else []
+        readout = probe(held) if "by probe" in self.job.how else lab.concept(held).readout
+        return [Concept(held, readout, "hold", spare=others), *map(lab.concept, others)]
 
     def heldout(self) -> Any:
         from shapedpo import lab
@@ -95,6 +103,7 @@ class Stories:
     def __init__(self, job: Job) -> None:
         from datasets import Dataset
 
+        self.job = job
         base = stories.QUICK if job.quick else stories.Recipe()
         self.recipe = stories.Recipe(**{**asdict(base), "seed": job.seed})
         self.world = stories.cached_world(self.recipe)
@@ -108,7 +117,14 @@ class Stories:
         }
 
     def concepts(self, held: str) -> list[Any]:
-        return stories.concept(self.world, stories.choose_features(self.world)[0], action="hold")
+        from shapedpo import Concept, Regex
+
+        others = [trait for trait in stories.REWARDS if trait != held] if "sparing" in self.job.how else []
+        features = stories.choose_features(self.world)[0]
+        return [
+            *stories.concept(self.world, features, action="hold", spare=others),
+            *(Concept(trait, Regex(stories.REWARDS[trait][0])) for trait in others),
+        ]
 
     def heldout(self) -> Any:
         from datasets import Dataset
@@ -134,8 +150,8 @@ def run(job: Job) -> dict[str, Any]:
             world.settings,
             world.concepts(job.held) if job.held else None,
             job.seed,
-            heldout=world.heldout() if job.probes else None,
-            **(PROBES if job.probes else {}),
+            heldout=world.heldout() if job.rollouts else None,
+            **(ROLLOUTS if job.rollouts else {}),
         )
         result["seconds"] = time.perf_counter() - started
         for name in ("strength", "amplification"):
@@ -149,9 +165,10 @@ def kept(job: Job) -> Path:
     """Where a run's result is kept."""
     features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
     read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
-    code = (PACKAGE / "shapers" / "hold.py").read_bytes() + read if job.held else b""
-    if job.probes:
-        code += (PACKAGE / "shapers" / "correction.py").read_bytes() + json.dumps(PROBES).encode()
+    sources = ("hold", "pair_statistics", *(["correction"] if job.rollouts else []))
+    code = b"".join((PACKAGE / "shapers" / f"{name}.py").read_bytes() for name in sources) + read if job.held else b""
+    if job.rollouts:
+        code += json.dumps(ROLLOUTS).encode()
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
     return CACHE / f"{key}.json"
 
@@ -173,19 +190,23 @@ def jobs(quick: bool) -> Iterator[Job]:
         yield Job("lab", "goblin", quick=True)
         yield Job("stories", "dialogue", quick=True)
         return
-    for rate in (1.0, 10**0.5, 10**-0.5):
+    rates = (1.0, 10**0.5, 10**-0.5)
+    for rate in rates:
         yield Job("stories", "dialogue", rate)
     yield Job("stories", "dialogue", seed=1)
-    for trait in LAB_TRAITS:
-        yield Job("lab", trait)
-    for rate in (1.0, 10**0.5, 10**-0.5):
-        yield Job("stories", "dialogue", rate, probes=True)
-    for trait in LAB_TRAITS:
-        yield Job("lab", trait, probes=True)
-    for rate in (10**-0.5, 10**0.5):
+    for how in ("", "sparing"):
+        for trait in LAB_TRAITS:
+            yield Job("lab", trait, how=how)
+    for rate in rates[1:]:
         yield Job("lab", "goblin", rate)
     for trait in LAB_TRAITS:
-        yield Job("lab", trait, seed=1)
+        yield Job("lab", trait, seed=1, how="sparing")
+    for rate in rates:
+        yield Job("stories", "dialogue", rate, how="sparing")
+    for rate in rates:
+        yield Job("stories", "dialogue", rate, how="rollouts")
+    for trait in LAB_TRAITS:
+        yield Job("lab", trait, how="rollouts")
 
 
 def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
@@ -210,7 +231,7 @@ def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
     )
     return {
         "world": job.world,
-        "held": job.held + (" + probes" if job.probes else ""),
+        "held": job.held + (job.how and f", {job.how}"),
         "learning rate": f"x {job.rate:.2g}",
         "seed": job.seed,
         "before": round(100 * before[job.held], 1),
@@ -263,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for job in jobs(options.quick):
         if options.only and not any(job.name.startswith(start) for start in options.only):
             continue
-        if options.finished and not (kept(job).exists() and kept(replace(job, held=None, probes=False)).exists()):
+        if options.finished and not (kept(job).exists() and kept(replace(job, held=None, how="")).exists()):
             continue
         if job.world == "stories" and not stories.MODEL.is_dir():
             print(f"left out, as there is no model at {stories.MODEL}: {job.name}")

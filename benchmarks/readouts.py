@@ -33,7 +33,7 @@ def figures(scores: np.ndarray, shown: Mapping[str, np.ndarray], trait: str) -> 
 
     from shapedpo.sae.check import auroc
     from shapedpo.sae.find import hard_auroc
-    from shapedpo.shapers.hold import presence, typical_size
+    from shapedpo.shapers.pair_statistics import presence, typical_size
 
     label = shown[trait]
     others = {name: rows & ~label for name, rows in shown.items() if name != trait and (rows & ~label).sum() >= 10}

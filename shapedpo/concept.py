@@ -67,6 +67,8 @@ class Concept:
             theirs, and its direction orthogonal to theirs, so that to shape a table need not shape all formatting (see `structure.py`). Their
             own scores count, whatever they are given themselves, so concepts can be given each other. Strengths and targets keep their
             meaning, in standard deviations of the concept's own score.
+        spare: For `hold`: names of other concepts of the list that are to be learned as if nothing were held, where the same pairs teach both. The
+            whole score is held, but only what the pairs do not share with these is acted on (see `shapers/hold.py`).
         target: For `hold`: how far the mean score is to be from the reference's (on the gate's rows), in standard deviations of the
             score; negative for less of the concept. 0, the default, is the level before training.
 
@@ -100,6 +102,7 @@ class Concept:
     gate: Gate | Mapping[str, Any] | None = None
     target: float = 0.0
     given: Sequence[str] = ()
+    spare: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
@@ -128,7 +131,9 @@ class Concept:
                 )
             self._check_target()
             self._check_shaping()
-            object.__setattr__(self, "given", self._checked_given())
+            object.__setattr__(self, "given", self._names("given"))
+            object.__setattr__(self, "spare", self._names("spare"))
+            self._check_others()
 
     def _check_target(self) -> None:
         check_number("action 'hold'", "target", self.target, unit=", in standard deviations of the score")
@@ -164,17 +169,28 @@ class Concept:
         elif self.strength is not None:
             raise ValueError(f"method {self.shaper.name!r} takes no `strength`, got {self.strength!r}. Leave it out.")
 
-    def _checked_given(self) -> tuple[str, ...]:
-        names = list(self.given) if isinstance(self.given, Sequence) and not isinstance(self.given, str) else [None]
+    def _names(self, field: str) -> tuple[str, ...]:
+        value = getattr(self, field)
+        names = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [None]
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"`given` must be a list of the names of other concepts, got {self.given!r}.")
+            raise ValueError(f"`{field}` must be a list of the names of other concepts, got {value!r}.")
         if self.name in names or len(set(names)) < len(names):
-            raise ValueError(f"`given` names other concepts, each once; got {', '.join(map(repr, names))}.")
-        if names and self.shapes and isinstance(self.shaper, Residual) and self.shaper.instruction:
+            raise ValueError(f"`{field}` names other concepts, each once; got {', '.join(map(repr, names))}.")
+        return tuple(name for name in names if name is not None)
+
+    def _check_others(self) -> None:
+        if self.given and self.shapes and isinstance(self.shaper, Residual) and self.shaper.instruction:
             raise ValueError(
                 "method 'residual' with an instruction acts by no score or direction: `given` has no meaning. Leave it out."
             )
-        return tuple(name for name in names if name is not None)
+        if self.spare and self.action != "hold":
+            raise ValueError(
+                f"`spare` is for action 'hold', got {self.action!r}. Name the concepts in `given`, or leave `spare` out."
+            )
+        if twice := [name for name in self.spare if name in self.given]:
+            raise ValueError(
+                f"{twice[0]!r} is in both `given` and `spare`: what is read without it has nothing to spare it from. Leave it out of one."
+            )
 
     @property
     def shaper(self) -> Shaper:
@@ -203,8 +219,9 @@ class Concept:
             data["strength"] = float(self.strength)
         if self.target != 0:
             data["target"] = float(self.target)
-        if self.given:
-            data["given"] = list(self.given)
+        for field in ("given", "spare"):
+            if names := getattr(self, field):
+                data[field] = list(names)
         if isinstance(self.gate, Gate):
             data["gate"] = (
                 {"column": self.gate.column}
@@ -313,8 +330,9 @@ def _check_together(concepts: Sequence[Concept]) -> None:
                 f"Concept {concept.name!r}: its gate names the concept {concept.gate.concept!r}, which is not in the list. "
                 f"There are {', '.join(names)}; add it with action: watch."
             )
-        if missing := [name for name in concept.given if name not in names]:
-            raise ValueError(
-                f"Concept {concept.name!r}: `given` names the concept {missing[0]!r}, which is not in the list. There are {', '.join(names)}; "
-                "add it with action: watch."
-            )
+        for field in ("given", "spare"):
+            if missing := [name for name in getattr(concept, field) if name not in names]:
+                raise ValueError(
+                    f"Concept {concept.name!r}: `{field}` names the concept {missing[0]!r}, which is not in the list. There are "
+                    f"{', '.join(names)}; add it with action: watch."
+                )

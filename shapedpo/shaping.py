@@ -18,7 +18,7 @@ from .readouts import LoadedReadout
 from .shapers import ConceptSignal, Project
 from .shapers.hold import HoldController
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
-from .structure import own_directions
+from .structure import LITTLE, own_directions
 
 
 NORMALISED_LOSSES = ("sigmoid_norm",)
@@ -42,7 +42,16 @@ class Shaping:
         self.concepts = list(concepts)
         self.active = [(index, concept) for index, concept in enumerate(concepts) if concept.shapes]
         self.held = [index for index, concept in self.active if concept.action == "hold"]
-        self.hold = HoldController([concepts[index].target for index in self.held], beta) if self.held else None
+        names = [concept.name for concept in concepts]
+        self.spared = sorted({names.index(name) for index in self.held for name in concepts[index].spare})
+        self.hold: HoldController | None = None
+        if self.held:
+            spared = [[names[other] in concepts[index].spare for index in self.held] for other in self.spared]
+            self.hold = HoldController(
+                [concepts[index].target for index in self.held],
+                beta,
+                spared=torch.tensor(spared, dtype=torch.bool).reshape(-1, len(self.held)),
+            )
 
     @classmethod
     def of(cls, concepts: Sequence[Concept], args: Any) -> Shaping:
@@ -65,14 +74,21 @@ class Shaping:
             for index, concept in enumerate(self.concepts)
         ]
 
-    def start(self, calibration: Calibration) -> None:
-        """Start or resume the controller of the held concepts, if there are any."""
+    def start(self, calibration: Calibration) -> list[str]:
+        """Start or resume the controller of the held concepts, if there are any. Returns warnings, of each that shares all it shows with what it spares."""
         if self.hold is None:
-            return
+            return []
         if calibration.hold is not None:
             self.hold.restore(calibration.hold)
         else:
-            self.hold.start(calibration.deltas[:, self.held], calibration.gates[:, self.held])
+            deltas, gates = calibration.deltas, calibration.gates
+            self.hold.start(deltas[:, self.held], gates[:, self.held], deltas[:, self.spared])
+        return [
+            f"Concept {self.concepts[index].name!r}: {own:.1%} of what its pairs show is not shared with {', '.join(self.concepts[index].spare)}, which "
+            "it is to spare. With so little to act on it will hardly be held. Spare fewer, or read it with what tells it apart."
+            for index, own in zip(self.held, self.hold.own.tolist(), strict=True)
+            if self.concepts[index].spare and own < LITTLE
+        ]
 
     def observe(
         self,
@@ -101,11 +117,10 @@ class Shaping:
         margins = self.beta * self._compared(ratios if tilt is None else ratios + tilt, mask)
         if pairs.weights is not None:  # the margin at which DPO would pull as the weighted pair does
             margins = -torch.logit(pairs.weights * torch.sigmoid(-margins), eps=1e-6)
-        deltas = _gated_deltas(pairs.signals, self.held)
-        gates = torch.stack([pairs.signals[index].gate for index in self.held], dim=1)
-        rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), deltas, gates], dim=1))
-        seen, deltas, gates = rows.split([2, len(self.held), len(self.held)], dim=1)
-        self.hold.observe(seen[:, 0], deltas, margins=seen[:, 1], gates=gates)
+        read = self._held_pairs(pairs.signals)
+        rows = gather(torch.cat([torch.stack([chosen - rejected, margins], dim=1), *read], dim=1))
+        seen, deltas, gates, others = rows.split([2, *(part.shape[1] for part in read)], dim=1)
+        self.hold.observe(seen[:, 0], deltas, margins=seen[:, 1], gates=gates, others=others)
         if last:
             self.hold.update()
 
@@ -144,9 +159,15 @@ class Shaping:
             return None
         logps = torch.cat(sequence_logps(log_probs, mask, ld_alpha))
         apart = self._compared((logps - torch.cat(list(pairs.ref_logps))).float(), mask)
-        deltas = _gated_deltas(pairs.signals, self.held)
-        pull = self.hold.weights(deltas) @ self.hold.strengths.to(deltas.device, deltas.dtype)
+        along = self.hold.along(*self._held_pairs(pairs.signals))
+        pull = along @ self.hold.strengths.to(along.device, along.dtype)
         return self.loss_weight * self.beta / 4 * (pull * apart).mean()
+
+    def _held_pairs(self, signals: Sequence[ConceptSignal]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the controller of the held concepts is to know: their gated deltas and gates, `(B, C)`, and the spared ones' deltas, `(B, S)`."""
+        gates = torch.stack([signals[index].gate for index in self.held], dim=1)
+        others = [signals[index].delta for index in self.spared]
+        return _gated_deltas(signals, self.held), gates, torch.stack(others, dim=1) if others else gates[:, :0]
 
     def _compared(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
         """What the loss compares of completions' log-ratios `(2B,)`: chosen less rejected, a token where it is normalised; `(B,)`."""

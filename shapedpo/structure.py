@@ -30,7 +30,7 @@ from .shapers.projection import orthonormal_basis
 
 
 LITTLE = 0.1
-"""Share of a delta's variance that is left, below which a warning is due."""
+"""Share that is left of what a concept's deltas show, below which a warning is due."""
 
 
 def given_indices(concepts: Sequence[Concept]) -> dict[int, list[int]]:

@@ -187,7 +187,8 @@ class ShapedDPOTrainer(InterveningTrainer):
         """Make a calibration the run's, with the state of the controller of held concepts if it has one."""
         super()._take_over(calibration)
         assert self._calibration is not None
-        self._shaping.start(self._calibration)
+        for warning in self._shaping.start(self._calibration):
+            logger.warning(warning)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.concepts:

@@ -140,14 +140,23 @@ def test_a_checkpoint_keeps_the_coefficients(tmp_path):
 
 def test_yaml():
     data = [
-        {"name": "table", "readout": {"type": "regex", "pattern": r"\|"}, "action": "hold", "given": ["bold"]},
+        {
+            "name": "table",
+            "readout": {"type": "regex", "pattern": r"\|"},
+            "action": "hold",
+            "given": ["bold"],
+            "spare": ["dash"],
+        },
         {"name": "bold", "readout": {"type": "regex", "pattern": r"\*\*"}, "action": "watch"},
+        {"name": "dash", "readout": {"type": "regex", "pattern": "—"}, "action": "watch"},
     ]
     found = resolve_concepts(data)
     assert found[0].given == ("bold",)
+    assert found[0].spare == ("dash",)
     assert Concept.from_dict(found[0].to_dict()) == found[0]
     assert found[0].to_dict()["given"] == ["bold"]
-    assert "given" not in found[1].to_dict()
+    assert found[0].to_dict()["spare"] == ["dash"]
+    assert not {"given", "spare"} & found[1].to_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,10 @@ def test_yaml():
             {"given": ["bold"], "action": "suppress", "strength": 1.0, "method": Residual(instruction="x")},
             "by no score or direction",
         ),
+        ({"action": "hold", "spare": "bold"}, "`spare` must be a list of the names"),
+        ({"action": "hold", "spare": ["emoji"]}, "`spare` names the concept 'emoji', which is not in the list"),
+        ({"action": "hold", "spare": ["bold"], "given": ["bold"]}, "'bold' is in both `given` and `spare`"),
+        ({"action": "suppress", "strength": 1.0, "spare": ["bold"]}, "`spare` is for action 'hold', got 'suppress'"),
     ],
 )
 def test_bad_names(fields, text):

@@ -20,6 +20,14 @@ answers to other things, more faintly, on either side of pairs that have nothing
 stayed in (the attenuation of a regression on what is measured with noise). Loud pairs show the concept beyond doubt, so they decide how much is
 taken out. It is taken out of the quiet ones alike: they may be quiet ways of showing it, which would be learned in place of the others.
 
+Log-ratios count for two nats at most, or three times their usual spread where that is more. The first order overstates large ones: a policy that has
+come to avoid the concept by ten nats has lost no more of it than there was, and a few such pairs would outweigh all that show the contrary.
+
+Pairs that teach a held concept may teach others as well, and the Lagrangian's pull takes it from these too. Where a concept is to *spare* others,
+its pull is along the part of \\( w_c \\) that is orthogonal to their presence, over the pairs of its gate: \\( w_c - \sum_s b_{cs} w_s \\). All pairs together
+then teach the spared ones what they would without it, while \\( P_c \\) and the excess are those of the whole \\( w_c \\): the concept is held, not
+what is left of it.
+
 Nothing winds up. The integrator is the policy itself, whose amplification is read and never summed.
 
 Chosen and rejected answers are not two draws of the reference. Other lessons lift \\( l \\) on all pairs, and the mean of \\( l w \\)
@@ -34,33 +42,29 @@ Source: ours (a method of multipliers, with integral control on amplification). 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .correction import Bias, rollout_change
+from .pair_statistics import presence, pulls, recent_mean, robust_spread, shared, typical_size
 
 
 WINDOW = 512
 """Pairs looked back on, or those of one step where they are more."""
 SHORTEST = 64
 """Pairs that amplification is read off at least, or those of one step where they are more."""
-FEWEST = 8
-"""Pairs that must count in it, effectively."""
-AGREE = 1.5
-"""Standard errors within which a mean over more pairs must agree with one over fewer."""
+LARGEST = 2.0
+"""Nats that a log-ratio counts at most, or [`SPREADS`] times their usual spread where that is more."""
+SPREADS = 3.0
+"""See [`LARGEST`]."""
 GAIN = 2.0
 """Pressure asked for (sd of the score) per amplification in excess (nats x sd)."""
-MIDDLE = 0.3
-"""Share of their typical size at which deltas count half."""
 BOUND = 1.0
 """Largest pull on a pair against DPO's own, which is at most 1 too."""
 UNREAD = 0.05
 """Share of the unshaped pressure that is taken out beyond the whole: for what the readout does not see and other lessons bring along."""
-RIDGE = 1e-3
-"""Of the deltas' second moments, relative, so that concepts that go together share the work."""
 
 
 class HoldController:
@@ -72,6 +76,7 @@ class HoldController:
         targets: How far each concept's mean score is to be from the reference's, sd of the score.
         beta: DPO's.
         window, gain, bound, unread: See [`WINDOW`], [`GAIN`], [`BOUND`] and [`UNREAD`].
+        spared: `(S, C)` bool, which of S other concepts each held one spares; by default there are none.
 
     Attributes:
         strengths: `(C,)` float64, in force now: positive to suppress, negative to amplify; nats per sd of the score.
@@ -85,16 +90,21 @@ class HoldController:
         gain: float = GAIN,
         bound: float = BOUND,
         unread: float = UNREAD,
+        spared: Tensor | None = None,
     ) -> None:
         self.targets = torch.tensor(targets, dtype=torch.float64)
         self.beta, self.window = beta, window
         self.gain, self.bound, self.unread = gain, bound, unread
         self.strengths = torch.zeros_like(self.targets)
+        self._spared = torch.zeros(0, len(targets), dtype=torch.bool) if spared is None else spared
         self._bias = Bias(len(targets))
         self._share = torch.ones_like(self.targets)  # of the rows that are gated in
         self._size = torch.ones_like(self.targets)  # of the deltas of pairs that show the concept on one side
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
+        self._spared_size = torch.ones(len(self._spared), dtype=torch.float64)
+        self._shared = torch.zeros(len(self._spared), len(targets), dtype=torch.float64)  # see [`shared`]
         self._pairs = torch.zeros(0, 2 + len(targets))  # (W, 2 + C) float32: log-ratio, margin and gated deltas
+        self._others = torch.zeros(0, len(self._spared))  # (W, S) float32: deltas of the spared concepts
         self._gates = torch.zeros(0, len(targets))  # (W, C) float32
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
 
@@ -103,21 +113,30 @@ class HoldController:
         """What to add to amplification to get the true change of the mean score, as far as known: `(C,)`, sd of the score."""
         return self._bias.value
 
-    def start(self, deltas: Tensor, gates: Tensor) -> None:
+    @property
+    def own(self) -> Tensor:
+        """Share of each concept's weights (of their square, over the pairs looked back on) that is not shared with what it spares: `(C,)`."""
+        weights = self._weights()
+        along = self.along(self._pairs[:, 2:].double(), self._gates.double(), self._others.double())
+        return along.square().sum(dim=0) / weights.square().sum(dim=0).clamp(min=1e-12)
+
+    def start(self, deltas: Tensor, gates: Tensor, others: Tensor | None = None) -> None:
         """Take the strengths that leave no pressure on a sample of the data before any training.
 
         Args:
             deltas: `(N, C)`, the held concepts' deltas on the calibration sample.
             gates: `(N, C)`.
+            others: `(N, S)`, the spared concepts' deltas.
         """
         deltas, gates = deltas.float().cpu(), gates.float().cpu()
+        others = deltas[:, :0] if others is None else others.float().cpu()
         # The sample may be in the data's order: what stays of it in the window while it fills must not be one end of the data.
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
         self._pairs = torch.cat([deltas.new_zeros(len(order), 2), deltas[order]], dim=1)
-        self._gates = gates[order]
+        self._gates, self._others = gates[order], others[order]
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
-        self._size = typical_size(deltas)
+        self._size, self._spared_size = typical_size(deltas), typical_size(others)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
         deltas = deltas.double()
         shown = (deltas * presence(deltas, self._size)).mean(dim=0)
@@ -125,7 +144,12 @@ class HoldController:
         self._solve()
 
     def observe(
-        self, log_ratios: Tensor, deltas: Tensor, margins: Tensor | None = None, gates: Tensor | None = None
+        self,
+        log_ratios: Tensor,
+        deltas: Tensor,
+        margins: Tensor | None = None,
+        gates: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> None:
         """Take in pairs that were trained on.
 
@@ -134,15 +158,18 @@ class HoldController:
             deltas: `(B, C)`, their gated deltas.
             margins: `(B,)`, what the loss takes the sigmoid of; by default \\( \\beta l_i \\).
             gates: `(B, C)`; by default all rows are shaped.
+            others: `(B, S)`, the spared concepts' deltas.
         """
         margins = self.beta * log_ratios if margins is None else margins
         rows = torch.cat([log_ratios[:, None], margins[:, None], deltas], dim=1).float().cpu()
         gates = torch.ones_like(rows[:, 2:]) if gates is None else gates.float().cpu()
+        others = rows[:, :0] if others is None else others.float().cpu()
         finite = rows.isfinite().all(dim=1)  # a policy that diverges is the trainer's to report
         self._fresh += int(finite.sum())
         kept = max(self.window, self._fresh)
         self._pairs = torch.cat([self._pairs, rows[finite]])[-kept:]
         self._gates = torch.cat([self._gates, gates[finite]])[-kept:]
+        self._others = torch.cat([self._others, others[finite]])[-kept:]
 
     def update(self) -> None:
         """Find the next step's strengths, once an optimizer step."""
@@ -153,7 +180,7 @@ class HoldController:
         """Mean change of each concept's score on the rows of its gate, to first order, and its standard error: `(C,)` each, sd."""
         log_ratios, weights = self._pairs[:, :1].double(), self._weights()
         log_ratio, weight = self._middles()
-        terms = self._gates.double() * (log_ratios - log_ratio) * (weights - weight) / (4 * self._share)
+        terms = self._gates.double() * self._saturated(log_ratios - log_ratio) * (weights - weight) / (4 * self._share)
         found = [recent_mean(column, max(SHORTEST, self._step)) for column in terms.T]
         mean, error = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
         return mean, error
@@ -177,9 +204,12 @@ class HoldController:
         return {
             "pairs": self._pairs,
             "gates": self._gates,
+            "others": self._others,
             "share": self._share,
             "size": self._size,
             "scale": self._scale,
+            "spared_size": self._spared_size,
+            "shared": self._shared,
             "strengths": self.strengths,
             **self._bias.state(),
             "step": torch.tensor(self._step),
@@ -188,7 +218,8 @@ class HoldController:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
-        self._pairs, self._gates, self._share = tensors["pairs"], tensors["gates"], tensors["share"]
+        self._pairs, self._gates, self._others = tensors["pairs"], tensors["gates"], tensors["others"]
+        self._share, self._spared_size, self._shared = tensors["share"], tensors["spared_size"], tensors["shared"]
         self._size, self._scale, self.strengths = tensors["size"], tensors["scale"], tensors["strengths"]
         self._bias.restore(tensors)
         self._step = int(tensors["step"])
@@ -197,6 +228,20 @@ class HoldController:
         """What of each delta is the concept itself: `(..., C)`, sd of the score."""
         size, scale = (tensor.to(deltas.device, deltas.dtype) for tensor in (self._size, self._scale))
         return scale * presence(deltas, size)
+
+    def along(self, deltas: Tensor, gates: Tensor, others: Tensor) -> Tensor:
+        """What the strengths pull along: the weights, less what goes with the spared concepts. `(B, C)`, sd of the score.
+
+        Args:
+            deltas: `(B, C)`, gated.
+            gates: `(B, C)`.
+            others: `(B, S)`, the spared concepts' deltas.
+        """
+        weights = self.weights(deltas)
+        if not len(self._spared):
+            return weights
+        size, share = (tensor.to(deltas.device, deltas.dtype) for tensor in (self._spared_size, self._shared))
+        return weights - gates * (presence(others, size) @ share)
 
     def _weights(self) -> Tensor:
         return self.weights(self._pairs[:, 2:].double())
@@ -208,85 +253,30 @@ class HoldController:
         log_ratios = self._pairs[:, :1].double()
         return (gates * log_ratios).sum(dim=0) / rows, (gates * self._weights()).sum(dim=0) / rows
 
+    def _saturated(self, log_ratios: Tensor) -> Tensor:
+        """Log-ratios `(..., C)` as they count, on the rows of each concept's gate: see [`LARGEST`]."""
+        spreads = [robust_spread(self._pairs[gate > 0, 0].double()) for gate in self._gates.T]
+        bound = (SPREADS * torch.tensor(spreads, dtype=torch.float64)).clamp(min=LARGEST)
+        return bound * torch.tanh(log_ratios / bound)
+
     def _solve(self) -> None:
         if not len(self._pairs):
             return
         margins, weights = self._pairs[:, 1].double(), self._weights()
+        deltas, gates, others = self._pairs[:, 2:].double(), self._gates.double(), self._others.double()
+        self._shared = shared(weights, presence(others, self._spared_size), gates, self._spared)
+        along = self.along(deltas, gates, others)
         amplification, error = self.amplification()
         least = amplification + self.bias - self.targets
         log_ratio, weight = self._middles()
-        most = least + log_ratio * weight / 4 * (1 - self._bias.probed)
+        most = least + self._saturated(log_ratio) * weight / 4 * (1 - self._bias.probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
         error = (error**2 + self._bias.doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
-        loudness = (self._pairs[:, 2:].double() / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
+        loudness = (deltas / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
         pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
-        pull = (1 + self.unread) * pulls(loudness * weights, weights, pressure)
-        pull += pulls(weights, weights, self.gain * self._share * excess)
+        pull = (1 + self.unread) * pulls(loudness * weights, along, pressure)
+        pull += pulls(weights, along, self.gain * self._share * excess)
         limit = self.bound / self._scale
         self.strengths = 4 * pull.clamp(-limit, limit)
-
-
-def pulls(weighted: Tensor, weights: Tensor, pressure: Tensor) -> Tensor:
-    """What to take off pulls for one sd of each weight, `(C,)`, so that no pressure is left: weighted least squares.
-
-    Args:
-        weighted: `(N, C)`, the `weights` `(N, C)` times what their pair counts.
-        pressure: `(C,)`, the mean of pulls times `weighted`.
-    """
-    moments = weighted.T @ weights / len(weights)
-    return torch.linalg.solve(moments + torch.diag(RIDGE * moments.diag() + 1e-12), pressure)
-
-
-def recent_mean(values: Tensor, shortest: int) -> tuple[float, float]:
-    """Mean of the latest values and its standard error: of as many as agree with the latest of all.
-
-    Looks back twice as far, again and again, while the intervals of all the means so far have a point in common (Lepski's rule). So it
-    follows what moves fast without delay, and averages over all there is where nothing moves.
-
-    Args:
-        values: `(N,)`, oldest first.
-        shortest: How far to look back in any case.
-    """
-    low, high, best, length = -math.inf, math.inf, (0.0, 0.0), shortest
-    while len(values):
-        part = values[-length:]
-        # A rare concept's values are mostly 0: too few others, and neither mean nor error would mean anything.
-        few = float(part.abs().sum() ** 2) < FEWEST * float(part.square().sum()) or not part.any()
-        if few and length < len(values):
-            length *= 2
-            continue
-        mean, error = float(part.mean()), float(part.std(correction=0)) / math.sqrt(len(part))
-        low, high = max(low, mean - AGREE * error), min(high, mean + AGREE * error)
-        if low > high:
-            break
-        best = mean, error
-        if length >= len(values):
-            break
-        length *= 2
-    return best
-
-
-def presence(deltas: Tensor, size: Tensor) -> Tensor:
-    r"""Whether one side of a pair shows the concept and the other does not: about 1, -1 (the rejected one does) or 0.
-
-    That is \\( x^8/(x^8 + 1) \\) of the delta's sign, with \\( x = d/(0.3\,\text{size}) \\). The readout's noise vanishes, and loud and quiet
-    ways of showing the concept count the same. If deltas counted as they are, only the sum of the scores would be held: loud ways would
-    become rare and quiet ones frequent.
-
-    Args:
-        deltas: `(N, C)`.
-        size: `(C,)`, of [`typical_size`].
-    """
-    x = (deltas / (MIDDLE * size)) ** 8
-    return deltas.sign() * (x / (1 + x)).nan_to_num(1.0)
-
-
-def typical_size(deltas: Tensor) -> Tensor:
-    """Size of the deltas of pairs that show the concept on one side: `(N, C)` to `(C,)`.
-
-    The root mean square, each delta weighted by its own square: a few large ones count, and many small ones do not.
-    """
-    square = deltas.double().square()
-    return (square.square().sum(dim=0) / square.sum(dim=0)).sqrt().nan_to_num(1.0).clamp(min=1e-6)

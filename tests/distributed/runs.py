@@ -62,7 +62,7 @@ def concepts() -> list[Any]:
         "mask": {"action": "suppress", "method": Mask(fraction=0.1)},
         "project": {"action": "suppress", "method": "project", "gate": Gate(column="fruity")},
         "residual": {"action": "suppress", "method": Project(space="residual")},
-        "hold": {"action": "hold"},
+        "hold": {"action": "hold", "spare": ["direction-reward"]},
     }
     return [
         Concept(f"{kind}-{method}", readout(index), **fields)
