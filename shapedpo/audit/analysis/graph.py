@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .settings import AuditSettings
 
 
-_BLOCK = 4_000_000  # joint counts that each thread holds at once
+_BLOCK = 8_000_000  # joint counts that each thread holds at once
 _FREQUENT = 0.1  # share of the samples; below it sparse products are faster than dense ones
 _THREADS = min(4, os.cpu_count() or 1)
 

