@@ -138,6 +138,8 @@ ROLLOUTS = {"probe_steps": 5, "probe_prompts": 100, "probe_max_new_tokens": 80}
 """Of a run with probe rollouts: ten probes in 50 steps, two rollouts of each prompt. Many small ones tell sooner what few large ones would."""
 GIVEN = ", given the rest"
 """Ends the name of one that reads the target without what it shares with the other taught traits (`Concept.given`)."""
+SPARING = ", sparing"
+"""Ends the name of one that leaves to the other taught traits what the pairs teach of them (`Concept.spare`)."""
 PROBE = ", probe"
 """Ends the name of one that reads the target with a fitted probe in place of the SAE's features."""
 PROBED = ("hold", "filter", "project: pair")
@@ -149,7 +151,7 @@ FIRST = (
     "tokens",
     "mask",
     f"reward{NO_GATE}",
-    f"hold{GIVEN}",
+    f"hold{SPARING}",
     f"reward{GIVEN}",
     "project: pair",
 )
@@ -171,7 +173,8 @@ def methods(world: World) -> dict[str, tuple[float, ...]]:
     if world.topics:
         fitting[f"reward{NO_GATE}"] = (middle("reward"),)
     if world.together < 1:
-        fitting |= {f"hold{GIVEN}": METHODS["hold"].strengths, f"reward{GIVEN}": METHODS["reward"].strengths}
+        fitting[f"reward{GIVEN}"] = METHODS["reward"].strengths
+    fitting[f"hold{SPARING}"] = METHODS["hold"].strengths
     if not world.topics:
         fitting |= {f"{name}{PROBE}": (middle(name),) for name in PROBED}
     return fitting
@@ -179,7 +182,9 @@ def methods(world: World) -> dict[str, tuple[float, ...]]:
 
 def method(name: str) -> Method:
     """A method by its name, whatever that ends in."""
-    return METHODS[name.removesuffix(NO_GATE).removesuffix(GIVEN).removesuffix(PROBE)]
+    for end in (NO_GATE, GIVEN, SPARING, PROBE):
+        name = name.removesuffix(end)
+    return METHODS[name]
 
 
 def middle(name: str) -> float:
@@ -196,8 +201,9 @@ def fields(world: World, target: str, name: str, strength: float) -> Fields:
     """
     action = "amplify" if world.amplify or world.restores(target) else "suppress"
     gate = {"gate": {"column": GATE}} if world.topics and not name.endswith(NO_GATE) else {}
-    given = {"given": [trait for trait in world.taught if trait != target]} if name.endswith(GIVEN) else {}
-    return {"action": action, **method(name).fields(strength, world.planted(target), target), **gate, **given}
+    rest = [trait for trait in world.taught if trait != target]
+    others = {"given": rest} if name.endswith(GIVEN) else {"spare": rest} if name.endswith(SPARING) else {}
+    return {"action": action, **method(name).fields(strength, world.planted(target), target), **gate, **others}
 
 
 def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
@@ -205,7 +211,7 @@ def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
     from shapedpo import Concept, lab
 
     how = fields(world, target, name, strength)
-    watched = [lab.concept(trait) for trait in how.get("given", ())]
+    watched = [lab.concept(trait) for trait in how.get("given", how.get("spare", ()))]
     if method(name).means:
         return [Concept(target, direction(target), **how), *watched]
     if name.endswith(PROBE):

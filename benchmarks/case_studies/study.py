@@ -22,6 +22,8 @@ from shapedpo import lab
 
 VERSION = 1
 """Raise it where results of earlier code do not count any more."""
+CONTROLLER = 2
+"""The same for `hold` alone."""
 BEFORE, PLAIN = "before", "plain"
 KL_ROLLOUTS = 128
 KEPT = (BEFORE, PLAIN, "hold", "reward", "mask", "steer: means")
@@ -66,6 +68,8 @@ class Job:
         world = WORLDS[self.world]
         data = [world.lessons, world.topics, world.seeming, world.share, world.together, world.shrugging]
         how = fields(world, self.target, self.method, self.strength) if self.target else {}
+        if how.get("action") == "hold":
+            how["controller"] = CONTROLLER
         key = json.dumps(
             [VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how, *self.rollouts.items()]
         )

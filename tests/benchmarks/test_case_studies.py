@@ -38,7 +38,7 @@ def test_every_method_fits_its_cases(case: str) -> None:
                 concept, *others = shaping(world, target, name, strength)
                 assert concept.shapes
                 assert not any(other.shapes for other in others)
-                assert {other.name for other in others} == set(concept.given)
+                assert {other.name for other in others} == {*concept.given, *concept.spare}
                 gated = bool(world.topics) and not name.endswith("no gate")
                 assert (concept.gate is not None) == gated
 
