@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 
 from shapedpo.audit.analysis.hypotheses import Analysis
 from shapedpo.audit.analysis.lessons import attribute, lessons
@@ -108,6 +108,27 @@ def test_hypotheses_without_rows_of_their_own_do_not_keep_a_lesson_from_being_fo
     beside = Beside(crowded, things.feature_view, things.prompt_view)
     with_rows = [one for one in attribute(crowded, passes, beside) if len(one.rows)]
     assert [len(one.rows) for one in with_rows] == [len(one.rows) for one in lessons(analysis) if len(one.rows)]
+
+
+def test_what_holds_beside_the_lessons_is_corrected_for_the_hypotheses_that_were_tested(found) -> None:
+    analysis, _ = found
+    clusters = {
+        **analysis.clusters,
+        "feature": [list(range(10)), *(list(range(10 + i, 14 + i)) for i in range(0, 80, 4))],
+    }
+    settings = dataclasses.replace(SETTINGS, min_hypothesis_features=10)  # the first one only is tested
+    tested = dataclasses.replace(analysis, settings=settings, clusters=clusters)
+    things = Things.of(tested)
+    beside = Beside(tested, things.feature_view, things.prompt_view)
+    scores = np.random.default_rng(0).normal(size=(WORLD.n, 21))
+    scores[:, 0] = (scores[:, 0] - scores[:, 0].mean()) / scores[
+        :, 0
+    ].std() + 2.4 / WORLD.n**0.5  # z of 2.4: p of 0.017
+    beside.of_features.add(analysis.rows, sparse.csr_matrix((WORLD.n, beside.data_clusters)), scores)
+    one = dataclasses.replace(analysis.of("global")[0], response=0, delta=0.1)
+    assert beside.holds(one)
+    assert not beside.holds(dataclasses.replace(one, delta=-0.1))
+    assert not beside.holds(dataclasses.replace(one, response=1))
 
 
 def test_global_view_finds_what_is_taught_everywhere(found) -> None:

@@ -123,24 +123,20 @@ def ranked(
     view: View,
     found: Comparison,
     settings: AuditSettings,
-    conditions: NDArray[np.bool_] | bool = True,
     responses: NDArray[np.bool_] | bool = True,
 ) -> tuple[list[Hypothesis], int]:
     """The hypotheses of a view, the strongest first, and how many were tested.
 
-    All pairs of an allowed condition with `min_rows` rows and an allowed response are tested. Kept are those whose halves agree in sign
+    All pairs of a condition with `min_rows` rows and an allowed response are tested. Kept are those whose halves agree in sign
     and whose effect is `min_effect` or more, at most `max_hypotheses`.
 
     Args:
         view: Which.
         found: Its comparisons, `(conditions, responses)`.
         settings: Of it `min_rows`, `min_effect`, `max_hypotheses`.
-        conditions: `(conditions,)`, which are allowed.
         responses: `(responses,)`, which are allowed.
     """
-    large = (found.n_in >= settings.min_rows) & ((found.n_out >= settings.min_rows) | (view == "global"))
-    tested = large & np.atleast_1d(conditions)[:, None] & np.atleast_1d(responses)[None, :]
-    p = np.where(tested, found.p, np.nan)
+    p = found.tested(settings.min_rows, responses)
     q = corrected(p)
     strength = found.strength
     kept = np.argwhere(np.isfinite(p) & (strength > 0) & (np.abs(found.d) >= settings.min_effect))

@@ -54,10 +54,11 @@ class Beside:
     @cached_property
     def _found(self) -> dict[str, tuple[Comparison, NDArray[np.float64]]]:
         """The comparisons of each view, with their q values."""
+        settings = self.analysis.settings
+        large = sizes(self.feature_view.clusters) >= settings.min_hypothesis_features
         by_view = {
-            "global": self.of_features.overall(),
-            "feature": self.of_features.compare(),
-            "prompt": self.of_prompts.compare(),
+            "global": (self.of_features.overall(), large),
+            "feature": (self.of_features.compare(), large),
+            "prompt": (self.of_prompts.compare(), True),
         }
-        least = self.analysis.settings.min_rows
-        return {view: (one, corrected(np.where(one.n_in >= least, one.p, np.nan))) for view, one in by_view.items()}
+        return {view: (one, corrected(one.tested(settings.min_rows, of))) for view, (one, of) in by_view.items()}

@@ -47,6 +47,16 @@ class Comparison(NamedTuple):
         agree = self.halves[0] * self.halves[1] > 0
         return np.where(agree, np.abs(self.halves).min(axis=0), 0.0)
 
+    def tested(self, min_rows: int, scores: NDArray[np.bool_] | bool = True) -> Array:
+        """The p values of what is tested, NaN elsewhere: groups with enough rows in and, where there is a rest, out of them.
+
+        Args:
+            min_rows: How many are enough.
+            scores: `(scores,)`, which are tested.
+        """
+        enough = (self.n_in >= min_rows) & ((self.n_out >= min_rows) | (self.n_out == 0))
+        return np.where(enough & scores, self.p, np.nan)
+
 
 class Moments:
     """Counts, sums and sums of squares of scores by group and half of the data, added up over a stream; float64.
