@@ -276,7 +276,7 @@ class HoldController:
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
         loudness = (deltas / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
         pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
-        pull = (1 + self.unread) * pulls(loudness * weights, along, pressure)
-        pull += pulls(weights, along, self.gain * self._share * excess)
+        pull = (1 + self.unread) * pulls(weights, pressure, along, loudness)
+        pull += pulls(weights, self.gain * self._share * excess, along)
         limit = self.bound / self._scale
         self.strengths = 4 * pull.clamp(-limit, limit)

@@ -16,6 +16,8 @@ MIDDLE = 0.3
 """Share of their typical size at which deltas count half."""
 RIDGE = 1e-3
 """Of the second moments, relative, so that concepts that go together share the work."""
+LEAST = 0.05
+"""Share of its second moment that a concept is taken to have of its own at least: pulls are never more than 20 times those without sparing, nor reversed."""
 
 
 def presence(deltas: Tensor, size: Tensor) -> Tensor:
@@ -47,16 +49,20 @@ def typical_size(deltas: Tensor) -> Tensor:
     return (square.square().sum(dim=0) / square.sum(dim=0)).sqrt().nan_to_num(1.0).clamp(min=1e-6)
 
 
-def pulls(weighted: Tensor, along: Tensor, pressure: Tensor) -> Tensor:
+def pulls(weights: Tensor, pressure: Tensor, along: Tensor | None = None, counts: Tensor | float = 1.0) -> Tensor:
     """What to take off pulls for one sd of what they act along, `(C,)`, so that no pressure is left: weighted least squares.
 
     Args:
-        weighted: `(N, C)`, the concepts' weights times what their pair counts.
-        along: `(N, C)`, what the pulls act along; in the simplest case the weights.
-        pressure: `(C,)`, the mean of pulls times `weighted`.
+        weights: `(N, C)`.
+        pressure: `(C,)`, the mean of pulls times what their pair counts times the weights.
+        along: `(N, C)`, what the pulls act along: by default the weights, else a part of them.
+        counts: `(N, 1)`, what each pair counts.
     """
-    moments = weighted.T @ along / len(along)
-    return torch.linalg.solve(moments + torch.diag(RIDGE * moments.diag() + 1e-12), pressure)
+    weighted = counts * weights
+    moments = weighted.T @ (weights if along is None else along) / len(weights)
+    own = moments.diag()
+    floor = torch.maximum(own, LEAST * (weighted * weights).mean(dim=0)) - own
+    return torch.linalg.solve(moments + torch.diag(floor + RIDGE * (own + floor) + 1e-12), pressure)
 
 
 def shared(weights: Tensor, others: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
@@ -72,8 +78,9 @@ def shared(weights: Tensor, others: Tensor, gates: Tensor, chosen: Tensor) -> Te
     """
     found = torch.zeros_like(chosen, dtype=weights.dtype)
     for c, which in enumerate(chosen.T):
-        gated = gates[:, c : c + 1] * others[:, which]
-        found[which, c] = pulls(gated, others[:, which], (gated * weights[:, c : c + 1]).mean(dim=0))
+        gate = gates[:, c : c + 1]
+        both = (gate * others[:, which] * weights[:, c : c + 1]).mean(dim=0)
+        found[which, c] = pulls(others[:, which], both, counts=gate)
     return found
 
 

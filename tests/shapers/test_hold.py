@@ -12,7 +12,7 @@ import torch
 
 from shapedpo.shapers.correction import DRIFT
 from shapedpo.shapers.hold import LARGEST, SHORTEST, SPREADS, UNREAD, WINDOW, HoldController
-from shapedpo.shapers.pair_statistics import RIDGE, presence, recent_mean, robust_spread, typical_size
+from shapedpo.shapers.pair_statistics import LEAST, RIDGE, presence, recent_mean, robust_spread, typical_size
 
 
 def shown(x: float, size: float) -> float:
@@ -238,6 +238,18 @@ class TestSpare:
         )
         assert max(abs(alone[0]), abs(sparing[0])) < 0.3 * plain.changes[0]
         assert sparing[1] > 0.6 * plain.changes[1] > 2 * alone[1]
+
+    def test_loud_pairs_that_share_all_do_not_turn_it_round(self):
+        """The few pairs that show it loudest show the spared one whole, the many quiet ones half: what is left of the loud ones is on the other side."""
+        deltas, others = torch.zeros(400, 1), torch.zeros(400, 1)
+        deltas[:5], others[:5] = 8.0, 4.0
+        deltas[5:105], others[5:105] = 3.0, 0.87
+        controller = HoldController([0.0], 0.1, spared=torch.ones(1, 1, dtype=torch.bool), bound=100.0)
+        controller.start(deltas, torch.ones_like(deltas), others)
+        plain = HoldController([0.0], 0.1)
+        plain.start(deltas, torch.ones_like(deltas))
+        assert controller.along(deltas[:1].double(), torch.ones(1, 1).double(), others[:1].double()).item() < 0
+        assert controller.strengths.item() == pytest.approx(plain.strengths.item() / LEAST, rel=0.01)
 
     def test_nothing_of_its_own(self):
         """The spared one reads the same: nothing is pulled, rather than everything."""
