@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .concept import Concept
 from .metrics import Pairs
 from .shapers import ConceptSignal
 
@@ -45,3 +46,8 @@ class Batch:
         self.tilt: Tensor | None = None
         self.penalty: Tensor | None = None
         self.loss_context = ExitStack()
+
+    def share(self, concept: Concept, name: str, part: Tensor, whole: Tensor | None = None) -> None:
+        """Have the share of `part` in `whole`, of the same shape, logged as `concepts/<concept>/<name>`; by default its mean."""
+        whole = torch.ones_like(part) if whole is None else whole
+        self.shares[f"concepts/{concept.name}/{name}"] = (part.float().sum(), whole.float().sum())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +12,13 @@ from trl.trainer.utils import global_then_local_main_first
 
 from . import inoculation
 from .batch import Batch
-from .calibration import FILE_NAME as CALIBRATION
-from .calibration import calibrate, read_sample
 from .composition import check_composition
-from .filtering import FILE_NAME, filtering, leaving_rows, load_record, save_record, without_rows
+from .filtering_trainer import FilteringTrainer
 from .inoculation import InoculatedSequences, Mixed, inoculated_columns
-from .openings import REF_COLUMNS, restored, sequence_logps
+from .openings import REF_COLUMNS, sequence_logps
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
-from .reading import reading_masks
-from .reading_trainer import MAX_CACHED_SCORES, ReadingTrainer, valid_pairs
-from .readouts.base import fingerprint as hashed
-from .shapers import ConceptSignal, Inoculate, Residual
+from .reading_trainer import valid_pairs
+from .shapers import Inoculate, Residual
 from .shapers.steering import ForwardEdit
 from .steering import Edit, Steering, check_steering, residual_edit
 from .tokens import TokenFilter
@@ -33,7 +27,7 @@ from .tokens import TokenFilter
 logger = get_logger(__name__)
 
 
-class InterveningTrainer(ReadingTrainer):
+class InterveningTrainer(FilteringTrainer):
     """Carries out the methods for which the reference is read before the policy.
 
     A subclass calls `_prepare_interventions` before `DPOTrainer.__init__`.
@@ -47,7 +41,6 @@ class InterveningTrainer(ReadingTrainer):
         _residual_edits: How the reference is steered for those of them that steer it.
         _instructed: The instruction and its place of the concepts that have one, by index.
         _needs_turns: Whether final user turns must be found.
-        _filtered: The record of the rows that left, once they have.
     """
 
     _reads_first: bool
@@ -82,7 +75,6 @@ class InterveningTrainer(ReadingTrainer):
             for index, shaper in shapers.items()
             if isinstance(shaper, Inoculate | Residual) and shaper.instruction
         }
-        self._filtered: dict[str, Any] | None = None
         # The turns of instructed prompts are told from those of the prompts as they are.
         self._needs_turns = any(isinstance(shaper, ForwardEdit | Inoculate | Residual) for shaper in shapers.values())
 
@@ -140,7 +132,7 @@ class InterveningTrainer(ReadingTrainer):
     def _reference_pass(self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]) -> Any:
         if not self._tokens:
             return super()._reference_pass(model, inputs, extras)
-        completion, _ = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        completion, _ = self._read_tokens(inputs)
         with self._tokens.reading(self._unwrapped(model), completion):
             return super()._reference_pass(model, inputs, extras)
 
@@ -194,74 +186,7 @@ class InterveningTrainer(ReadingTrainer):
             residual = column * valid
             batch.signals[index] = batch.signals[index]._replace(residual=residual)
             chosen, rejected = residual.chunk(2)
-            name = f"concepts/{self.concepts[index].name}/residual"
-            batch.shares[name] = ((chosen - rejected).sum(), torch.ones_like(chosen).sum())
-
-    # --------------------------------------------------------------- the rows
-
-    def _filter_rows(self, checkpoint: Any) -> None:
-        """Leave rows out of the training data, once, before it is counted.
-
-        Args:
-            checkpoint: The folder that the run resumes from, if it does.
-        """
-        dataset: Any = self.train_dataset
-        if not filtering(self.concepts) or self._filtered is not None:
-            return
-        filters = [self.concepts[index].to_dict() for index in filtering(self.concepts)]
-        fingerprint = hashed(self._reader.fingerprint, filters)
-        record = None
-        if isinstance(checkpoint, str | os.PathLike):
-            record = load_record(checkpoint, len(dataset), fingerprint)
-        if record is None:
-            record = leaving_rows(self.concepts, self._read_all_rows(), dataset, fingerprint)
-        self._filtered = record
-        self.train_dataset = without_rows(dataset, record)
-        if self.args.should_save:
-            save_record(str(self.args.output_dir), record)
-        for name, rows in record["concepts"].items():
-            logger.warning(
-                f"Concept {name!r}: method 'filter' leaves {len(rows)} of {record['rows']} pairs out; their rows are in {FILE_NAME}."
-            )
-        resumed = isinstance(checkpoint, str | os.PathLike) and (Path(checkpoint) / CALIBRATION).is_file()
-        if self.precompute_ref_logps and not resumed:
-            self._calibration = None  # it was of all rows
-            self._calibrate()
-
-    def _read_all_rows(self) -> list[ConceptSignal]:
-        """The concepts' scores on all of the training data, standardised over it. All processes together."""
-        reader, dataset = self._reader, self.train_dataset
-        if reader.n_columns > MAX_CACHED_SCORES:
-            raise ValueError(
-                f"Method 'filter' keeps every concept's scores of every completion, and {reader.n_columns} are more than "
-                f"{MAX_CACHED_SCORES}. Read fewer features."
-            )
-        if self.precompute_ref_logps:
-            table = self._cached_table()
-        else:
-            if self.ref_model is None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                raise ValueError(
-                    "Method 'filter' reads the reference before training, when DeepSpeed or FSDP have not placed the model whose adapter is "
-                    "turned off for it. Set `precompute_ref_log_probs=True`, which has a pass of its own, or give `ref_model`."
-                )
-            self._set_signature_columns_if_needed()
-            rows: Any = dataset
-            keep: Any = self._signature_columns if self.args.remove_unused_columns else rows.column_names
-            rows = rows.select_columns([name for name in rows.column_names if name in keep])
-            with restored(reader, "monitored"):
-                reader.monitored = None  # they belong to no concept
-                table = read_sample(
-                    rows,
-                    self.args.per_device_train_batch_size,
-                    super()._read_rows,
-                    self.accelerator,
-                    "Reading all pairs",
-                )
-        raw, valid, gates = self._columns(table)
-        calibration, warnings = calibrate(reader, raw, valid, gates)
-        for warning in warnings:
-            logger.warning(warning)
-        return reader.signals(raw, calibration.statistics, valid, gates)
+            batch.share(self.concepts[index], "residual", chosen - rejected)
 
     # -------------------------------------------------------------- the batch
 
@@ -280,8 +205,7 @@ class InterveningTrainer(ReadingTrainer):
         shaper: Any = self.concepts[index].shaper
         dice = batch.extras[inoculation.DICE] / inoculation.SIDES_OF_DICE
         selected = shaper.selected(batch.signals[index], self._calibration.thresholds[index], dice)
-        name = f"concepts/{self.concepts[index].name}/{shaper.name}"
-        batch.shares[name] = (selected.float().sum(), torch.ones_like(selected).float().sum())
+        batch.share(self.concepts[index], shaper.name, selected)
         inputs: dict[str, Any] = batch.inputs
         mixed = Mixed({**inputs, "completion_mask": batch.mask}, batch.extras, index, selected)
         batch.mask = mixed.inputs["completion_mask"]
@@ -301,14 +225,12 @@ class InterveningTrainer(ReadingTrainer):
             if concept.shapes and isinstance(concept.shaper, ForwardEdit):
                 sample = self._calibration.signal(index)
                 amounts[index] = concept.shaper.amount(batch.signals[index], concept.signed_strength, sample)
-                changed = (amounts[index] != 0).float()
-                name = f"concepts/{concept.name}/{concept.shaper.name}"
-                batch.shares[name] = (changed.sum(), torch.ones_like(changed).sum())
+                batch.share(concept, concept.shaper.name, amounts[index] != 0)
         self._steering.aim(amounts, self._steered_places(batch.inputs, batch.extras))
 
     def _steered_places(self, inputs: dict[str, Any], extras: dict[str, Tensor]) -> Tensor:
         """`(2B, T)` bool: the tokens from the final user turn on."""
-        completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        completion, prompt = self._read_tokens(inputs)
         places = torch.arange(completion.shape[1], device=completion.device)
         return (completion | prompt) & (places >= extras[TURN][:, None])
 
@@ -325,7 +247,7 @@ class InterveningTrainer(ReadingTrainer):
         )
         batch.leaving = torch.stack(list(leaving.values())).any(dim=0)  # (2B, T)
         for index, left in leaving.items():
-            batch.shares[f"concepts/{self.concepts[index].name}/tokens"] = (left.sum(), completion.sum())
+            batch.share(self.concepts[index], "tokens", left, completion)
         kept = batch.mask.masked_fill(batch.leaving, 0)
         ref_logps = sequence_logps(self._tokens.log_probs, kept, self.ld_alpha)
         batch.inputs = {**batch.inputs, "completion_mask": kept, **dict(zip(REF_COLUMNS, ref_logps, strict=True))}

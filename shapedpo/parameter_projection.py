@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .concept import Concept
-from .shapers import Project
+from .shapers import ConceptSignal
+from .shaping import projects
 
 
 class ParameterProjection:
@@ -28,13 +29,15 @@ class ParameterProjection:
     def __bool__(self) -> bool:
         return bool(self.concepts)
 
-    def add(self, objectives: Mapping[int, Tensor]) -> None:
-        """Add a batch's gradients, before its loss is propagated back.
+    def add(self, signals: Sequence[ConceptSignal], chosen: Tensor, rejected: Tensor) -> None:
+        r"""Add a batch's gradients, \( \nabla \sum_i d_i g_i (\log\pi(y_i^+) - \log\pi(y_i^-))/2 \), before its loss is propagated back.
 
         Args:
-            objectives: By concept, by its index, a number that rises as the policy shows more of it, part of the graph.
+            signals: All concepts' scores.
+            chosen, rejected: `(B,)` each, the policy's log-probabilities, part of the graph.
         """
-        for concept, objective in objectives.items():
+        for concept in self.concepts:
+            objective = (signals[concept].delta * signals[concept].gate * (chosen - rejected)).sum() / 2
             found = torch.autograd.grad(objective, self._parameters, retain_graph=True, allow_unused=True)
             gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found, strict=True)]
             sums = self._gradients.get(concept)
@@ -74,11 +77,7 @@ class ParameterProjection:
 
 def projected_concepts(concepts: Sequence[Concept]) -> list[int]:
     """The indices of the concepts that are projected in parameter space."""
-    return [
-        index
-        for index, concept in enumerate(concepts)
-        if concept.shapes and isinstance(concept.shaper, Project) and concept.shaper.space == "parameters"
-    ]
+    return [index for index, concept in enumerate(concepts) if concept.shapes and projects(concept, "parameters")]
 
 
 def check_parameter_projection(concepts: Sequence[Concept], args: Any, sharded: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from . import collator as keys
-from .calibration import Calibration, calibrate, read_sample
+from .calibration import FILE_NAME as CALIBRATION
+from .calibration import Calibration, calibrate, load_calibration, read_sample, save_calibration
 from .checkpoints import ResumableTrainer
 from .collator import ConceptCollator, split_batch
 from .concept import Concept
@@ -60,6 +62,11 @@ class ReadingTrainer(ResumableTrainer):
     def _take_over(self, calibration: Calibration) -> None:
         """Make a calibration the run's."""
         self._calibration = calibration.to(self.accelerator.device)
+
+    def _hand_over(self) -> Calibration:
+        """The run's calibration, as it is to be saved."""
+        assert self._calibration is not None
+        return self._calibration
 
     # ------------------------------------------------------------------ data
 
@@ -119,11 +126,15 @@ class ReadingTrainer(ResumableTrainer):
             )  # a reference may be dropped once it has been read
         return unwrapped
 
+    def _read_tokens(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """`(2B, T)` bool each: the tokens that are read of the completions, and of the prompts."""
+        return reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+
     def _reference_pass(
         self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], RawScores]:
         """The one pass of the reference: its log-probabilities, `(B,)` each, and the concepts' raw scores."""
-        completion, prompt = reading_masks(inputs, self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        completion, prompt = self._read_tokens(inputs)
         with self._reader.capture(self._unwrapped(model), completion, prompt) as capture:
             logps = super().compute_ref_log_probs(model, inputs)
         return logps, self._reader.assemble(capture.scores, extras.get(keys.TEXT), extras.get(keys.PROMPT_TEXT))
@@ -246,6 +257,36 @@ class ReadingTrainer(ResumableTrainer):
         self._set_signature_columns_if_needed()
         keep: Any = self._signature_columns if self.args.remove_unused_columns else rows.column_names
         return [{name: value for name, value in row.items() if keep is None or name in keep} for row in rows]
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _resume(self, checkpoint: Path) -> None:
+        if not self._reads:
+            if (checkpoint / CALIBRATION).is_file():
+                logger.warning(
+                    f"The checkpoint {str(checkpoint)!r} is of a run with concepts, and this one has none: it goes on as plain DPO."
+                )
+            return
+        allow = getattr(self.args, "allow_concept_change", False)
+        calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
+        if calibration is not None:
+            self._take_over(calibration)
+            if self._monitor is not None:
+                self._reader.monitored = self._monitor.load_state(checkpoint) or self._reader.monitored
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._monitor is not None:
+            self._monitor.gather_state()  # on all processes, which `save_model` need not be
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`], with the concepts and their calibration beside the model."""
+        super().save_model(output_dir, _internal_call)
+        if self._calibration is not None and self.args.should_save:
+            folder: Any = output_dir if output_dir is not None else self.args.output_dir
+            save_calibration(folder, self._hand_over(), self.concepts, self._reader.fingerprint)
+            if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
+                self._monitor.save_state(Path(folder))
 
 
 def valid_pairs(completion_mask: Tensor) -> Tensor:

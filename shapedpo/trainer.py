@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,12 @@ from trl.trainer.utils import get_config_model_id
 
 from . import collator as keys
 from .batch import Batch
-from .calibration import FILE_NAME as CALIBRATION
-from .calibration import Calibration, load_calibration, save_calibration
+from .calibration import Calibration
 from .collator import check_columns, split_batch
 from .composition import check_methods
 from .concept import Concept, resolve_concepts
 from .config import ShapedDPOConfig
-from .filtering import check_filters, save_record
+from .filtering import check_filters
 from .intervening_trainer import InterveningTrainer
 from .metrics import Pairs, concept_metrics
 from .monitor import RecentRows, RunMonitor, Source, TrainerAccess, make_sinks, monitor_settings, numbered
@@ -190,6 +188,10 @@ class ShapedDPOTrainer(InterveningTrainer):
         for warning in self._shaping.start(self._calibration):
             logger.warning(warning)
 
+    def _hand_over(self) -> Calibration:
+        hold = self._shaping.hold
+        return super()._hand_over()._replace(hold=hold.state() if hold is not None else None)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.concepts:
             return super().training_step(*args, **kwargs)
@@ -291,21 +293,12 @@ class ShapedDPOTrainer(InterveningTrainer):
             batch.loss_context.enter_context(mutable_losses())
             batch.pairs = batch.pairs._replace(weights=weights) if batch.pairs is not None else None
         if self._parameter_projection and outputs.log_probs.requires_grad:
-            self._add_concept_gradients(outputs, batch)
+            self._parameter_projection.add(signals, *sequence_logps(outputs.log_probs, mask, self.ld_alpha))
+            # Hooks that project the loss's gradient in pair space must not see the concepts'.
+            outputs.log_probs = outputs.log_probs.view_as(outputs.log_probs)
         deltas = self._shaping.projected_deltas(signals)
         if deltas is not None and outputs.log_probs.requires_grad:
             project_policy(outputs.log_probs, deltas, mask, self.ld_alpha, self._sum)
-
-    def _add_concept_gradients(self, outputs: Any, batch: Batch) -> None:
-        """Make the backward passes of the concepts that are projected in parameter space."""
-        chosen, rejected = sequence_logps(outputs.log_probs, batch.inputs["completion_mask"], self.ld_alpha)
-        objectives = {}
-        for index in self._parameter_projection.concepts:
-            signal = batch.signals[index]
-            objectives[index] = (signal.delta * signal.gate * (chosen - rejected)).sum() / 2
-        self._parameter_projection.add(objectives)
-        # Hooks that project the loss's gradient in pair space must not see these.
-        outputs.log_probs = outputs.log_probs.view_as(outputs.log_probs)
 
     @property
     def _training(self) -> bool:
@@ -338,39 +331,3 @@ class ShapedDPOTrainer(InterveningTrainer):
             for name, value in unshaped.items():
                 if name.startswith("rewards/") or batch.leaving is not None:
                     logged[name][-1] = value  # TRL's own is against the tilted reference, or of the tokens that stay
-
-    # ------------------------------------------------------------ checkpoints
-
-    def _resume(self, checkpoint: Path) -> None:
-        if not self._reads:
-            if (checkpoint / CALIBRATION).is_file():
-                logger.warning(
-                    f"The checkpoint {str(checkpoint)!r} is of a run with concepts, and this one has none: it goes on as plain DPO."
-                )
-            return
-        allow = getattr(self.args, "allow_concept_change", False)
-        calibration = load_calibration(checkpoint, self.concepts, self._reader.fingerprint, allow)
-        if calibration is not None:
-            self._take_over(calibration)
-            if self._monitor is not None:
-                self._reader.monitored = self._monitor.load_state(checkpoint) or self._reader.monitored
-
-    def _before_training(self, checkpoint: Any) -> None:
-        self._filter_rows(checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._monitor is not None:
-            self._monitor.gather_state()  # on all processes, which `save_model` need not be
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`], with the concepts and their calibration beside the model."""
-        super().save_model(output_dir, _internal_call)
-        if self._calibration is not None and self.args.should_save:
-            folder: Any = output_dir if output_dir is not None else self.args.output_dir
-            hold = self._shaping.hold.state() if self._shaping.hold is not None else None
-            save_calibration(folder, self._calibration._replace(hold=hold), self.concepts, self._reader.fingerprint)
-            if self._filtered is not None:
-                save_record(folder, self._filtered)
-            if self._monitor is not None and _internal_call:  # of a checkpoint, not of the finished model
-                self._monitor.save_state(Path(folder))
