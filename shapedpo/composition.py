@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from .concept import Concept
+from .losses import DIVIDING_LOSSES, DPO_LIKE_LOSSES, NORMALISED_LOSSES, SORTING_LOSSES, pull_at_start
 from .readouts import ActivationReader, LoadedReadout
 from .shapers import Inoculate, Residual
 from .shapers.steering import ForwardEdit
-from .shaping import NORMALISED_LOSSES, projects
-
-
-# Losses that sort a batch and compare ranks: its pairs have no losses of their own.
-SORTING_LOSSES = ("aot", "aot_unpaired")
-# Those that divide by length, and those whose pull on a pair is far from DPO's `beta * sigmoid(-margin)`.
-DIVIDING_LOSSES = ("ipo", *NORMALISED_LOSSES)
-OTHER_PULLS = ("ipo", "sppo_hard")
+from .shaping import projects
 
 
 def check_composition(concepts: Sequence[Concept], args: Any) -> None:
@@ -114,11 +108,23 @@ def check_methods(
                 raise ValueError(f"{owner} in the residual stream takes no gate. Leave it out, or use space: pair.")
         if concept.action == "hold":
             owner = f"Concept {concept.name!r}: action 'hold'"
-            if unfit := [loss for loss in losses if loss in OTHER_PULLS]:
+            pulls = {loss: pull_at_start(loss, args.label_smoothing) for loss in losses if loss != "sft"}
+            if unfit := [loss for loss, pull in pulls.items() if pull is None]:
                 raise ValueError(
-                    f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is of another "
-                    "size. Use another loss type, or action suppress or amplify with a strength."
+                    f"{owner} weighs its pull against DPO's on each pair, and that of the loss type {unfit[0]!r} is no "
+                    "multiple of it. Use another loss type, or action suppress or amplify with a strength."
                 )
+            if args.f_divergence_type != "reverse_kl":
+                raise ValueError(
+                    f"{owner} weighs its pull against DPO's on each pair, and f_divergence_type={args.f_divergence_type!r} multiplies that by a "
+                    "factor that depends on each completion's log-ratio. Use 'reverse_kl', or action suppress or amplify with a strength."
+                )
+            for loss, pull in pulls.items():
+                if loss not in DPO_LIKE_LOSSES:
+                    warnings.append(
+                        f"{owner} takes the pull of the loss type {loss!r} for DPO's, and it is {pull:.2g} times DPO's where the policy is the "
+                        "reference, and fades in another way. The concept is held less exactly: look at rollouts."
+                    )
             if args.use_weighting:
                 raise ValueError(
                     f"{owner} weighs its pull against DPO's on each pair, and with `use_weighting=True` (WPO) that is smaller by a factor that "

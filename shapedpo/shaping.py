@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .capture import decoder_layers
 from .concept import Concept
+from .losses import NORMALISED_LOSSES
 from .metrics import Pairs
 from .openings import sequence_logps, token_weights
 from .readouts import LoadedReadout
@@ -19,10 +20,6 @@ from .shapers import ConceptSignal, Project
 from .shapers.hold import HoldController
 from .shapers.projection import ResidualProjection, orthonormal_basis, project_pairs
 from .structure import LITTLE, own_directions
-
-
-NORMALISED_LOSSES = ("sigmoid_norm",)
-"""Losses that compare log-ratios a token."""
 
 
 class Shaping:

@@ -49,10 +49,27 @@ def test_sft_compares_nothing():
     shaped(goblin("suppress", strength=1.0), loss_type=["sft", "sigmoid"])
 
 
-@pytest.mark.parametrize("losses", [["ipo"], ["sppo_hard"], ["sigmoid", "sigmoid_norm"]])
+@pytest.mark.parametrize("losses", [["ipo"], ["sppo_hard"], ["sigmoid", "discopop"], ["sigmoid", "sigmoid_norm"]])
 def test_hold_weighs_its_pull_against_dpos(losses):
     refused(f"Concept 'goblin': action 'hold'...{losses[-1]}", lambda: shaped(goblin("hold"), loss_type=losses))
     shaped(goblin("hold"), loss_type=["sigmoid_norm", "sft"])
+
+
+def test_hold_does_not_know_how_far_other_divergences_pull():
+    refused(
+        "Concept 'goblin': action 'hold'...'js_divergence'",
+        lambda: shaped(goblin("hold"), f_divergence_type="js_divergence"),
+    )
+
+
+@pytest.mark.parametrize(("loss", "pull"), [("hinge", "2"), ("apo_down", "0.25"), ("robust", "1.2")])
+def test_hold_knows_how_far_others_pull_at_first_only(loss, pull, caplog):
+    with caplog.at_level(logging.WARNING, logger="shapedpo"):
+        shaped(goblin("hold"), loss_type=[loss], label_smoothing=0.1)
+    assert (
+        f"Concept 'goblin': action 'hold' takes the pull of the loss type {loss!r} for DPO's, and it is {pull} times"
+        in caplog.text
+    )
 
 
 def test_hold_does_not_know_wpos_weights():
