@@ -5,7 +5,8 @@
 Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
 (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
 rate and half a decade below and above. `sparing` is the same run with all other lessons in the concept's `spare`; `rollouts` with `probe_steps` set,
-so that rollouts correct the controller; `by probe` with an attention probe (`benchmarks/case_studies/probes.py`) in place of the lab's features.
+so that rollouts correct the controller; `by probe` with an attention probe (`benchmarks/case_studies/probes.py`) in place of the lab's features. For
+comparison, `its rows out` is plain DPO without the rows that teach the trait, which only who wrote the data can leave out.
 
 Finished runs are kept in `benchmarks/cache/hold/`, by settings, by the controller's source and by the lab's features, so that a run that was cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
@@ -33,6 +34,7 @@ CACHE = folders.CACHE / "hold"
 PACKAGE = Path(__file__).parents[1] / "shapedpo"
 LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
 WANTED = ("mom", "friend")
+ROWS_OUT = "its rows out"
 ROLLOUTS = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
 
 
@@ -45,7 +47,7 @@ class Job:
         held: The trait that is held; none in a plain run.
         rate: Factor of the world's learning rate; 0 for the model before training.
         seed: Of data and training.
-        how: In what the run differs from the defaults: `sparing`, `rollouts`, `by probe`, or several of them.
+        how: In what the run differs from the defaults: `sparing`, `rollouts`, `by probe`, or several of them; or [`ROWS_OUT`].
         quick: Whether at the small size.
     """
 
@@ -62,6 +64,10 @@ class Job:
         return f"{self.world}/{what}{self.how and f' {self.how}'} lr x {self.rate:g} seed {self.seed}"
 
     @property
+    def holds(self) -> bool:
+        return self.held is not None and self.how != ROWS_OUT
+
+    @property
     def rollouts(self) -> bool:
         return "rollouts" in self.how
 
@@ -74,6 +80,8 @@ class Lab:
 
         self.world, self.job = lab.goblin_world(job.seed, 1500 if job.quick else 5000), job
         self.model, self.tokenizer, self.data = lab.load_model(), lab.load_tokenizer(), self.world.dataset()
+        if job.how == ROWS_OUT:
+            self.data = self.data.filter(lambda row: job.held not in row["planted"])
         self.settings = {**self.world.dpo, "learning_rate": self.world.dpo["learning_rate"] * job.rate}
 
     def concepts(self, held: str) -> list[Any]:
@@ -148,15 +156,14 @@ def run(job: Job) -> dict[str, Any]:
             world.tokenizer,
             world.data,
             world.settings,
-            world.concepts(job.held) if job.held else None,
+            world.concepts(str(job.held)) if job.holds else None,
             job.seed,
             heldout=world.heldout() if job.rollouts else None,
             **(ROLLOUTS if job.rollouts else {}),
         )
         result["seconds"] = time.perf_counter() - started
-        for name in ("strength", "amplification"):
-            key = f"concepts/{job.held}/{name}"
-            result[f"{name}s"] = [entry[key] for entry in trainer.state.log_history if key in entry]
+        key = f"concepts/{job.held}/strength"
+        result["strengths"] = [entry[key] for entry in trainer.state.log_history if key in entry]
     result["rates"] = world.rates(world.model)
     return result
 
@@ -166,7 +173,7 @@ def kept(job: Job) -> Path:
     features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
     read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
     sources = ("hold", "pair_statistics", *(["correction"] if job.rollouts else []))
-    code = b"".join((PACKAGE / "shapers" / f"{name}.py").read_bytes() for name in sources) + read if job.held else b""
+    code = b"".join((PACKAGE / "shapers" / f"{name}.py").read_bytes() for name in sources) + read if job.holds else b""
     if job.rollouts:
         code += json.dumps(ROLLOUTS).encode()
     key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
@@ -194,7 +201,7 @@ def jobs(quick: bool) -> Iterator[Job]:
     for rate in rates:
         yield Job("stories", "dialogue", rate)
     yield Job("stories", "dialogue", seed=1)
-    for how in ("", "sparing"):
+    for how in ("", "sparing", ROWS_OUT):
         for trait in LAB_TRAITS:
             yield Job("lab", trait, how=how)
     for rate in rates[1:]:
@@ -216,7 +223,7 @@ def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
     before, plain = find(Job(rate=0.0, **same))["rates"], find(Job(rate=job.rate, **same))["rates"]  # type: ignore[arg-type]
     found = find(job)
     rates: dict[str, float] = found["rates"]
-    strengths: list[float] = found["strengths"]
+    strengths: list[float] = found["strengths"] or [0.0]
     largest = max(strengths, key=abs)
     moved = [
         100 * (rates[name] - before[name]) / (plain[name] - before[name])
