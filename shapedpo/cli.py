@@ -14,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .errors import UserError
+from .errors import suggest as nearest
 from .scripts import audit, fit, fix, label, sae, suggest, verify, view
 
 
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     takes_keys = args.command in ("train", "sae", "fit") or getattr(args, "concepts_command", None) == "find"
     if rest and not takes_keys:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _refuse(parser, args, rest[0])
     try:
         return _run(args, rest)
     except UserError as error:
@@ -172,6 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.__cause__ is not None:
                 print("(SHAPEDPO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         return 2
+
+
+def _refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, word: str) -> None:
+    """End with the usage of the command that was given, which does not know an argument, and with the nearest that it knows."""
+    for name in (args.command, getattr(args, "concepts_command", None)):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction) and name in action.choices:
+                parser = action.choices[name]
+    unknown = word.split("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    parser.error(f"unknown argument {unknown!r}.{nearest(unknown, known)}")
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:

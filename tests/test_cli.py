@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -99,6 +101,50 @@ def test_version():
     import shapedpo
 
     assert command_line("--version").stdout == f"shapedpo {shapedpo.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "text"),
+    [
+        (["demo", "--output", "x"], "shapedpo demo", "unknown argument '--output'."),
+        (["fix", "x", "--reciep-out=a.yaml"], "shapedpo fix", "'--reciep-out'. Did you mean '--recipe-out'?"),
+        (["concepts", "show", "x", "--laod"], "shapedpo concepts show", "'--laod'. Did you mean '--load'?"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_unknown_argument(words, usage, text, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*words)
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert f"usage: {usage} " in said
+    assert text in said
+
+
+def documented() -> list[tuple[str, str]]:
+    """Every line of README, docs, recipes and help texts that calls `shapedpo`, with the file it stands in."""
+    texts = {str(path.relative_to(REPO)): path.read_text() for path in (REPO / "README.md", *REPO.glob("docs/*.md"))}
+    texts |= {path.name: path.read_text() for path in REPO.glob("recipes/*") if path.suffix in (".md", ".yaml")}
+    texts |= {f"{path.name} --help": path.read_text() for path in REPO.glob("shapedpo/scripts/*.py")}
+    texts["cli.py --help"] = cli.TRAIN_HELP
+    return [
+        (where, line)
+        for where, text in texts.items()
+        for line in re.findall(r"^(?:# +|  )?shapedpo (.+)$", re.sub(r"\\\n(# +)?", "", text), flags=re.MULTILINE)
+    ]
+
+
+def test_documented_commands_are_known():
+    found, parser = documented(), cli.build_parser()
+    assert len({shlex.split(line)[0] for _, line in found}) > 8
+    for where, line in found:
+        words = shlex.split(line, comments=True)
+        try:
+            _, rest = parser.parse_known_args(words)
+        except SystemExit:
+            pytest.fail(f"{where}: shapedpo {line}")
+        keys = words[0] in ("train", "fit", "sae") or words[:2] == ["concepts", "find"]
+        assert keys or not rest, f"{where}: shapedpo {line}"
 
 
 # --- training ------------------------------------------------------------------------------------------------------------

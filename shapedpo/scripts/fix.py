@@ -58,6 +58,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If there is no such audit or finding, or a file is there already.
     """
+    if not (args.finding or args.hypothesis):
+        raise UserError("Say which finding: --finding N, a number in the audit's summary.")
     from rich.console import Console
 
     from ..audit.analysis.hypotheses import Analysis
@@ -66,8 +68,6 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.harvesting.store import Harvest
     from ..audit.labels.names import Labels
 
-    if not (args.finding or args.hypothesis):
-        raise UserError("Say which finding: --finding N, a number in the audit's summary.")
     if args.rows not in HOW:
         raise UserError(f"--rows {args.rows}: choose one of {', '.join(HOW)}.")
     folder = Path(args.audit)
