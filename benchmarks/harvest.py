@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="growth: numbers of pairs")
     parser.add_argument("--features", type=int, default=65_536, help="growth: features of the SAE")
-    parser.add_argument("--folder", type=Path, help="growth: where harvests are kept (53 KB a pair)")
+    parser.add_argument("--folder", type=Path, help="growth: where harvests are kept (some 50 KB a pair)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--audit", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -40,8 +40,8 @@ def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress
     r"""The pairs of features whose firing tells most of each other: \( I(g; h) / \sqrt{H_g H_h} \).
 
     Only features that fire, and are silent, in `min_firing` samples are eligible. Features that avoid each other have mutual
-    information too; such pairs are left out, as the mean over a cluster of them would cancel. Joint counts are made blockwise by
-    sparse products and only the pairs above a rising threshold are kept, so that memory goes with the number of edges.
+    information too; such pairs are left out, as the mean over a cluster of them would cancel. Joint counts are made blockwise, and only
+    the pairs above a rising threshold are kept, so that memory goes with the number of edges.
 
     Args:
         firing: `(n, d_sae)`, nonzero where a feature fires in a sample.
