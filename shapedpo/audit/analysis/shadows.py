@@ -56,7 +56,7 @@ class Beside:
         """The comparisons of each view, with their q values."""
         settings = self.analysis.settings
         large = sizes(self.feature_view.clusters) >= settings.min_hypothesis_features
-        by_view = {
+        by_view: dict[str, tuple[Comparison, NDArray[np.bool_] | bool]] = {
             "global": (self.of_features.overall(), large),
             "feature": (self.of_features.compare(), large),
             "prompt": (self.of_prompts.compare(), True),
