@@ -80,7 +80,7 @@ METHODS = {
     "hold, rollouts": Method(lambda strength, share, target: {"action": "hold"}, rollouts=True),
     "hold above": Method(
         lambda strength, share, target: {"action": "hold", "target": strength},
-        (0.5, 1.0),
+        (0.25, 0.5, 1.0),
         "sd above before",
         restores=True,
     ),

@@ -154,7 +154,7 @@ def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns:
     values = recipe(harvest, shaped, base.values if base else None, dataset)
     if "model_name_or_path" not in values:
         raise UserError(
-            "The audit does not say which model it read: name it in a recipe, as model_name_or_path, and pass that with --base."
+            "The audit does not say which model it read: name it in a recipe, as model_name_or_path, and pass that with --config."
         )
     with as_user_error(ValueError):
         resolve_concepts(values["concepts"])

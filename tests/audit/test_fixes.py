@@ -201,7 +201,7 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
         json.dumps({**said, "settings": {**said["settings"], "model": None}})
     )  # audited as a loaded model
     for more, asks in (
-        (["--recipe", str(folder / "nameless.yaml")], "model_name_or_path, and pass that with --base"),
+        (["--recipe-out", str(folder / "nameless.yaml")], "model_name_or_path, and pass that with --config"),
         (["--dataset-out", str(folder / "nameless.parquet")], "does not say which model it read"),
     ):
         assert main([*asked, *more, "--no-preview"]) == 2
