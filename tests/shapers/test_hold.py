@@ -1,9 +1,8 @@
-"""The controller of held concepts, by itself: against slow references in float64, and on a policy simulated pair by pair."""
+"""The controller of held concepts, by itself: against slow references in float64."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 
 import numpy as np
@@ -11,58 +10,9 @@ import pytest
 import torch
 
 from shapedpo.shapers.correction import DRIFT
-from shapedpo.shapers.hold import LARGEST, SHORTEST, SPREADS, UNREAD, WINDOW, HoldController
-from shapedpo.shapers.pair_statistics import LEAST, RIDGE, presence, recent_mean, robust_spread, typical_size
-
-
-def shown(x: float, size: float) -> float:
-    """[`presence`] of one delta."""
-    power = (x / (0.3 * size)) ** 8
-    return math.copysign(power / (1 + power), x)
-
-
-def started(deltas, **options) -> HoldController:
-    controller = HoldController([0.0] * deltas.shape[1], 0.1, **options)
-    controller.start(deltas, torch.ones_like(deltas))
-    return controller
-
-
-def saturated(x: float, values: list[float]) -> float:
-    """A log-ratio as it counts beside others."""
-    middle = statistics.median_low(values)
-    bound = max(LARGEST, SPREADS * 1.4826 * statistics.median_low(abs(value - middle) for value in values))
-    return bound * math.tanh(x / bound)
-
-
-class TestPresence:
-    def test_nothing_of_the_small_and_all_of_the_large(self):
-        deltas = torch.tensor([[1.8], [-1.8], [0.6], [6.0], [-60.0], [0.0]], dtype=torch.float64)
-        found = presence(deltas, torch.tensor([6.0])).flatten().tolist()
-        assert found == pytest.approx([0.5, -0.5, 0.0, 1.0, -1.0, 0.0], abs=1e-3)
-        assert found[2] == pytest.approx(shown(0.6, 6.0))
-
-    def test_overflow_is_a_whole_one(self):
-        assert presence(torch.tensor([[1e30, -1e30]]), torch.tensor([1e-6, 1.0])).tolist() == [[1.0, -1.0]]
-
-    def test_size_is_that_of_the_few_large_ones(self):
-        """One pair in twenty shows it, by 6 sd, and the readout's noise is 0.3: the size is about 6."""
-        deltas = 0.3 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
-        deltas[::20] += 6
-        assert typical_size(deltas).item() == pytest.approx(6, rel=0.05)
-
-    def test_size_of_a_bell(self):
-        """Of deltas without two kinds, the square root of the kurtosis times the sd."""
-        deltas = torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
-        assert typical_size(deltas).item() == pytest.approx(3**0.5, rel=0.03)
-
-    def test_spread(self):
-        values = 3 * torch.randn(10_001, generator=torch.Generator().manual_seed(0))
-        values[:100] = 1e6
-        assert robust_spread(values) == pytest.approx(3, rel=0.05)
-        assert robust_spread(values[:0]) == 0
-
-    def test_size_of_nothing(self):
-        assert typical_size(torch.zeros(5, 2)).tolist() == [1, 1]
+from shapedpo.shapers.hold import SHORTEST, UNREAD, WINDOW, HoldController
+from shapedpo.shapers.pair_statistics import LEAST, RIDGE, presence, typical_size
+from tests.shapers.held import Policy, held, saturated, shown, started
 
 
 class TestStart:
@@ -126,35 +76,6 @@ class TestStart:
         deltas = torch.randn(WINDOW, 1, generator=torch.Generator().manual_seed(0)) + 0.5
         once, twice = started(deltas).strengths, started(deltas[:, [0, 0]]).strengths
         assert twice.tolist() == pytest.approx([once.item() / 2] * 2, rel=0.01)
-
-
-class TestRecentMean:
-    def test_of_all_where_nothing_moves(self):
-        values = torch.randn(512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        mean, error = recent_mean(values, 64)
-        assert mean == pytest.approx(values.mean().item())
-        assert error == pytest.approx(values.std(correction=0).item() / 512**0.5)
-
-    def test_of_the_latest_where_it_moves(self):
-        values = torch.randn(512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        values[-100:] += 5
-        assert recent_mean(values, 64)[0] == pytest.approx(values[-64:].mean().item())
-
-    def test_a_rare_concept_is_looked_back_for(self):
-        """One pair in fifty has it: nothing in the latest 64 must not read as exactly nothing."""
-        values = torch.zeros(512, dtype=torch.float64)
-        values[:448:40] = 1.0
-        mean, error = recent_mean(values, 64)
-        assert mean == pytest.approx(12 / 512)
-        assert error > 0
-
-    @pytest.mark.parametrize("n", [1, 5, 100])
-    def test_of_what_there_is(self, n):
-        values = torch.arange(n, dtype=torch.float64) % 2
-        assert recent_mean(values, 64)[0] == pytest.approx(values.mean().item())
-
-    def test_of_nothing(self):
-        assert recent_mean(torch.zeros(0, dtype=torch.float64), 64) == (0, 0)
 
 
 class TestSpare:
@@ -259,145 +180,6 @@ class TestSpare:
         along = controller.along(deltas[:, :1].double(), gates[:, 1:].double(), deltas[:, :1].double())
         assert (along * controller.strengths).abs().max() < 0.1
         assert controller.own.item() < 0.01
-
-
-class Policy:
-    """A policy of one log-ratio per feature, trained by gradient descent on the shaped loss, pairs drawn afresh each step.
-
-    Feature 0 is the concept; feature 1, which is wanted, raises the concept too (`leak`); the rest is noise.
-    """
-
-    def __init__(self, seed: int, taught: float, leak: float, rate: float, beta: float = 0.1, batch: int = 16) -> None:
-        self.draw = torch.Generator().manual_seed(seed)
-        self.taught, self.leak, self.rate, self.beta, self.batch = taught, leak, rate, beta, batch
-        self.weights = torch.zeros(4, dtype=torch.float64)
-
-    def pairs(self, n: int):
-        features = torch.randn(n, 4, generator=self.draw, dtype=torch.float64) * 2**0.5
-        reward = features @ torch.tensor([self.taught, 1.0, 0.0, 0.0], dtype=torch.float64)
-        noise = -torch.empty(n, dtype=torch.float64).exponential_(generator=self.draw).log()
-        other = -torch.empty(n, dtype=torch.float64).exponential_(generator=self.draw).log()
-        return features * torch.where(reward + noise > other, 1.0, -1.0)[:, None]
-
-    @property
-    def change(self) -> float:
-        """Of the concept's mean score: sd x nats."""
-        return float(self.weights[0])
-
-    def step(self, controller: HoldController | None) -> None:
-        features = self.pairs(self.batch)
-        log_ratios = features @ self.weights
-        push = torch.sigmoid(-self.beta * log_ratios)
-        others = features[:, 1:2] if controller and len(controller._spared) else features[:, :0]
-        if controller:
-            along = controller.along(features[:, :1], torch.ones_like(features[:, :1]), others)
-            push = push - along[:, 0] * controller.strengths[0] / 4
-        gradient = (push[:, None] * features).mean(dim=0)
-        gradient[0] += self.leak * gradient[1]
-        self.weights += self.rate * gradient
-        if controller:
-            controller.observe(log_ratios, features[:, :1], others=others)
-            controller.update()
-
-
-def held(policy: Policy, steps: int = 300, target: float = 0.0, **options) -> tuple[Policy, HoldController]:
-    controller = HoldController([target], policy.beta, **options)
-    pairs = policy.pairs(512)
-    deltas, others = pairs[:, :1], pairs[:, 1:2] if len(controller._spared) else None
-    controller.start(deltas, torch.ones_like(deltas), others)
-    for _ in range(steps):
-        policy.step(controller)
-    return policy, controller
-
-
-class TestLoop:
-    @pytest.mark.parametrize("rate", [0.03, 0.3, 3.0], ids=lambda rate: f"rate {rate}")
-    @pytest.mark.parametrize("taught", [1.0, -1.0, 3.0])
-    def test_holds_at_any_learning_rate(self, rate, taught):
-        plain = Policy(0, taught, 0.3, rate)
-        for _ in range(300):
-            plain.step(None)
-        policy, controller = held(Policy(0, taught, 0.3, rate))
-        # At the highest rate log-ratios are tens of nats apart, and few of them count in full.
-        assert abs(policy.change) < max((0.3 if rate == 3 else 0.2) * abs(plain.change), 0.5)
-        # What is wanted is learned: most of it, but less where the held concept decides most pairs, which then tell little of the rest.
-        assert policy.weights[1] > (0.2 if taught == 3 else 0.6) * plain.weights[1]
-        assert math.copysign(1, controller.strengths.item()) == math.copysign(1, taught)
-
-    def test_holds_at_a_target(self):
-        """In units of the policy's weight the target counts double: deltas have variance 2, amplification is a fourth of that. Where
-        the two readings of it disagree, the policy may be anywhere between.
-        """
-        for target in (0.5, -0.5):
-            policy, controller = held(Policy(1, taught=0.5, leak=0.0, rate=0.3), target=target, steps=100)
-            changes = []
-            for _ in range(150):
-                policy.step(controller)
-                changes.append(policy.change)
-            assert sum(changes) / 150 == pytest.approx(2 * target, abs=0.7)
-
-    @pytest.mark.parametrize("rate", [0.3, 1.0], ids=lambda rate: f"rate {rate}")
-    def test_probes_see_what_no_pair_shows(self, rate):
-        """Of each nat that the wanted lesson gains it takes half a nat from the concept, on held-out prompts alone. Nine probes in 50 steps, of
-        which each is off by 0.2 sd; the learning rate falls to 0.
-        """
-
-        def ends(probed: bool) -> float:
-            policy = Policy(0, taught=-1.0, leak=0.0, rate=rate)
-            controller = HoldController([0.0], policy.beta)
-            deltas = policy.pairs(256)[:, :1]
-            controller.start(deltas, torch.ones_like(deltas))
-            noise = torch.Generator().manual_seed(0)
-            for step in range(50):
-                if probed and step and step % 5 == 0:
-                    shift = 0.2 * torch.randn(1, generator=noise, dtype=torch.float64)
-                    controller.correct((policy.change - policy.weights[1] / 2) / 2 + shift, [0.2])
-                policy.rate = rate * (1 - step / 50)
-                policy.step(controller)
-            return float(policy.change - policy.weights[1] / 2) / 2
-
-        unseen = ends(probed=False)
-        assert unseen < -0.35
-        assert abs(ends(probed=True)) < 0.5 * abs(unseen)
-
-    @pytest.mark.parametrize("batch", [4, 64])
-    def test_noise_does_not_wind_up(self, batch):
-        """Nothing is taught of the concept: what the controller does is the answer to noise alone. The concept wanders, as it does without
-        a controller, by a small part of what the same steps teach where there is something to learn.
-        """
-        taught = Policy(3, taught=1.0, leak=0.0, rate=0.3, batch=batch)
-        for _ in range(600):
-            taught.step(None)
-        policy, controller = held(Policy(3, taught=0.0, leak=0.0, rate=0.3, batch=batch), steps=600)
-        assert abs(controller.strengths.item()) < 0.5
-        assert abs(policy.change) < 0.2 * taught.change
-
-    def test_comes_off_the_bound_at_once(self):
-        """Held at its bound for long, it lets go in the first steps after the cause is gone."""
-        draw = torch.Generator().manual_seed(0)
-        controller = HoldController([0.0], 0.1, window=64, bound=5.0)
-        controller.start(torch.randn(64, 1, generator=draw), torch.ones(64, 1))
-        deltas = torch.randn(64, 1, generator=draw)
-        for _ in range(500):
-            controller.observe(20 * deltas[:, 0], deltas)
-            controller.update()
-            assert controller.strengths.item() == pytest.approx(4 * 5.0 / controller.state()["scale"].item())
-        controller.observe(0 * deltas[:, 0], deltas)
-        controller.update()
-        assert abs(controller.strengths.item()) < 1
-
-    def test_several_concepts_that_go_together(self):
-        """Two correlated concepts, one of them taught: each is given its own strength, as in a joint regression."""
-        draw = torch.Generator().manual_seed(4)
-        shared = torch.randn(4000, 1, generator=draw, dtype=torch.float64)
-        deltas = shared + 0.5 * torch.randn(4000, 2, generator=draw, dtype=torch.float64)
-        chosen = torch.rand(4000, generator=draw) < torch.sigmoid(1.5 * deltas[:, 0])
-        deltas *= torch.where(chosen, 1.0, -1.0)[:, None]
-        controller = HoldController([0.0, 0.0], 0.1, window=4000)
-        controller.start(deltas, torch.ones_like(deltas))
-        strengths = controller.strengths.tolist()
-        assert strengths[0] > 0.8
-        assert abs(strengths[1]) < 0.2 * strengths[0]
 
 
 class TestReadings:
