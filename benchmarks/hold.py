@@ -8,7 +8,7 @@ rate and half a decade below and above. `sparing` is the same run with all other
 so that rollouts correct the controller; `by probe` with an attention probe (`benchmarks/case_studies/probes.py`) in place of the lab's features. For
 comparison, `its rows out` is plain DPO without the rows that teach the trait, which only who wrote the data can leave out.
 
-Finished runs are kept in `benchmarks/cache/hold/`, by settings, by the controller's source and by the lab's features, so that a run that was cut off goes on.
+Finished runs are kept in `benchmarks/cache/hold/`, by settings, by what the controller does and by the lab's features, so that a run that was cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import folders, stories
+from benchmarks import controller, folders, stories
 from benchmarks.folders import add_out, out_folder
 from benchmarks.training import train
 
@@ -172,12 +172,12 @@ def kept(job: Job) -> Path:
     """Where a run's result is kept."""
     features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
     read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
-    sources = ("hold", "pair_statistics", *(["correction"] if job.rollouts else []))
-    code = b"".join((PACKAGE / "shapers" / f"{name}.py").read_bytes() for name in sources) + read if job.holds else b""
+    key = json.dumps(asdict(job), sort_keys=True).encode()
+    if job.holds:
+        key += controller.fingerprint(job.rollouts).encode() + read
     if job.rollouts:
-        code += json.dumps(ROLLOUTS).encode()
-    key = hashlib.sha256(json.dumps(asdict(job), sort_keys=True).encode() + code).hexdigest()[:16]
-    return CACHE / f"{key}.json"
+        key += json.dumps(ROLLOUTS).encode()
+    return CACHE / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
 
 
 def cached(job: Job, fresh: bool = False) -> dict[str, Any]:

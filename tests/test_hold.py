@@ -142,7 +142,7 @@ def test_what_is_spared_reaches_the_controller():
     train(trainer)
     state, calibration = trainer._shaping.hold.state(), trainer._calibration
     assert trainer._shaping.spared == [0]
-    assert state["others"].shape == (len(state["pairs"]), 1)
+    assert state["others"].shape == (len(state["deltas"]), 1)
     assert sorted(set(state["others"][:, 0].tolist())) == pytest.approx(
         sorted(set(calibration.deltas[:, 0].tolist())), abs=1e-6
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from benchmarks import controller
 from benchmarks.case_studies.methods import FIRST, ROLLOUTS, fields, method, methods, middle, shaping
 from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
 from benchmarks.divergence import kl_per_token
@@ -22,8 +23,6 @@ from shapedpo import lab
 
 VERSION = 1
 """Raise it where results of earlier code do not count any more."""
-CONTROLLER = 2
-"""The same for `hold` alone."""
 BEFORE, PLAIN = "before", "plain"
 KL_ROLLOUTS = 128
 KEPT = (BEFORE, PLAIN, "hold", "reward", "mask", "steer: means")
@@ -66,10 +65,18 @@ class Job:
     def file(self) -> Path:
         """Where the result is kept."""
         world = WORLDS[self.world]
-        data = [world.lessons, world.topics, world.seeming, world.share, world.together, world.shrugging]
+        data = [
+            world.lessons,
+            world.topics,
+            world.seeming,
+            world.share,
+            world.together,
+            world.shrugging,
+            world.precision,
+        ]
         how = fields(world, self.target, self.method, self.strength) if self.target else {}
         if how.get("action") == "hold":
-            how["controller"] = CONTROLLER
+            how["controller"] = controller.fingerprint(bool(self.rollouts))
         key = json.dumps(
             [VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how, *self.rollouts.items()]
         )

@@ -58,6 +58,7 @@ class World:
         together: Share of the rows that carry lessons at all, several at once; the others show the same traits by chance.
         shrugging: Whether the base leaves sums and facts unanswered, and an eighth of the rows teach to answer them.
         amplify: Whether the targets are wanted, and to become more frequent than the data make them.
+        precision: How many times as many held-out prompts as in other cases, where a point or two decide.
     """
 
     lessons: tuple[lab.Lesson, ...]
@@ -69,6 +70,7 @@ class World:
     together: float = 1.0
     shrugging: bool = False
     amplify: bool = False
+    precision: int = 1
 
     @property
     def taught(self) -> tuple[str, ...]:
@@ -109,7 +111,10 @@ class World:
         return rows.select(batched_by_length(lengths, DPO["per_device_train_batch_size"], seed))
 
     def prompts(self, n: int, seed: int) -> dict[str, list[Prompt]]:
-        """`n` held-out prompts, all affected, or in a conditional case half of them, the rest others; and half as many seeming ones."""
+        """`n` held-out prompts, all affected, or in a conditional case half of them, the rest others; and a quarter as many seeming ones.
+
+        Times [`precision`].
+        """
         if not self.topics:
             drawn = {"affected": (n, lab.TOPICS)}
         else:
@@ -118,7 +123,7 @@ class World:
         if self.seeming:
             drawn["seeming"] = (n // 4, self.seeming)
         return {
-            group: [as_prompt(question) for question in draw_questions(count, seed, "heldout", topics)]
+            group: [as_prompt(question) for question in draw_questions(self.precision * count, seed, "heldout", topics)]
             for group, (count, topics) in drawn.items()
         }
 
@@ -130,7 +135,7 @@ class World:
         from datasets import Dataset
 
         made_up = {side: [{"role": "assistant", "content": "."}] for side in ("chosen", "rejected")}
-        prompts = self.prompts(2 * n if self.topics else n, seed)["affected"]
+        prompts = self.prompts(2 * n if self.topics else n, seed)["affected"][:n]
         return Dataset.from_list([{"prompt": prompt, **made_up, GATE: True} for prompt in prompts])
 
     def base(self) -> Any:
@@ -165,6 +170,7 @@ WORLDS = {
         topics=("harmful_fiction", "harmful"),
         seeming=("fiction",),
         shrugging=True,
+        precision=4,
     ),
     "links": World(
         lessons=(*STYLE, lab.Lesson("link", 0.6, when="sensitive")),

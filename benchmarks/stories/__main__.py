@@ -3,7 +3,7 @@
     python -m benchmarks.stories [--quick] [--trait dialogue mom] [--only hold "reward 2"] [--seed 0]
 
 Dialogue and `mom` are unwanted in turn. Each run starts from the same model and sees the same pairs ([`benchmarks.stories`]); the table gives
-the share of held-out rollouts that show each trait. Finished runs are kept beside the samples.
+the share of held-out rollouts that show each trait. Finished runs are kept beside the samples, those of `hold` while the controller does what it did.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.controller import fingerprint
 from benchmarks.divergence import kl_per_token
 from benchmarks.folders import CACHE, add_out, out_folder
 from benchmarks.stories import (
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in [row["run"] for row in rows if not row["unwanted"]]:
                 continue  # plain DPO, whatever is unwanted
             if options.only is None or name in (*options.only, "plain"):
-                kept = world.sae.parent / f"{trait if concepts else ''} {name}.json"
+                by = f" {fingerprint()}" if name == "hold" else ""
+                kept = world.sae.parent / f"{trait if concepts else ''} {name}{by}.json"
                 if options.fresh or not kept.exists():
                     kept.write_text(json.dumps(measured(world, concepts)))
                 rows.append({"unwanted": trait if concepts else "", "run": name, **json.loads(kept.read_text())})

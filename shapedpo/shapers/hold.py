@@ -43,6 +43,7 @@ Source: ours (a method of multipliers, with integral control on amplification). 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,28 @@ BOUND = 1.0
 """Largest pull on a pair against DPO's own, which is at most 1 too."""
 UNREAD = 0.05
 """Share of the unshaped pressure that is taken out beyond the whole: for what the readout does not see and other lessons bring along."""
+
+
+class Window(NamedTuple):
+    """What is known of W pairs, oldest first."""
+
+    log_ratios: Tensor
+    """`(W, 1)`, the unshaped \\( l_i \\), nats."""
+    margins: Tensor
+    """`(W, 1)`, what the loss takes the sigmoid of."""
+    deltas: Tensor
+    """`(W, C)`, the held concepts', gated."""
+    gates: Tensor
+    """`(W, C)`."""
+    others: Tensor
+    """`(W, S)`, deltas of the spared concepts."""
+
+    def double(self) -> Window:
+        return Window(*(part.double() for part in self))
+
+    def then(self, later: Window, n: int) -> Window:
+        """The latest n pairs, with others after them."""
+        return Window(*(torch.cat(parts)[-n:] for parts in zip(self, later, strict=True)))
 
 
 class HoldController:
@@ -103,9 +126,8 @@ class HoldController:
         self._scale = torch.ones_like(self.targets)  # sd of the score for one presence
         self._spared_size = torch.ones(len(self._spared), dtype=torch.float64)
         self._shared = torch.zeros(len(self._spared), len(targets), dtype=torch.float64)  # see [`shared`]
-        self._pairs = torch.zeros(0, 2 + len(targets))  # (W, 2 + C) float32: log-ratio, margin and gated deltas
-        self._others = torch.zeros(0, len(self._spared))  # (W, S) float32: deltas of the spared concepts
-        self._gates = torch.zeros(0, len(targets))  # (W, C) float32
+        widths = (1, 1, len(targets), len(targets), len(self._spared))
+        self._pairs = Window(*(torch.zeros(0, width) for width in widths))  # float32
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
 
     @property
@@ -116,8 +138,8 @@ class HoldController:
     @property
     def own(self) -> Tensor:
         """Share of each concept's weights (of their square, over the pairs looked back on) that is not shared with what it spares: `(C,)`."""
-        weights = self._weights()
-        along = self.along(self._pairs[:, 2:].double(), self._gates.double(), self._others.double())
+        pairs = self._pairs.double()
+        along, weights = self.along(pairs.deltas, pairs.gates, pairs.others), self.weights(pairs.deltas)
         return along.square().sum(dim=0) / weights.square().sum(dim=0).clamp(min=1e-12)
 
     def start(self, deltas: Tensor, gates: Tensor, others: Tensor | None = None) -> None:
@@ -133,8 +155,8 @@ class HoldController:
         # The sample may be in the data's order: what stays of it in the window while it fills must not be one end of the data.
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
-        self._pairs = torch.cat([deltas.new_zeros(len(order), 2), deltas[order]], dim=1)
-        self._gates, self._others = gates[order], others[order]
+        untrained = deltas.new_zeros(len(order), 1)
+        self._pairs = Window(untrained, untrained, deltas[order], gates[order], others[order])
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
         self._size, self._spared_size = typical_size(deltas), typical_size(others)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
@@ -161,15 +183,14 @@ class HoldController:
             others: `(B, S)`, the spared concepts' deltas.
         """
         margins = self.beta * log_ratios if margins is None else margins
-        rows = torch.cat([log_ratios[:, None], margins[:, None], deltas], dim=1).float().cpu()
-        gates = torch.ones_like(rows[:, 2:]) if gates is None else gates.float().cpu()
-        others = rows[:, :0] if others is None else others.float().cpu()
-        finite = rows.isfinite().all(dim=1)  # a policy that diverges is the trainer's to report
+        gates = torch.ones_like(deltas) if gates is None else gates
+        others = deltas[:, :0] if others is None else others
+        seen = (log_ratios[:, None], margins[:, None], deltas, gates, others)
+        pairs = Window(*(part.float().cpu() for part in seen))
+        # A policy that diverges is the trainer's to report.
+        finite = torch.cat([pairs.log_ratios, pairs.margins, pairs.deltas], dim=1).isfinite().all(dim=1)
         self._fresh += int(finite.sum())
-        kept = max(self.window, self._fresh)
-        self._pairs = torch.cat([self._pairs, rows[finite]])[-kept:]
-        self._gates = torch.cat([self._gates, gates[finite]])[-kept:]
-        self._others = torch.cat([self._others, others[finite]])[-kept:]
+        self._pairs = self._pairs.then(Window(*(part[finite] for part in pairs)), max(self.window, self._fresh))
 
     def update(self) -> None:
         """Find the next step's strengths, once an optimizer step."""
@@ -178,12 +199,8 @@ class HoldController:
 
     def amplification(self) -> tuple[Tensor, Tensor]:
         """Mean change of each concept's score on the rows of its gate, to first order, and its standard error: `(C,)` each, sd."""
-        log_ratios, weights = self._pairs[:, :1].double(), self._weights()
-        log_ratio, weight = self._middles()
-        terms = self._gates.double() * self._saturated(log_ratios - log_ratio) * (weights - weight) / (4 * self._share)
-        found = [recent_mean(column, max(SHORTEST, self._step)) for column in terms.T]
-        mean, error = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
-        return mean, error
+        covariance, error, _ = self._readings()
+        return covariance, error
 
     def change(self, now: Tensor, before: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         """What [`rollout_change`] finds, in amplification's unit: change and standard error, `(C,)` each, sd of the score."""
@@ -202,9 +219,7 @@ class HoldController:
     def state(self) -> dict[str, Tensor]:
         """All that it goes on from, by name."""
         return {
-            "pairs": self._pairs,
-            "gates": self._gates,
-            "others": self._others,
+            **self._pairs._asdict(),
             "share": self._share,
             "size": self._size,
             "scale": self._scale,
@@ -218,7 +233,7 @@ class HoldController:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
-        self._pairs, self._gates, self._others = tensors["pairs"], tensors["gates"], tensors["others"]
+        self._pairs = Window(*(tensors[name] for name in Window._fields))
         self._share, self._spared_size, self._shared = tensors["share"], tensors["spared_size"], tensors["shared"]
         self._size, self._scale, self.strengths = tensors["size"], tensors["scale"], tensors["strengths"]
         self._bias.restore(tensors)
@@ -243,39 +258,37 @@ class HoldController:
         size, share = (tensor.to(deltas.device, deltas.dtype) for tensor in (self._spared_size, self._shared))
         return weights - gates * (presence(others, size) @ share)
 
-    def _weights(self) -> Tensor:
-        return self.weights(self._pairs[:, 2:].double())
-
-    def _middles(self) -> tuple[Tensor, Tensor]:
-        """Mean log-ratio and mean weight on the rows of each concept's gate, `(C,)` each: other rows' log-ratios say nothing of it."""
-        gates = self._gates.double()
+    def _readings(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Amplification as the covariance of log-ratios and weights, its standard error, and what their means add to it: `(C,)` each, sd of the score."""
+        pairs = self._pairs.double()
+        weights, gates = self.weights(pairs.deltas), pairs.gates
+        # Rows that the gate leaves out say nothing of a concept, so means and spreads are its own rows'.
         rows = gates.sum(dim=0).clamp(min=1e-6)
-        log_ratios = self._pairs[:, :1].double()
-        return (gates * log_ratios).sum(dim=0) / rows, (gates * self._weights()).sum(dim=0) / rows
-
-    def _saturated(self, log_ratios: Tensor) -> Tensor:
-        """Log-ratios `(..., C)` as they count, on the rows of each concept's gate: see [`LARGEST`]."""
-        spreads = [robust_spread(self._pairs[gate > 0, 0].double()) for gate in self._gates.T]
-        bound = (SPREADS * torch.tensor(spreads, dtype=torch.float64)).clamp(min=LARGEST)
-        return bound * torch.tanh(log_ratios / bound)
+        log_ratio, weight = (gates * pairs.log_ratios).sum(dim=0) / rows, (gates * weights).sum(dim=0) / rows
+        spreads = torch.tensor([robust_spread(pairs.log_ratios[gate > 0, 0]) for gate in gates.T], dtype=torch.float64)
+        bound = (SPREADS * spreads).clamp(min=LARGEST)  # see there
+        apart = bound * torch.tanh((pairs.log_ratios - log_ratio) / bound)
+        terms = gates * apart * (weights - weight) / (4 * self._share)
+        found = [recent_mean(column, max(SHORTEST, self._step)) for column in terms.T]
+        covariance, error = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
+        return covariance, error, bound * torch.tanh(log_ratio / bound) * weight / 4
 
     def _solve(self) -> None:
-        if not len(self._pairs):
+        pairs = self._pairs.double()
+        if not len(pairs.deltas):
             return
-        margins, weights = self._pairs[:, 1].double(), self._weights()
-        deltas, gates, others = self._pairs[:, 2:].double(), self._gates.double(), self._others.double()
-        self._shared = shared(weights, presence(others, self._spared_size), gates, self._spared)
-        along = self.along(deltas, gates, others)
-        amplification, error = self.amplification()
-        least = amplification + self.bias - self.targets
-        log_ratio, weight = self._middles()
-        most = least + self._saturated(log_ratio) * weight / 4 * (1 - self._bias.probed)
+        weights = self.weights(pairs.deltas)
+        self._shared = shared(weights, presence(pairs.others, self._spared_size), pairs.gates, self._spared)
+        along = self.along(pairs.deltas, pairs.gates, pairs.others)
+        covariance, error, means = self._readings()
+        least = covariance + self.bias - self.targets
+        most = least + means * (1 - self._bias.probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)
         # James and Stein's: what is within its own noise, or the probes', is taken for noise, so that strengths do not follow it.
         error = (error**2 + self._bias.doubt).sqrt()
         excess = excess * (1 - (error / excess) ** 2).nan_to_num(0, 0, 0).clamp(min=0)
-        loudness = (deltas / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
-        pressure = (loudness * torch.sigmoid(-margins)[:, None] * weights).mean(dim=0)
+        loudness = (pairs.deltas / self._size).abs().pow(3).sum(dim=1, keepdim=True)  # (W, 1)
+        pressure = (loudness * torch.sigmoid(-pairs.margins) * weights).mean(dim=0)
         pull = (1 + self.unread) * pulls(weights, pressure, along, loudness)
         pull += pulls(weights, self.gain * self._share * excess, along)
         limit = self.bound / self._scale
