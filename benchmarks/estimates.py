@@ -1,13 +1,14 @@
 """Are the gauges true? What a run says it has changed, against what the model's answers say.
 
-    python -m benchmarks.estimates [--quick] [--worlds "lab: goblin world" ...] [--finished]
+    python -m benchmarks.estimates [--quick] [--worlds "lab: goblin world" ...] [--probe 2048] [--finished]
 
 DPO runs in four worlds (two of the lab's, two mixes of planted preferences on stories260k), gentle and violent: learning rates and betas a decade
 apart. At a quarter, a half and the end of each, the change of every SAE feature's mean score is measured on 1,536 rollouts before and after,
 which no estimator sees, and compared with what each estimator makes of the training pairs and of a few other rollouts.
 
 The runs are kept in `benchmarks/cache/estimates` (`benchmarks/estimates_runs.py`); the estimators are studied on what was kept.
-`--finished` takes the runs that are there.
+`--finished` takes the runs that are there. `--probe` asks how many rollouts the best estimator needs: the runs of the small beta with more of them, at their
+end (`estimates-rollouts.md`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ SHOWN = {
     f"best, {LABEL}": "best",
     f"best, 256 + {MAIN[1]}": "best, 256",
 }
+
+
+ROLLOUTS_NOTE = (
+    "What more rollouts bring the best estimator: R^2 over SAE features with the change that 1,536 others show, as a share of what a perfect estimate would "
+    'get, at the end of runs with beta 0.1 (`python -m benchmarks.estimates --probe 2048`). "n + m": n rollouts of the policy at the probe, m of before '
+    "training. Last row: median over the runs; the rollouts before training are counted with the probe."
+)
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> str:
@@ -128,6 +136,27 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def needed(rows: Sequence[dict[str, Any]]) -> str:
+    """What more rollouts bring the best estimator, by world, and from how long a run on they are 2 % of it, as Markdown."""
+    names = [name for name in dict.fromkeys(row["estimator"] for row in rows) if name.startswith("best, ")]
+    heads = ["of ceiling", "change, sd", "ceiling", *(name.removeprefix("best, ") for name in names)]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    runs: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["world"], row["learning_rate"]), {})[row["estimator"]] = row
+    for (world, rate), found in runs.items():
+        where = found[names[0]]
+        shares = [found[name]["of ceiling"] for name in names]
+        cells = [f"{value:.2f}" for value in (where["change"], where["ceiling"], *shares)]
+        lines.append(f"| {world}, lr {rate:g} | {' | '.join(cells)} |")
+    costs = [
+        [(run[name]["share"] + run[name]["before"]) * run[name]["pairs"] / 0.02 for run in runs.values()]
+        for name in names
+    ]
+    cells = ["pairs from which it is 2 %", "", "", *(f"{np.median(cost):,.0f}" for cost in costs)]
+    return "\n".join([*lines, f"| {' | '.join(cells)} |"])
 
 
 def concept_summary(rows: Sequence[dict[str, Any]]) -> str:
@@ -233,19 +262,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small runs, to check that it works")
     parser.add_argument("--worlds", nargs="+", help="names of worlds")
+    parser.add_argument("--probe", type=int, help="how many rollouts to give the estimators at most")
     parser.add_argument("--finished", action="store_true", help="only study the runs that are there")
     parser.add_argument("--folder", type=Path, default=CACHE / "estimates")
     add_out(parser)
     options = parser.parse_args(arguments)
     from benchmarks.estimates_runs import WORLDS, collect, settings
 
-    wanted = settings(options.worlds or WORLDS, options.quick)
+    wanted = settings(options.worlds or WORLDS, options.quick, options.probe)
     paths = [options.folder / f"{setting.key}.npz" for setting in wanted]
     if options.finished:
         paths = [path for path in paths if path.exists()]
     else:
         paths = [collect(setting, options.folder) for setting in tqdm(wanted, desc="Runs")]
-    print(write(*study(paths), paths, out_folder(options, CACHE / "quick")))
+    out = out_folder(options, CACHE / "quick")
+    if options.probe:
+        out.mkdir(parents=True, exist_ok=True)
+        text = needed(study(paths)[0])
+        (out / "estimates-rollouts.md").write_text(f"{ROLLOUTS_NOTE}\n\n{text}\n")
+        print(text)
+    else:
+        print(write(*study(paths), paths, out))
 
 
 if __name__ == "__main__":

@@ -72,13 +72,15 @@ class Setting:
     pairs: int = 4000
     evaluation: int = 1536  # rollouts that give the truth
     probe: int = 512  # rollouts on other held-out prompts, of which estimators are given a part
+    points: tuple[float, ...] = POINTS
     seed: int = 0
 
     @property
     def key(self) -> str:
         """Name of the run's file."""
         words = re.sub(r"\W+", "-", self.world)
-        return f"{words}-lr{self.learning_rate:g}-beta{self.beta:g}-n{self.pairs}-e{self.evaluation}-seed{self.seed}"
+        size = f"n{self.pairs}-e{self.evaluation}-p{self.probe}"
+        return f"{words}-lr{self.learning_rate:g}-beta{self.beta:g}-{size}-seed{self.seed}"
 
 
 @dataclass
@@ -277,7 +279,7 @@ def collect(setting: Setting, folder: Path) -> Path:
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            if state.global_step in [round(point * steps) for point in POINTS]:
+            if state.global_step in [round(point * steps) for point in setting.points]:
                 copies[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
     with tempfile.TemporaryDirectory() as output:
@@ -343,8 +345,14 @@ def collect(setting: Setting, folder: Path) -> Path:
     return path
 
 
-def settings(worlds: Sequence[str] = WORLDS, quick: bool = False) -> list[Setting]:
-    """The runs of the table: each world, gentle and violent, with a small and a large beta. `quick` keeps the first, and small."""
+def settings(worlds: Sequence[str] = WORLDS, quick: bool = False, probe: int | None = None) -> list[Setting]:
+    """The runs of the table: each world, gentle and violent, with a small and a large beta. `quick` keeps the first, and small.
+
+    With `probe`, those of the small beta, looked at at the end only, with so many rollouts for the estimators.
+    """
+    if probe:
+        few = [setting for setting in settings(worlds, quick) if setting.beta < 1]
+        return [dataclasses.replace(setting, probe=probe, points=POINTS[-1:]) for setting in few]
     if quick:
         return [Setting(world, 2e-4, 0.1, pairs=320, evaluation=128, probe=128) for world in worlds]
     return [

@@ -24,7 +24,15 @@ WINDOW = 1024  # pairs, as in `ShapedDPOConfig`
 CALIBRATION = 512  # pairs that scores are standardised by
 MIN_RATE = 0.005  # a feature that fires on fewer of their completions is left out
 REPEATS = 4  # disjoint sets of probe rollouts that an estimator is tried on
-SIZES = ((64, 128), (128, 128), (64, 512), (128, 512), (256, 512))  # rollouts at a probe, and before training
+SIZES = (
+    (64, 128),
+    (128, 128),
+    (64, 512),
+    (128, 512),
+    (256, 512),
+    (512, 1024),
+    (1024, 2048),
+)  # rollouts at a probe, and before training
 MAIN = (64, 512)
 
 
