@@ -199,8 +199,8 @@ def raise_non_finite(concepts: list[Concept], counts: Any, where: str) -> None:
         if count:
             raise FloatingPointError(
                 f"Concept {concept.name!r}: {int(count)} of its scores on {where} are not finite. The reference model's "
-                "activations there, or the readout's weights, hold inf or nan. Nothing was updated with them; what has been "
-                "saved is as it was."
+                "activations there, the readout's weights, or what a function of text returns, hold inf or nan. Nothing was updated with them; "
+                "what has been saved is as it was."
             )
 
 
@@ -282,6 +282,8 @@ def _changes(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
             was, now = before[name].get(field), after[name].get(field)
             if was != now:
                 changes.append(f"{field} of {name!r} was {was!r} and is {now!r}")
+    if not changes and list(before) != list(after):  # the columns of what is saved are in it
+        changes = [f"their order was {', '.join(before)} and is {', '.join(after)}"]
     return sorted(changes)
 
 

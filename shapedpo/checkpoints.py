@@ -38,6 +38,7 @@ class ResumableTrainer(DPOTrainer):
     """DPOTrainer that says of a checkpoint when it is whole, and resumes from no other."""
 
     _limit: int | None
+    _to_push: str | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As [`~transformers.Trainer.train`]. What a subclass keeps in the checkpoint is taken over.
@@ -84,8 +85,15 @@ class ResumableTrainer(DPOTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
+        if self._to_push is not None:
+            super()._push_from_checkpoint(self._to_push)
+            self._to_push = None
+        if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(run_dir, self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._to_push = checkpoint_folder  # when it is whole
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         with restored(self.args, "save_total_limit"):

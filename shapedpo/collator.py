@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 
 from .concept import Concept, Gate
@@ -174,20 +174,31 @@ def check_columns(concepts: Sequence[Concept], weight_column: str | None, datase
 
 def check_weight(example: dict[str, Any], column: str) -> float:
     """A pair's weight. Raises `ValueError` unless it is finite and not negative."""
-    weight = example[column]
-    if isinstance(weight, str) or weight is None or not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"Column {column!r}: a pair's weight must be finite and not negative, got {weight!r}.")
-    return float(weight)
+    weight = _number(example[column])
+    if not 0 <= weight < float("inf"):
+        raise ValueError(
+            f"Column {column!r}: a pair's weight must be finite and not negative, got {example[column]!r}."
+        )
+    return weight
 
 
 def check_gate(example: dict[str, Any], column: str) -> float:
     """A row's gate. Raises `ValueError` unless it is boolean or between 0 and 1."""
-    gate = example[column]
-    if isinstance(gate, str) or gate is None or not 0 <= float(gate) <= 1:
-        raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {gate!r}.")
-    return float(gate)
+    gate = _number(example[column])
+    if not 0 <= gate <= 1:
+        raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {example[column]!r}.")
+    return gate
+
+
+def _number(value: Any) -> float:
+    """What a column holds as a number; nan where it is none."""
+    try:
+        return float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _values(dataset: Any, row: dict[str, Any], column: str) -> list[Any]:
-    """A column's distinct values; of a stream, the first row's."""
-    return dataset.unique(column) if isinstance(dataset, Dataset) else [row[column]]
+    """A column's distinct values; of a stream, and where a value is no single one, the first row's."""
+    single = isinstance(dataset, Dataset) and isinstance(dataset.features[column], Value)
+    return dataset.unique(column) if single else [row[column]]

@@ -204,11 +204,11 @@ class ReadingTrainer(ResumableTrainer):
             table = self._cached_table()
         else:
             examples = self._calibration_examples(getattr(self.args, "calibration_size", 512))
-            looking = self._monitor.calibration_reader() if self._monitor is not None else None
+            looking = self._monitor.watch.calibration_reader() if self._monitor is not None else None
             reader.monitored = looking or reader.monitored
             table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
             if looking is not None and self._monitor is not None:
-                reader.monitored = self._monitor.calibrated()
+                reader.monitored = self._monitor.watch.calibrated()
         calibration, warnings = calibrate(reader, *self._columns(table))
         for warning in warnings:
             logger.warning(warning)
@@ -217,7 +217,7 @@ class ReadingTrainer(ResumableTrainer):
 
     def _make_ready(self) -> None:
         """Calibrate, if that is still to be done. All processes together."""
-        if self._calibration is None or (self._monitor is not None and self._monitor.needs_calibration):
+        if self._calibration is None or (self._monitor is not None and self._monitor.watch.needs_calibration):
             self._calibrate()
 
     def _read_rows(self, examples: list[Any], fresh: Tensor) -> Tensor:
@@ -226,7 +226,9 @@ class ReadingTrainer(ResumableTrainer):
         valid = valid_pairs(inputs["completion_mask"])
         looking = self._reader.monitored
         if isinstance(looking, ExcitingReader) and self._monitor is not None and raw.features is not None:
-            self._monitor.calibrate_batch(raw.features, looking, inputs["input_ids"], valid & fresh.to(valid.device))
+            self._monitor.watch.calibrate_batch(
+                raw.features, looking, inputs["input_ids"], valid & fresh.to(valid.device)
+            )
         valid = valid[:, None].float()
         gates = extras.get(keys.GATES, valid.new_ones(len(valid), len(self._reader.gate_columns)))
         return torch.cat([*raw.completion.chunk(2), raw.prompt, valid, gates], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ class ShapedDPOTrainer(InterveningTrainer):
         if concepts is not None and configured:
             raise ValueError("Concepts are given both as `concepts=` and in `args.concepts`. Give them in one place.")
         self.concepts = resolve_concepts(configured if concepts is None else concepts)
-        if isinstance(args, ShapedDPOConfig):
+        if concepts is not None and isinstance(args, ShapedDPOConfig):
+            args = copy.copy(args)  # the caller's may be for other runs too
             args.concepts = self.concepts or None  # so that the run's config has them wherever they were given
         keeps_reference = ref_model is not None or peft_config is not None or isinstance(model, PeftModel)
         settings, monitored = monitor_settings(args, self.concepts, keeps_reference)

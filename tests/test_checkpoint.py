@@ -284,6 +284,19 @@ class TestHalfWritten:
         args = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
         assert args.save_total_limit == resumed.trainer.args.save_total_limit == 1
 
+    def test_is_not_pushed(self, tmp_path, monkeypatch):
+        """What goes to the hub as a checkpoint can be resumed from."""
+        pushed = []
+
+        def push(trainer: Any, folder: str) -> None:
+            pushed.append((Path(folder).name, what_is_missing(folder), (Path(folder) / SEAL).is_file()))
+
+        monkeypatch.setattr(DPOTrainer, "_push_from_checkpoint", push)
+        trainer = shaped(*watching(), **settings(tmp_path))
+        trainer.args.push_to_hub = True  # not before: it would look for the hub
+        trainer.train()
+        assert pushed == [("checkpoint-2", None, True), ("checkpoint-4", None, True)]
+
     def test_a_finished_run_makes_no_further_step(self, whole, tmp_path):
         shutil.copytree(whole[0] / "checkpoint-4", tmp_path / "checkpoint-4")
         resumed = run(tmp_path, shaping(), resume=True)
@@ -338,7 +351,9 @@ class TestChangedConcepts:
         checkpoint = copy_of_step_2(whole, tmp_path)
         concepts = shaping()
         trainer = shaped(*concepts[:3], *concepts[:2:-1], data=pairs(**COLUMNS), **settings(tmp_path))
-        with pytest.raises(ValueError, match="concepts are not those of the checkpoint"):
+        with pytest.raises(
+            ValueError, match=r"not those of the checkpoint .*their order was way, goblin, .* and is way, goblin, "
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint))
 
     def test_weights_behind_the_same_path(self, tmp_path):

@@ -46,6 +46,8 @@ def numbered(dataset: Any, process: int = 0, processes: int = 1) -> tuple[Any, S
     """
     if isinstance(dataset, Dataset):
         source = Source(len(dataset), dataset._fingerprint)
+        if ROW in dataset.column_names:  # data that another trainer prepared
+            dataset = dataset.remove_columns(ROW)
         return dataset.add_column(ROW, np.arange(len(dataset))), source
     if isinstance(dataset, IterableDataset):
         step, first = (processes, process) if dataset.num_shards >= processes else (1, 0)

@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +57,7 @@ class RecordFile:
         self.path = Path(path)
         self.count = 0
         """Records in it."""
+        self._unwritten = ""
 
     def start(self, resume_step: int, count: int | None = None) -> list[Record]:
         """Begin at a step.
@@ -87,12 +90,27 @@ class RecordFile:
         return kept
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write records, and hand them to the operating system before returning."""
+        """Write records, and hand them to the operating system before returning.
+
+        Where that fails, as on a full disk, there is a warning, and they are written with the next ones: no record is worth a run.
+        """
         lines = [_line(record) for record in records]
         self.count += len(lines)
-        text = "".join(lines)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        self._unwritten += "".join(lines)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # half a line would spoil what is written behind it
+            warnings.warn(
+                f"{self.path} could not be written ({type(error).__name__}: {error}). Training goes on; what is missing is written when it can be.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        else:
+            self._unwritten = ""
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:

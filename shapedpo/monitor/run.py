@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,20 +18,22 @@ from ..files import replacing
 from ..readouts.sae_reader import SAEReader
 from .estimates import Window
 from .estimators import best_estimate
-from .features import ExcitingReader
 from .names import FeatureNames
 from .pairs import TopPairs
-from .probe.recorder import ProbeRecorder
+from .probe.recorder import ProbeRecorder, check_same_probe
 from .probe.rollouts import Probe, choose_rows
 from .recorder import StepRecorder
 from .records import FILE_NAME, Record, RecordFile, Sink
-from .sae import FeatureCalibration, FeatureMonitor, FeatureStatistics
+from .sae import FeatureMonitor, FeatureStatistics
 from .settings import MonitorSettings, run_record
+from .watch import FeatureWatch
 
 
 if TYPE_CHECKING:
     from ..metrics import Pairs
     from .access import TrainerAccess
+
+logger = get_logger(__name__)
 
 STATE_NAME = "monitor.safetensors"
 """Name of the monitor's state in a checkpoint."""
@@ -63,68 +67,32 @@ class RunMonitor(TrainerCallback):
         device, window = self.accelerator.device, self.settings.window
         self.window = Window(len(self.concepts), window, device)
         self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)
-        self.reader = reader
-        self.features: FeatureMonitor | None = None
-        self._calibration: FeatureCalibration | None = None
+        self.watch = FeatureWatch(reader, settings.n_features, window, self.accelerator)
         self._names = FeatureNames(run, settings.labels)
         self._recorder = StepRecorder(run, self._names, settings.sae)
+        self._asked_features = repr((settings.sae, settings.n_features))
         self._strengths: dict[str, float] = {}
         self._probe: ProbeRecorder | None = None
         self._loaded: dict[str, Tensor] = {}
+        self._told: dict[str, str] = {}
         self._saved: dict[str, Tensor] | None = None
         self._file = RecordFile(Path(str(run.args.output_dir)) / FILE_NAME)
         self._sinks = list(sinks)
         self._pending: list[Record] = []
         self._logged = self._drawn = -1  # the last step whose estimates were written, and were drawn
+        self._probed = -1  # and that was probed
         self._records: int | None = None  # how many there were at the checkpoint that is resumed from
+
+    @property
+    def features(self) -> FeatureMonitor | None:
+        """The monitored features, once they are calibrated."""
+        return self.watch.monitor
 
     @property
     def _batch(self) -> int:
         """Pairs of an optimiser step."""
         args = self.run.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the monitored features have no statistics yet."""
-        return self.reader is not None and self.features is None
-
-    # ------------------------------------------------------------------ the calibration pass
-
-    def calibration_reader(self) -> ExcitingReader | None:
-        """What reads the monitored features in the calibration pass."""
-        if not self.needs_calibration:
-            return None
-        assert self.reader is not None
-        self._calibration = FeatureCalibration(self.reader.n_features, self.accelerator.device)
-        return ExcitingReader(self.reader)
-
-    def calibrate_batch(self, features: Tensor, reader: ExcitingReader, input_ids: Tensor, keep: Tensor) -> None:
-        """Take a batch of the calibration pass: `(2B, F)` raw scores, `(2B, T)` ids, and `(B,)` bool, the pairs that count."""
-        assert self._calibration is not None
-        self._calibration.add(features, input_ids.gather(1, reader.positions), keep)
-
-    def calibrated(self) -> SAEReader:
-        """End the calibration pass.
-
-        Returns:
-            What reads the monitored features from now on: all of them, or the asked number that the data pushes most.
-        """
-        assert self._calibration is not None
-        assert self.reader is not None
-        statistics = self._calibration.finish(self.accelerator)
-        self._calibration = None
-        if self.settings.n_features is not None and self.settings.n_features < self.reader.n_features:
-            keep = statistics.delta.abs().topk(self.settings.n_features).indices.sort().values
-            statistics = statistics.narrowed(keep)
-        return self._watch(statistics).reader
-
-    def _watch(self, statistics: FeatureStatistics) -> FeatureMonitor:
-        assert self.reader is not None
-        if len(statistics.ids) < self.reader.n_features:
-            self.reader = self.reader.narrowed(statistics.ids.tolist())
-        self.features = FeatureMonitor(self.reader, statistics, self.settings.window)
-        return self.features
 
     # ------------------------------------------------------------------ the step
 
@@ -155,8 +123,12 @@ class RunMonitor(TrainerCallback):
             for sink in self._sinks:
                 sink.open(kept)
             if not any(record["type"] == "run" for record in kept):
-                self._write([run_record(self.run, self.settings, self.reader, state, self._batch)])
-        if self._probe is not None and not self._probe.begun:
+                self._write([run_record(self.run, self.settings, self.watch.reader, state, self._batch)])
+        if self._probe is not None and (state.global_step == 0 or not self._probe.begun):
+            if state.global_step > 0:
+                logger.warning(
+                    f"No probe was made before training: rollouts are compared with those of step {state.global_step}."
+                )
             self._run_probe(state.global_step)
         self._show()
 
@@ -176,7 +148,8 @@ class RunMonitor(TrainerCallback):
                 self._show()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._probe is not None:
+        # A run that is stopped may have been probed at this step; but not the best model, where that was loaded since.
+        if self._probe is not None and (self._probed < state.global_step or args.load_best_model_at_end):
             self._run_probe(state.global_step)
         logged = self._logged == state.global_step  # a run often ends with a step that is logged
         records = self._estimates(state, self._drawn < state.global_step)[int(logged) :]
@@ -234,14 +207,22 @@ class RunMonitor(TrainerCallback):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, seed, columns=rows)
         self._probe = ProbeRecorder(run, probe, self._loaded)
+        if self._loaded:
+            check_same_probe(json.loads(self._told["probe"]), self._probe.told)
+            if self.watch.reader is not None and not self._probe.reads_features:
+                logger.warning(
+                    "Probes leave out the SAE's features: what they were before training is known for those of the checkpoint only."
+                )
         self._loaded = {}
 
     def _run_probe(self, step: int) -> None:
         assert self._probe is not None
+        self._probed = step
+        watched = self.features if self._probe.reads_features else None
         concepts = self._recorder.estimates(self.window)
-        features = self._recorder.estimates(self.features.window) if self.features is not None else None
-        record, shown = self._probe.run(step, concepts, features, self.features)
-        names = self._names.of(shown, self.features) if self.features is not None else {}
+        features = self._recorder.estimates(watched.window) if watched is not None else None
+        record, shown = self._probe.run(step, concepts, features, watched)
+        names = self._names.of(shown, watched) if watched is not None else {}
         if not self.accelerator.is_main_process:
             return
         for column, entry in zip(shown, record.get("features", ()), strict=True):
@@ -274,8 +255,11 @@ class RunMonitor(TrainerCallback):
     def save_state(self, folder: Path) -> None:
         """Write what [`gather_state`] brought together, whole or not at all."""
         if self._saved is not None:
+            told = {"features": self._asked_features}
+            if self._probe is not None:
+                told["probe"] = json.dumps(self._probe.told)
             with replacing(folder / STATE_NAME) as partial:
-                save_file(self._saved, partial)
+                save_file(self._saved, partial, metadata=told)
 
     def load_state(self, folder: Path) -> SAEReader | None:
         """Take over the state of a checkpoint, if it has one that fits.
@@ -288,6 +272,7 @@ class RunMonitor(TrainerCallback):
             return None
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._told = file.metadata() or {}
         device = self.accelerator.device
         main = self.accelerator.is_main_process  # the others start from nothing: their sums are added up
         if tensors["window"].shape[1] == len(self.concepts) + 1 and main:
@@ -296,10 +281,17 @@ class RunMonitor(TrainerCallback):
         if "written" in tensors:
             self._logged, self._drawn, self._records = tensors["written"].tolist()
         self._loaded = {name: tensor for name, tensor in tensors.items() if name.startswith("probe.")}
-        if self.reader is None or "features.ids" not in tensors or self.features is not None:
+        if self._told.get("features") != self._asked_features:  # nothing that is known of features is of these
+            self._loaded.pop("probe.features", None)
+            if "probe.past" in self._loaded:  # the concepts come last
+                self._loaded["probe.past"] = self._loaded["probe.past"][
+                    :, -len(self.concepts) or tensors["window"].shape[1] :
+                ]
+            return None
+        if self.watch.reader is None or "features.ids" not in tensors or self.features is not None:
             return None
         part = {name.removeprefix("features."): tensor.to(device) for name, tensor in tensors.items()}
-        features = self._watch(FeatureStatistics.of(part))
+        features = self.watch.watch(FeatureStatistics.of(part))
         if main:
             features.window.load_state(tensors["features.window"])
             features.pairs.table = tensors["features.pairs"].to(device)

@@ -139,7 +139,11 @@ class _FunctionReader(TextReader):
         return torch.tensor([self._score(text) for text in texts], dtype=torch.float32)
 
     def _score(self, text: str) -> float:
-        value: Any = self._function(text)
+        try:
+            value: Any = self._function(text)
+        except Exception as error:
+            error.add_note(f"In the text function {self._name}, for {text[:80]!r}.")
+            raise
         if isinstance(value, (str, bytes)):  # `float` would read "0.5" as a number
             number = None
         else:

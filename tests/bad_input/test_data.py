@@ -10,6 +10,7 @@ import pytest
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Gate, Regex, ShapedDPOTrainer
+from shapedpo.collator import ROW
 from tests.helpers import arguments, build, load_model, pairs, shaped, tokenizer, vector
 
 from . import goblin, refused
@@ -46,6 +47,24 @@ def test_weights(weight):
 
 def test_weights_that_are_no_numbers():
     refused("'weight'...'high'", lambda: shaped(data=pairs(weight=["high"] * 24)))
+    refused("'weight'...got [1.0]", lambda: shaped(data=pairs(weight=[[1.0]] * 24)))
+
+
+def test_a_function_of_text_that_fails():
+    with pytest.raises(IndexError) as error:
+        shaped(Concept("hundredth", lambda text: text[100] == "a")).train()
+    assert "<lambda>, for '" in error.value.__notes__[0]
+
+
+def test_data_and_settings_of_another_trainer():
+    """Both can be used again, as with TRL's trainer."""
+    args = arguments()
+    first = build(ShapedDPOTrainer, args, concepts=[goblin()])
+    assert args.concepts is None
+    assert first.args.concepts == first.concepts
+    data = first.train_dataset.select(range(4, 24))
+    again = build(ShapedDPOTrainer, args, concepts=[goblin("suppress", strength=1.0)], train_dataset=data)
+    assert again.train_dataset[ROW] == list(range(20))  # counted in what was given
 
 
 def test_weight_column():

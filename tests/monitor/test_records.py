@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 
 import pytest
 
@@ -67,6 +68,23 @@ def test_resuming_at_the_last_step_cuts_back_to_the_checkpoint(tmp_path):
     again = RecordFile(file.path)
     assert again.start(5, saved) == [record(0, "run"), record(5)]
     assert again.count == 2
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path):
+    """No half line is left behind, and what is missing comes with the next records."""
+    file = RecordFile(tmp_path / "concepts.jsonl")
+    file.append([record(0, "run")])
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.path.stat().st_size + 10, limit[1]))  # all that fits on this disk
+    try:
+        with pytest.warns(RuntimeWarning, match=r"could not be written .*Training goes on"):
+            file.append([record(1), record(2)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read_records(file.path) == [record(0, "run")]
+    file.append([record(3)])
+    assert read_records(file.path) == [record(0, "run"), *map(record, (1, 2, 3))]
+    assert file.count == 4
 
 
 def test_numbers_are_json():

@@ -357,6 +357,72 @@ def test_a_checkpoint_of_plain_dpo_resumes_under_the_monitor(tmp_path):
     assert [record["step"] for record in records(tmp_path, "probe")] == [2, 4]
 
 
+class TestResumingWithOtherSettings:
+    FIELDS = {**PROBE, "probe_prompts": 4, "probe_max_new_tokens": 5, "max_steps": 4}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory) -> Path:
+        out = tmp_path_factory.mktemp("first")
+        fields = {"monitor": "all", "save_strategy": "steps", "save_steps": 2, **cls.FIELDS, "max_steps": 2}
+        train(shaped(*watching(), output_dir=str(out), **fields))
+        return out / "checkpoint-2"
+
+    def resume(self, checkpoint: Path, out: Path, **fields: Any) -> Run:
+        options = {"trainer": {"eval_dataset": fields.pop("eval_dataset")}} if "eval_dataset" in fields else {}
+        trainer = shaped(*watching(), output_dir=str(out), **{**self.FIELDS, **fields}, **options)
+        return train(trainer, resume_from_checkpoint=str(checkpoint))
+
+    @pytest.mark.parametrize(
+        ("fields", "text"),
+        [
+            ({"probe_prompts": 6}, "`probe_prompts` was 4 and is 6"),
+            ({"probe_max_new_tokens": 6}, "`probe_max_new_tokens` was 5 and is 6"),
+            ({"eval_dataset": pairs(8, seed=7)}, "the prompts are others"),
+        ],
+    )
+    def test_other_probes_are_refused(self, checkpoint, tmp_path, fields, text):
+        """Their rollouts would be compared with other ones."""
+        with pytest.raises(ValueError, match=f"not those of the checkpoint: {text}"):
+            self.resume(checkpoint, tmp_path, monitor="all", **fields)
+
+    @pytest.mark.parametrize("features", [None, 5])
+    def test_other_features_are_calibrated_anew(self, checkpoint, tmp_path, caplog, features):
+        run = self.resume(checkpoint, tmp_path, monitor=features)
+        monitor = run.trainer._monitor.features
+        assert (None if monitor is None else len(monitor.statistics.ids)) == features
+        assert len(records(tmp_path, "features")) == (0 if features is None else 2)
+        probe = records(tmp_path, "probe")[-1]
+        assert probe["concepts"]["way"]["change"][1] > 0
+        assert "features" not in probe  # nobody knows what they were before
+        assert ("Probes leave out the SAE's features" in caplog.text) == (features is not None)
+
+
+def test_a_run_that_is_stopped_at_a_probe_is_probed_once(tmp_path):
+    class Enough(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    fields = {"output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "probe_max_new_tokens": 2}
+    trainer = shaped(*watching()[:1], max_steps=6, trainer={"callbacks": [Enough()]}, **fields)
+    trainer.train()
+    assert [record["step"] for record in records(tmp_path, "probe")] == [0, 2]
+    trainer.train()
+    assert [record["step"] for record in records(tmp_path, "probe")] == [
+        0,
+        2,
+    ]  # of the second run, in a file of its own
+
+
+def test_a_policy_that_has_diverged(tmp_path):
+    """Sampling from it would end the process with an error that says nothing of it, on a GPU all others' too."""
+    trainer = shaped(
+        *watching()[:1], learning_rate=1e6, max_steps=4, output_dir=str(tmp_path), probe_steps=2, probe_prompts=2
+    )
+    with pytest.raises(FloatingPointError, match=r"At step 2 the policy gives no finite probabilities.*diverged"):
+        trainer.train()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("fields", "text"),

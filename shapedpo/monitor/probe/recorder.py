@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from ...errors import UserError
+from ...readouts.base import fingerprint
 from ..estimates import Estimates
 from ..estimators import Estimate, Past, best_estimate, probe_change
 from ..posterior import Spectrum
@@ -54,6 +56,18 @@ class ProbeRecorder:
                 part["gates"].to(device) if "gates" in part else None,
             )
             self._past = part["past"].numpy() if "past" in part else None
+        self.reads_features = not loaded or "probe.features" in loaded
+        """Whether it is known, or still to be found out, what the monitored features were before training."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What decides the rollouts, with which those of an earlier part of the run can be compared only if it is the same."""
+        probe = self.probe
+        return {
+            "probe_prompts": len(probe.prompts),
+            "probe_max_new_tokens": probe.max_new_tokens,
+            "prompts": fingerprint(*probe.prompts),
+        }
 
     @property
     def begun(self) -> bool:
@@ -85,12 +99,17 @@ class ProbeRecorder:
         def read(policy: Any, rows: Rows) -> Reading:
             reading = self.run_.read(policy, rows)
             if monitor is None or reading.features is None:
-                return reading
+                return reading._replace(features=None)
             return reading._replace(features=monitor.standardised(reading.features))
 
         first = self._before is None
         with self.run_.policy() as model:
             now = self.probe.run(model, read, DRAWS_BEFORE if first else 1)
+            if not torch.isfinite(now.policy).all():
+                raise FloatingPointError(
+                    f"At step {step} the policy gives no finite probabilities to its own rollouts: training has diverged. Lower the learning "
+                    "rate, and start anew or from a checkpoint before that."
+                )
             before = self._before or now
             policy_before = before.policy if first else self.probe.logps(model, before, self.run_.logps)
         if not first:
@@ -203,6 +222,26 @@ class ProbeRecorder:
             {"prompt": tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)[:TEXT_LENGTH], **sample}
             for row, sample in zip(rows, token_activations(self.run_, rows), strict=True)
         ]
+
+
+def check_same_probe(was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a resumed run's probes can be compared with what the model said before training.
+
+    Args:
+        was: What `told` was in the checkpoint.
+        now: What it is.
+
+    Raises:
+        ValueError: If they differ; the text says in what.
+    """
+    changes = [
+        f"`{name}` was {was[name]} and is {now[name]}" for name in was if name != "prompts" and was[name] != now[name]
+    ]
+    if was != now:
+        raise UserError(
+            f"Probe rollouts are not those of the checkpoint: {'; '.join(changes) or 'the prompts are others (of other data, or another `seed`)'}. "
+            "What the model said before training is known for the checkpoint's alone. Leave them as they were, or set `probe_steps=0`."
+        )
 
 
 class _Columns:

@@ -136,6 +136,7 @@ class Probe:
             attention_mask=attention_mask,
             num_return_sequences=ROLLOUTS,
             **FULL_DISTRIBUTION,
+            remove_invalid_values=True,  # finite ones are left alone; drawing from others ends a process on a GPU
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.pad_token_id,
             use_cache=True,
