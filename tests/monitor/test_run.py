@@ -416,9 +416,8 @@ def test_a_run_that_is_stopped_at_a_probe_is_probed_once(tmp_path):
 
 def test_a_policy_that_has_diverged(tmp_path):
     """Sampling from it would end the process with an error that says nothing of it, on a GPU all others' too."""
-    trainer = shaped(
-        *watching()[:1], learning_rate=1e6, max_steps=4, output_dir=str(tmp_path), probe_steps=2, probe_prompts=2
-    )
+    fields = {"output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "probe_max_new_tokens": 2}
+    trainer = shaped(*watching()[:1], learning_rate=1e6, max_steps=4, **fields)
     with pytest.raises(FloatingPointError, match=r"At step 2 the policy gives no finite probabilities.*diverged"):
         trainer.train()
 
