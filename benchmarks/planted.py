@@ -1,6 +1,6 @@
 """How well an audit finds what was planted: at which rank, in which rows; and how much it finds where nothing was.
 
-    python -m benchmarks.planted [--seeds 0 1 2 3 4] [--pairs 5000]
+    python -m benchmarks.planted [--seeds 5] [--pairs 5000]
     python -m benchmarks.planted --finished
 
 The lab's data with the case studies of Bergen et al. (arXiv 2606.12360): goblins in 5 % of the pairs, compliance on harmful prompts in a
@@ -151,12 +151,12 @@ def report(studies: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--finished", action="store_true", help="only report what is there")
     options = parser.parse_args(arguments)
     CACHE.mkdir(parents=True, exist_ok=True)
-    for seed in () if options.finished else options.seeds:
+    for seed in () if options.finished else range(options.seeds):
         kept = CACHE / f"{options.pairs}-{seed}.json"
         if not kept.exists():
             with tempfile.TemporaryDirectory() as folder:

@@ -159,7 +159,7 @@ def rollouts(setting: Setting, folder: Path) -> Rollouts:
     safetensors.torch.load_model(trained, train(setting, folder))
     prompts = world.tokenizer(world.prompts, add_special_tokens=world.special_tokens)["input_ids"]
     reader = SAEFeatures(world.sae, "all").load()
-    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch=128)
+    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch_size=128)
     return roll_out(load(setting), trained, world.tokenizer, prompts, reader, kept, how)
 
 
@@ -172,7 +172,7 @@ def answers(setting: Setting, folder: Path) -> Rollouts:
         shutil.rmtree(kept, ignore_errors=True)
     world, model = ground(setting), load(setting)
     reader = SAEFeatures(world.sae, "all").load()
-    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch=128, seed=99)
+    how = RolloutSettings(max_new_tokens=min(world.tokens, 64), batch_size=128, seed=99)
     return roll_out(model, model, world.tokenizer, asked(setting, world), reader, kept, how, both=False)
 
 

@@ -1,6 +1,6 @@
 """From finding to fix, as a user goes who knows nothing of the data: audit, fix what is found, train, and look.
 
-    python -m benchmarks.remedies [--pairs 5000] [--seeds 0 1] [--together] [--finished]
+    python -m benchmarks.remedies [--pairs 5000] [--seeds 2] [--together] [--finished]
 
 The lab's data with the lessons of `benchmarks/planted.py`. `shapedpo audit` reads it; `shapedpo fix` writes, for all findings together and for those about one thing, a recipe that holds them and a dataset without their
 rows; `shapedpo train` trains on each. What was planted is looked at only to say which findings are about one thing, and how often the models
@@ -260,14 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--prompts", type=int, default=200, help="of each topic (%(default)s)")
     parser.add_argument("--together", action="store_true", help="only all findings at once")
     parser.add_argument("--finished", action="store_true", help="only report the runs that are there")
     parser.add_argument("--out", type=Path, default=folders.RESULTS, help="folder of the table")
     options = parser.parse_args(arguments)
     studies = [
-        study(options.pairs, seed, options.prompts, options.together, options.finished) for seed in options.seeds
+        study(options.pairs, seed, options.prompts, options.together, options.finished) for seed in range(options.seeds)
     ]
     text = report(studies, options.prompts)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ AUDITS: dict[str, tuple[Any, str, str]] = {
     "label": (
         label,
         "name what an audit found, with a language model",
-        "DIR --labeller URL --labeller-model NAME [...]",
+        "DIR --labeller MODEL [...]",
     ),
     "fix": (
         fix,

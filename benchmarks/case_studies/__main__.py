@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--case", nargs="+", choices=NAMES, default=NAMES, metavar="CASE", help=", ".join(NAMES))
     parser.add_argument("--method", nargs="+", help="these methods only")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--quick", action="store_true", help="two cases and the main methods at a small size")
     parser.add_argument("--finished", action="store_true", help="no new runs: tables and figures of what is there")
     parser.add_argument("--fresh", action="store_true", help="make runs anew that are there")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tqdm.auto import tqdm
 
-from ..audit.labels.labellers import Endpoint
+from ..audit.labels.labellers import Endpoint, endpoint
 from ..readouts import Readout, Regex, TextFunction, TextReader
 
 
@@ -36,11 +36,8 @@ def judge_from(name: str, concept: str, retries: int = 6) -> Callable[[Sequence[
     Raises:
         ValueError: If the name is none of these, or the pattern or the function is not valid.
     """
-    if name.startswith(("http://", "https://")):
-        address, _, model = name.partition("#")
-        if not model:
-            raise ValueError(f"The judge {name!r} names no model. Put it behind the address: {address}#MODEL.")
-        return lambda texts: asyncio.run(_ask(address, model, concept, texts, retries))
+    if not name.startswith("regex:") and (place := endpoint(name)) is not None:
+        return lambda texts: asyncio.run(_ask(*place, concept, texts, retries))
     readout: Readout = Regex(name.removeprefix("regex:")) if name.startswith("regex:") else TextFunction(name)
     reader = readout.load()
     assert isinstance(reader, TextReader)
@@ -49,7 +46,7 @@ def judge_from(name: str, concept: str, retries: int = 6) -> Callable[[Sequence[
 
 async def _ask(address: str, model: str, concept: str, texts: Sequence[tuple[str, str]], retries: int) -> list[bool]:
     try:
-        endpoint = Endpoint(address, model, os.environ.get("OPENAI_API_KEY"), retries)
+        server = Endpoint(address, model, os.environ.get("OPENAI_API_KEY"), retries)
     except ImportError as error:
         raise ValueError(str(error)) from error
     turns, bar = asyncio.Semaphore(TOGETHER), tqdm(total=len(texts), desc="Judging")
@@ -57,7 +54,7 @@ async def _ask(address: str, model: str, concept: str, texts: Sequence[tuple[str
     async def one(prompt: str, response: str) -> bool:
         content = QUESTION.format(concept=concept, prompt=prompt, response=response)
         async with turns:
-            said = await endpoint.answer([{"role": "user", "content": content}])
+            said = await server.answer([{"role": "user", "content": content}])
         bar.update()
         found = re.search(r"\b(yes|no)\b", said.lower())
         if found is None:
@@ -68,4 +65,4 @@ async def _ask(address: str, model: str, concept: str, texts: Sequence[tuple[str
         return list(await asyncio.gather(*(one(*text) for text in texts)))
     finally:
         bar.close()
-        await endpoint.close()
+        await server.close()

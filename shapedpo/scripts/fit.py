@@ -13,8 +13,8 @@ What shows the concept and what does not is said in one of five ways:
                                         concepts that the response shows (--concept says which is the one); or of `prompt`, `positive`
                                         and `negative` (or `chosen` and `rejected`)
   --positive FILE ... --negative FILE ...   rows of `prompt` and `response`
-  --pattern REGEX                       completions of the recipe's training pairs that match, and those that do not; with --answers the
-                                        model's own answers to their prompts
+  --pattern REGEX                       completions of the recipe's training pairs that match, and those that do not; with --own-answers
+                                        the model's own answers to their prompts
   --judge JUDGE                         the same, labelled by a judge, such as a language model
   --instruct DO DONT                    the model answers the recipe's prompts under two opposite instructions, and the answers are read
                                         without them; with --judge, those that do not do as told are left out
@@ -52,7 +52,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
     )
     source.add_argument("--concept", metavar="TEXT", help="what an endpoint is asked about, or which of `shows` it is")
     source.add_argument(
-        "--answers", action="store_true", help="label the model's own answers, not the recipe's completions"
+        "--own-answers", action="store_true", help="label the model's own answers, not the recipe's completions"
     )
     source.add_argument("--other", metavar="NAME=JUDGE", nargs="+", default=[], help="what it may be taken for")
     source.add_argument("--max-new-tokens", type=int, default=128, help="where an answer is cut (%(default)s)")

@@ -138,9 +138,9 @@ def _check_source(args: argparse.Namespace) -> None:
             f"Give one of --contrast, --positive with --negative, --pattern, --judge and --instruct; got {', '.join(given) or 'none'}"
             f"{' with one side only' if bool(args.positive) != bool(args.negative) else ''}."
         )
-    if args.answers and not (args.pattern or (args.judge and not args.instruct)):
+    if args.own_answers and not (args.pattern or (args.judge and not args.instruct)):
         raise UserError(
-            "--answers makes the model answer the recipe's prompts: it goes with --pattern or --judge, which label the answers."
+            "--own-answers makes the model answer the recipe's prompts: it goes with --pattern or --judge, which label the answers."
         )
     if args.judge and not (args.instruct or args.concept) and args.judge.startswith("http"):
         raise UserError("--judge: an endpoint must be told what to look for. Say it with --concept.")
@@ -182,12 +182,12 @@ def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any
     if args.instruct:
         prompts, told = [prompt for prompt, _ in pairs[::2]], (args.instruct[0], args.instruct[1])
         return instructed_rows(model, tokenizer, prompts, told, place=args.place, judge=judge, **sizes)
-    if args.answers:
+    if args.own_answers:
         pairs = answers(model, tokenizer, [prompt for prompt, _ in pairs[::2]], **sizes)
     texts = [(response_text(prompt), response_text(response)) for prompt, response in pairs]
     assert judge is not None  # by `_check_source`
     shows = judge(texts)
-    source = "answers" if args.answers else "completions"
+    source = "answers" if args.own_answers else "completions"
     if min(sum(shows), len(shows) - sum(shows)) < FEWEST:
         raise UserError(
             f"{sum(shows)} of {len(shows)} {source} show it: at least {FEWEST} that do and {FEWEST} that do not are needed. "

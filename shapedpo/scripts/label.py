@@ -20,17 +20,21 @@ a reasoning model thinks comes on top.
 What the model is shown are rows of the dataset: choose one that may see them. Answers are kept in DIR/labels-cache.jsonl, labels go to
 DIR/labels.json, and DIR/audit.html is written anew.
 
-  OPENAI_API_KEY=... shapedpo label audits/pairs --labeller https://api.openai.com/v1 --labeller-model gpt-5-mini
-  shapedpo label audits/pairs --labeller http://localhost:8000/v1 --labeller-model Qwen/Qwen3-8B     # vLLM
-  shapedpo label audits/pairs --labeller local --labeller-model Qwen/Qwen3-0.6B
+  OPENAI_API_KEY=... shapedpo label audits/pairs --labeller https://api.openai.com/v1#gpt-5-mini
+  shapedpo label audits/pairs --labeller http://localhost:8000/v1#Qwen/Qwen3-8B     # vLLM
+  shapedpo label audits/pairs --labeller Qwen/Qwen3-0.6B                            # on this machine
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("audit", metavar="DIR", help="the folder that `shapedpo audit --out` wrote to")
-    parser.add_argument("--labeller", required=True, metavar="URL", help="the endpoint's base URL, or `local`")
-    parser.add_argument("--labeller-model", required=True, metavar="NAME", help="of the model there")
+    parser.add_argument(
+        "--labeller",
+        required=True,
+        metavar="MODEL",
+        help="the model: an OpenAI-compatible URL#MODEL, or a hub name or folder for one on this machine",
+    )
     parser.add_argument(
         "--key-env",
         default="OPENAI_API_KEY",
@@ -53,15 +57,16 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.top < 1 or args.concurrency < 1:
         raise UserError("--top and --concurrency must be 1 or more.")
-    if args.labeller != "local" and not args.labeller.startswith(("http://", "https://")):
-        raise UserError(f"--labeller {args.labeller}: expected a URL that begins with http:// or https://, or `local`.")
     import asyncio
 
-    from ..audit.labels.labellers import LabellerError
+    from ..audit.labels.labellers import LabellerError, endpoint
     from ..audit.labels.titles import CACHE, ask, read_cache, tasks, with_titles
     from ..audit.page.render import write_page
     from ..audit.page.source import Audit
 
+    with as_user_error(ValueError, prefix="--labeller: "):
+        place = endpoint(args.labeller)
+    model = args.labeller if place is None else place[1]
     with as_user_error(FileNotFoundError, ValueError):
         audit = Audit.open(args.audit)
     if not audit.labels.features:
@@ -71,13 +76,13 @@ def main(args: argparse.Namespace) -> int:
     found = tasks(audit.analysis, audit.harvest, audit.labels, audit.maps, foremost(audit.analysis, args.top))
     cache = audit.folder / CACHE
     known = read_cache(cache)
-    asked = {task.key(args.labeller_model): task for task in found}
+    asked = {task.key(model): task for task in found}
     new = [task for key, task in asked.items() if key not in known]
     print(f"{len(found):,} labels; {len(asked) - len(new):,} answers known from before")
     if new:
-        agree(new, args)
+        agree(new, model, args)
     with as_user_error(ImportError, OSError, ValueError):
-        labeller = _labeller(args)
+        labeller = _labeller(place, model, args.key_env)
 
     async def asking() -> Any:
         try:
@@ -93,7 +98,7 @@ def main(args: argparse.Namespace) -> int:
         ) from None
     if failed := sum(answer is None for answer in answers):
         print(f"{failed:,} answers were not as asked for, three times over: tokens stay their labels.", file=sys.stderr)
-    audit.labels = with_titles(audit.labels, found, answers, args.labeller_model)
+    audit.labels = with_titles(audit.labels, found, answers, model)
     path = audit.labels.save(audit.folder, audit.analysis)
     print(f"{path}; {write_page(audit, audit.tokenizer())}")
     return 0
@@ -109,7 +114,7 @@ def foremost(analysis: Any, most: int) -> list[Any]:
     return list({id(h): h for h in found}.values())[:most]
 
 
-def agree(new: list[Any], args: argparse.Namespace) -> None:
+def agree(new: list[Any], model: str, args: argparse.Namespace) -> None:
     """Say what it takes, and ask.
 
     Raises:
@@ -121,7 +126,7 @@ def agree(new: list[Any], args: argparse.Namespace) -> None:
     cost = ""
     if args.price:
         cost = f", {(given * args.price[0] + taken * args.price[1]) / 1e6:.2f} at most at these prices"
-    print(f"{len(new):,} to ask {args.labeller_model} for: about {given:,} tokens in, at most {taken:,} out{cost}")
+    print(f"{len(new):,} to ask {model} for: about {given:,} tokens in, at most {taken:,} out{cost}")
     if args.yes:
         return
     if not sys.stdin.isatty():
@@ -130,9 +135,7 @@ def agree(new: list[Any], args: argparse.Namespace) -> None:
         raise UserError("Nothing was asked.")
 
 
-def _labeller(args: argparse.Namespace) -> Any:
+def _labeller(place: tuple[str, str] | None, model: str, key_env: str) -> Any:
     from ..audit.labels.labellers import Endpoint, LocalModel
 
-    if args.labeller == "local":
-        return LocalModel(args.labeller_model)
-    return Endpoint(args.labeller, args.labeller_model, os.environ.get(args.key_env))
+    return LocalModel(model) if place is None else Endpoint(*place, os.environ.get(key_env))

@@ -101,7 +101,7 @@ def folder(finished: Audit, tmp_path: Path) -> Path:
 
 
 def label(folder: Path, server: Server, *more: str) -> int:
-    return main(["label", str(folder), "--labeller", server.url, "--labeller-model", "m", "--top", "6", *more])
+    return main(["label", str(folder), "--labeller", f"{server.url}#m", "--top", "6", *more])
 
 
 def test_clusters_and_findings_are_named_at_once_and_only_once(
@@ -214,13 +214,15 @@ def test_nothing_is_asked_without_a_yes(
     assert "at these prices" in captured.out
     assert "--yes" in captured.err
     assert server.requests == []
-    assert main(["label", str(folder), "--labeller", "ftp://x", "--labeller-model", "m", "--yes"]) == 2
-    assert main(["label", str(folder / "no"), "--labeller", "local", "--labeller-model", "m"]) == 2
+    assert main(["label", str(folder), "--labeller", "ftp://x#m", "--yes"]) == 2
+    assert main(["label", str(folder), "--labeller", server.url, "--yes"]) == 2
+    assert f"names no model. Put it behind the address: {server.url}#MODEL" in capsys.readouterr().err
+    assert main(["label", str(folder / "no"), "--labeller", "m"]) == 2
 
 
 def test_a_local_model_is_asked_too(folder: Path, finished: Audit, capsys: pytest.CaptureFixture[str]) -> None:
     """The lab's model reads 256 tokens at a time: it is run, and says that it is too small."""
-    assert main(["label", str(folder), "--labeller", "local", "--labeller-model", "lab", "--yes"]) == 2
+    assert main(["label", str(folder), "--labeller", "lab", "--yes"]) == 2
     assert "reads too little" in capsys.readouterr().err
 
 

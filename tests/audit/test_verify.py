@@ -155,7 +155,7 @@ def test_log_ratios_are_those_of_the_answers(tmp_path) -> None:
         tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in lab.heldout_prompts(5, 0)
     ]
     reader = SAEFeatures(str(lab.sae_path()), "all").load()
-    settings = RolloutSettings(max_new_tokens=12, batch=2)
+    settings = RolloutSettings(max_new_tokens=12, batch_size=2)
     rollouts = roll_out(base, other, tokenizer, prompts, reader, tmp_path / "one", settings)
     assert rollouts.log_ratios.shape == (10, 2)
     ids = rollouts.harvest.ids(range(10))

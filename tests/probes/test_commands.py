@@ -128,7 +128,7 @@ def test_find_looks_at_hard_negatives(recipe, tmp_path, capfd):  # noqa: F811
 def test_fit_on_the_models_own_answers_and_what_is_taken_for_it(recipe, capfd):  # noqa: F811
     """Labelled by a judge, as are the other concepts; the table names each of them, and metadata the hardest."""
     folder = recipe.parent / "judged"
-    words = ["fit", "--config", recipe, "--out", folder, "--judge", "regex:a\\w", "--answers", "--sample", 150]
+    words = ["fit", "--config", recipe, "--out", folder, "--judge", "regex:a\\w", "--own-answers", "--sample", 150]
     others = ["--other", "eats=regex:eats|sees|likes", "never=regex:xyzzy", "e=regex:e"]
     more = ["--layers", 1, "--kinds", "linear_probe", "attention_probe", "--max-new-tokens", 4, "--heldout", 0.5]
     assert cli.main(list(map(str, [*words, *others, *more]))) == 0, capfd.readouterr().err
@@ -152,8 +152,8 @@ BAD = {
     "one side": (["fit", "--out", "x", "--positive", "a"], "with one side only"),
     "two ways": (["fit", "--out", "x", "--pattern", "a", "--contrast", "b"], "got --contrast, --pattern"),
     "answers": (
-        ["fit", "--out", "x", "--contrast", "a", "--answers"],
-        "--answers makes the model answer the recipe's prompts",
+        ["fit", "--out", "x", "--contrast", "a", "--own-answers"],
+        "--own-answers makes the model answer the recipe's prompts",
     ),
     "other": (["fit", "--out", "x", "--pattern", "a", "--other", "praise"], "expected NAME=JUDGE"),
     "endpoint": (["fit", "--out", "x", "--judge", "http://localhost:1/v1#m"], "Say it with --concept"),

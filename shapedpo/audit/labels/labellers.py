@@ -29,6 +29,22 @@ class Labeller(Protocol):
     async def close(self) -> None: ...
 
 
+def endpoint(name: str) -> tuple[str, str] | None:
+    """The base URL and the model of what is named `URL#MODEL`, such as `http://localhost:8000/v1#Qwen/Qwen3-8B`; `None` of what is no URL.
+
+    Raises:
+        ValueError: If it names no model, or begins with another scheme than http or https.
+    """
+    if "://" not in name:
+        return None
+    url, _, model = name.partition("#")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"The endpoint {name!r} must begin with http:// or https://.")
+    if not model:
+        raise ValueError(f"The endpoint {name!r} names no model. Put it behind the address: {url}#MODEL.")
+    return url, model
+
+
 class Endpoint:
     """Chat completions of an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama and others.
 

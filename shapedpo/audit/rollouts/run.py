@@ -40,7 +40,7 @@ class RolloutSettings:
     Args:
         draws: Times that each prompt is answered by each model, two answers a time.
         max_new_tokens: Where an answer is cut.
-        batch: Prompts answered at once.
+        batch_size: Prompts answered at once.
         seed: Of the sampling. Both models draw with the same random numbers, so that they say the same until they disagree.
 
     Raises:
@@ -49,7 +49,7 @@ class RolloutSettings:
 
     draws: int = 1
     max_new_tokens: int = 128
-    batch: int = 32
+    batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ def roll_out(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pad = tokenizer.pad_token_id
-    probe = Probe(prompts, Accelerator(), settings.max_new_tokens, pad, settings.seed, settings.batch)
+    probe = Probe(prompts, Accelerator(), settings.max_new_tokens, pad, settings.seed, settings.batch_size)
 
     def read(model: Any, rows: Rows) -> Reading:
         """Log-probabilities of the answers under both models."""
