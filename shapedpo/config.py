@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +121,16 @@ class ShapedDPOConfig(DPOConfig):
         data = super().to_dict()
         data["concepts"] = _plain(self.concepts)
         return data
+
+    def __copy__(self) -> ShapedDPOConfig:
+        new = object.__new__(type(self))  # by `__getstate__` functions would be lost
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShapedDPOConfig:
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         # `training_args.bin` is a pickle of this: functions and tensors of readouts stay out of it.

@@ -181,6 +181,11 @@ class ShapedDPOTrainer(InterveningTrainer):
     def _additions(self) -> list[Any]:
         return [*super()._additions(), *([self._recent] if self._recent is not None else [])]
 
+    def _calibrate(self) -> None:
+        super()._calibrate()
+        if self._recent is not None:
+            self._recent.clear()  # another row may be trained on under the same number, where workers count them
+
     # --------------------------------------------------------------- the step
 
     def _take_over(self, calibration: Calibration) -> None:

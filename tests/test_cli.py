@@ -278,6 +278,7 @@ BAD_ARGUMENTS = {
     "split": (["--dataset_train_split", "valid"], ["dataset_train_split", "'valid'", "train, test"]),
     "no checkpoint": (["--resume_from_checkpoint", "true"], ["no checkpoint in output_dir"]),
     "checkpoint": (["--resume_from_checkpoint", "./nowhere"], ["resume_from_checkpoint", "'./nowhere'"]),
+    "stray": (["recipe.yaml"], ["unexpected 'recipe.yaml'", "--config"]),
     "aot": (["--loss_type", "aot", "--concepts", json.dumps([{**LINKS, "method": "reweight"}])], ["links", "aot"]),
 }
 
@@ -296,7 +297,9 @@ def test_bad_value_on_the_command_line(recipe, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("train", "--config", recipe(), "--max_steps", "many")
     assert stopped.value.code == 2
-    assert "--max_steps" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "--max_steps" in printed
+    assert len(printed.splitlines()) == 2  # and not the usage of all keys
 
 
 def test_nothing_to_train(capsys):

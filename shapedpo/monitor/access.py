@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from trl import DPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -42,7 +43,8 @@ class Source(NamedTuple):
 def numbered(dataset: Any, process: int = 0, processes: int = 1) -> tuple[Any, Source]:
     """Number the rows of the training data in a column that survives preparation, which may drop rows.
 
-    A stream of as many shards as there are processes, or more, is dealt out to them by shards, and each counts its own rows.
+    A stream of as many shards as there are processes, or more, is dealt out to them by shards, and each counts its own rows; so is what a
+    process has of it to its workers (`dataloader_num_workers`).
     """
     if isinstance(dataset, Dataset):
         source = Source(len(dataset), dataset._fingerprint)
@@ -51,7 +53,15 @@ def numbered(dataset: Any, process: int = 0, processes: int = 1) -> tuple[Any, S
         return dataset.add_column(ROW, np.arange(len(dataset))), source
     if isinstance(dataset, IterableDataset):
         step, first = (processes, process) if dataset.num_shards >= processes else (1, 0)
-        return dataset.map(lambda row, number: {ROW: step * number + first}, with_indices=True), Source(None, None)
+        shards = -(-dataset.num_shards // step)  # a process's
+
+        def number(row: Any, index: int) -> dict[str, int]:
+            worker = get_worker_info()
+            if worker is not None:
+                index = min(worker.num_workers, shards) * index + worker.id
+            return {ROW: step * index + first}
+
+        return dataset.map(number, with_indices=True), Source(None, None)
     return dataset, Source(None, None)
 
 

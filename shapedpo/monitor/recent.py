@@ -40,6 +40,10 @@ class RecentRows:
             del self._rows[next(iter(self._rows))]
         return {}
 
+    def clear(self) -> None:
+        """Forget the rows that were collated for something else than training."""
+        self._rows.clear()
+
     def get(self, row: int) -> Mapping[str, NDArray[np.int32]]:
         """A row's tokens by span; none of a row that is not kept."""
         return self._rows.get(row, {})

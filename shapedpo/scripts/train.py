@@ -57,7 +57,9 @@ def make_parser() -> TrlParser:
     from ..config import ShapedDPOConfig
 
     dataclasses: Any = (ScriptArguments, ShapedDPOConfig, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(dataclasses, prog="shapedpo train", allow_abbrev=False)
+    # Of 150 keys the usage would hide the one error that it is printed with.
+    usage = "shapedpo train [--config RECIPE] [--KEY VALUE ...]  (all keys: shapedpo train --help-all)"
+    parser = TrlParser(dataclasses, prog="shapedpo train", usage=usage, allow_abbrev=False)
     for action in parser._actions:
         if action.dest == "concepts":
             action.type = _concepts_argument
@@ -81,6 +83,10 @@ def parse(recipe: Recipe | None, overrides: Sequence[str]) -> Arguments:
         UserError: For an unknown key, or a value that does not fit.
         SystemExit: For a value that argparse refuses, as any command line does (status 2).
     """
+    if overrides and not overrides[0].startswith("-"):
+        raise UserError(
+            f"unexpected {overrides[0]!r}: a recipe is given with --config, and what it is to change with --KEY VALUE."
+        )
     parser = make_parser()
     if recipe is not None:
         recipe.check_keys({action.dest for action in parser._actions} - {"help"})

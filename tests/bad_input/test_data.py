@@ -67,6 +67,13 @@ def test_data_and_settings_of_another_trainer():
     assert again.train_dataset[ROW] == list(range(20))  # counted in what was given
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copied_settings(copied):
+    """A function and a direction in memory are still there; only what is pickled is without them."""
+    args = arguments(concepts=[Concept("length", len), Concept("way", Direction(vector(), layer=0))])
+    assert build(ShapedDPOTrainer, copied(args)).concepts == args.concepts
+
+
 def test_weight_column():
     refused("no weight column 'trust'...prompt, chosen, rejected", lambda: shaped(weight_column="trust"))
 

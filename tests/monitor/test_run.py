@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOTrainer
 from shapedpo.collator import ROW
+from shapedpo.monitor.access import numbered
 from shapedpo.monitor.recent import RecentRows
 from shapedpo.monitor.records import read_records
 from tests.helpers import (
@@ -150,6 +152,15 @@ def test_rows_of_a_stream_have_their_texts(tmp_path):
     for row in rows:
         for name in ("prompt", "chosen", "rejected"):
             assert row[name] == data[row["row"]][name].replace("<bos> ", "").strip()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_rows_of_a_stream_keep_apart_where_workers_count_them(shards):
+    stream, _ = numbered(pairs(10).to_iterable_dataset(num_shards=shards))
+    rows = [row[ROW] for row in DataLoader(stream, batch_size=None, num_workers=2)]
+    assert len(rows) == len(set(rows)) == 10
+    if shards == 1:
+        assert rows == list(range(10))
 
 
 def test_recent_rows_are_bounded():
