@@ -95,7 +95,8 @@ class InterveningTrainer(FilteringTrainer):
         if self._needs_turns:
             dataset = _mapped(dataset, _add_turn_tokens, given, args, "Finding the final user turns")
         for index, (instruction, place) in self._instructed.items():
-            given |= {"instruction": instruction, "place": place, "concept": index}
+            # A mapping of its own: a stream calls the function later.
+            given = {**given, "instruction": instruction, "place": place, "concept": index}
             try:
                 inoculated_columns(next(iter(dataset)), **given)
             except Exception as error:  # whatever a chat template says of a message that it does not take

@@ -185,6 +185,13 @@ def best_estimate(
     return Estimate(limited, np.where(limited == mean, spread, se), name)
 
 
+def unprobed(amplification: Array, amplification_se: Array, past: Past | None = None) -> Estimate:
+    """The best estimate at a moment without a probe: nan where amplification is not finite, of a single pair or a policy that has diverged."""
+    if not np.isfinite([amplification, amplification_se]).all():
+        return Estimate(*np.full((2, len(amplification)), np.nan), "amplification")
+    return best_estimate(amplification, amplification_se, past=past)
+
+
 def _covariance_helps(flat: Spectrum, spectrum: Spectrum, probe: Probe, reading: Array, reading_se: Array) -> bool:
     """Whether half of the rollouts tells more of the other half with the spectrum than without (cross-validation in two folds)."""
     losses = {True: 0.0, False: 0.0}

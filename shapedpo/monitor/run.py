@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..files import replacing
 from ..readouts.sae_reader import SAEReader
 from .estimates import Window
-from .estimators import best_estimate
+from .estimators import unprobed
 from .names import FeatureNames
 from .pairs import TopPairs
 from .probe.recorder import ProbeRecorder, check_same_probe
@@ -181,7 +181,7 @@ class RunMonitor(TrainerCallback):
         step = self._logged = state.global_step
         estimates = self._recorder.estimates(self.window)
         amplification, se = (tensor[0].double().cpu().numpy() for tensor in estimates)
-        best = self._probe.between(amplification, se) if self._probe is not None else best_estimate(amplification, se)
+        best = self._probe.between(amplification, se) if self._probe is not None else unprobed(amplification, se)
         records = [self._recorder.step(state, step * self._batch, estimates, best, self._strengths)]
         if not draws:
             return records

@@ -425,6 +425,17 @@ def test_a_run_that_is_stopped_at_a_probe_is_probed_once(tmp_path):
     ]  # of the second run, in a file of its own
 
 
+@pytest.mark.parametrize("fields", [{"per_device_train_batch_size": 1}, {"learning_rate": 1e6}])
+def test_what_is_not_known_of_a_single_pair_or_a_diverged_policy(tmp_path, fields, recwarn):
+    """The run goes on, as TRL's does."""
+    train(shaped(*watching(), monitor="all", output_dir=str(tmp_path), **fields))
+    steps = records(tmp_path, "step")
+    unknown = steps[0] if "per_device_train_batch_size" in fields else steps[-1]
+    assert unknown["concepts"]["way"]["change"] == [None, None]
+    assert not [warning for warning in recwarn if "could not be written" in str(warning.message)]
+    assert "way" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_policy_that_has_diverged(tmp_path):
     """Sampling from it would end the process with an error that says nothing of it, on a GPU all others' too."""
     fields = {"output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "probe_max_new_tokens": 2}

@@ -51,6 +51,19 @@ def residual(slow, layers=(LAYER,)):
     return changed - slow.logps(slow.reference)
 
 
+def test_several_instructions_of_a_stream():
+    """A stream's rows are made when they are asked for, each concept's with its own instruction."""
+    other = Concept("dog", Regex("dog"), "suppress", Residual(instruction="sees red dog"), STRENGTH)
+    rows = [
+        next(iter(shaped(instructed(), other, data=data).train_dataset))
+        for data in (pairs(4), pairs(4).to_iterable_dataset())
+    ]
+    ids = [name for name in rows[0] if name.startswith("shapedpo_")]
+    assert len(ids) == 2 + 2 * 2
+    assert len({str(rows[0][name]) for name in ids}) == 6
+    assert rows[0] == rows[1]
+
+
 def objective(slow, offset, policy=None):
     """The paper's: an offset of the margin."""
     policy = slow.logps(slow.policy) if policy is None else policy

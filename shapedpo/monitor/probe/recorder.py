@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...readouts.base import fingerprint
 from ..estimates import Estimates
-from ..estimators import Estimate, Past, best_estimate, probe_change
+from ..estimators import Estimate, Past, best_estimate, probe_change, unprobed
 from ..posterior import Spectrum
 from ..records import TEXT_LENGTH, Record, plain
 from ..sae import FeatureMonitor
@@ -209,7 +209,7 @@ class ProbeRecorder:
         if self._past is not None and len(se):
             value, error, then = self._past[:, self._past.shape[1] - len(se) :]
             past = Past(Estimate(value, error, ""), then)
-        return best_estimate(amplification, np.where(np.isfinite(se), se, 0.0), past=past)
+        return unprobed(amplification, np.where(np.isfinite(se), se, 0.0), past)
 
     def _samples(self, now: Readings) -> list[Record]:
         """The first prompts' rollouts with the concepts' activations; all processes together."""
