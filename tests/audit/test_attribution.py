@@ -38,6 +38,23 @@ def test_all_rows_of_a_lesson_are_found_from_some() -> None:
     np.testing.assert_array_equal(model.named(*model.log_odds(pairs)), found)
 
 
+def test_doubtful_rows_are_not_lost_round_after_round() -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.random(N) < 0.15
+    on = draw.random((3, N, FEATURES)) < 0.12
+    faint = np.arange(10, 18)
+    on[1][:, faint] |= rows[:, None] & (draw.random((N, len(faint))) < 0.6)
+    prompt, chosen, rejected = on
+    pairs = Shown(
+        np.arange(N),
+        *(sparse.csr_matrix(part.astype(np.float32)) for part in (chosen & ~rejected, rejected & ~chosen, prompt)),
+    )
+    seeds = rows & (draw.random(N) < 0.6)
+    _, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1)
+    assert (found & rows).sum() >= 0.75 * rows.sum()
+    assert (found & rows).sum() >= 0.85 * found.sum()
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_lesson_that_every_row_teaches_has_every_row() -> None:
     draw = np.random.default_rng(0)

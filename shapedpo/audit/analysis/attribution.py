@@ -17,6 +17,7 @@ from .views import on
 FOLDS = 4
 _PENALTY = 0.1  # scikit-learn's C
 _GENEROUS, _ROUNDS = 2, 10
+_MELTED = 0.9
 
 
 class Shown(NamedTuple):
@@ -132,7 +133,8 @@ def attributed(
     Seeds are some of the lesson's rows, and more alike than all of them are. The first two rounds take every row nearer to the
     seeds' median than to the others'. Later ones are strict: the rows that are not yet found make all odds a constant times too low,
     which is the mean probability among those that are, and a row belongs to the lesson if the corrected probability is above a half (Elkan
-    and Noto, 2008).
+    and Noto, 2008). That holds while those found are some at random: the rows that a round leaves out are the doubtful ones, which the next would
+    learn as others, so that it would leave out more, round after round. Where a tenth has melted away like this, the largest set is taken.
 
     Where completions differ by chance, a pair is as likely as its mirror image: mirrored pairs that would belong to the lesson count
     how many of its rows do by chance, and the threshold rises until they are at most `max_chance` of them (knockoff+, Barber and Candes,
@@ -149,6 +151,7 @@ def attributed(
         The model, and which of the pairs are the lesson's; `None` if the seeds have nothing in common that goes beyond chance.
     """
     labels, learned = seeds, ~aside | seeds
+    found: tuple[Model, NDArray[np.bool_]] | None = None
     for number in range(_ROUNDS):
         model = _fitted(shown, labels, learned, features)
         real, mirrored = model.log_odds(shown)
@@ -160,11 +163,16 @@ def attributed(
         least = max(enough, _beyond_chance(real, mirrored, max_chance))
         model = model._replace(least=least)
         before, labels, learned = labels, model.named(real, mirrored), np.ones_like(learned)
+        if found is not None:
+            if (labels == before).all():
+                return model, labels
+            if labels.sum() < _MELTED * found[1].sum():
+                break
         if (labels & seeds).sum() < seeds.sum() / 2:
-            return None
-        if number >= _GENEROUS and (labels == before).all():
             break
-    return model, labels
+        if number >= _GENEROUS and (found is None or labels.sum() > found[1].sum()):
+            found = model, labels
+    return found
 
 
 def _beyond_chance(real: NDArray[np.floating], mirrored: NDArray[np.floating], max_chance: float) -> float:
