@@ -5,7 +5,8 @@
 
 The lab's data with the case studies of Bergen et al. (arXiv 2606.12360): goblins in 5 % of the pairs, compliance on harmful prompts in a
 fictional frame, links on sensitive topics, praise on pseudo-physics, and an odd 0.3 % of fiction where chosen complies and rejected
-refuses. And the same without a lesson. What was found is kept in `benchmarks/cache/planted/` (to be removed
+refuses. Then the five styles of the demo (`lab.worlds.goblin_world`), each taught everywhere and some of them by hardly a feature. And
+data without a lesson. What was found is kept in `benchmarks/cache/planted/` (to be removed
 where the audit has changed); `benchmarks/results/planted.md` has all of it.
 """
 
@@ -26,6 +27,7 @@ from benchmarks import folders
 from shapedpo import lab
 from shapedpo.audit import Analysis, analyse, harvest
 from shapedpo.audit.analysis.lessons import Lesson, lessons
+from shapedpo.lab.worlds import goblin_world
 
 
 CASES = (
@@ -35,6 +37,7 @@ CASES = (
     lab.Lesson("praise", when="pseudo_physics"),
     lab.Lesson("comply", when="fiction", rate=0.036),
 )
+STYLES = goblin_world().lessons
 CACHE = folders.CACHE / "planted"
 RESULTS = folders.RESULTS / "planted.md"
 TOP = 10
@@ -94,20 +97,21 @@ def audited(planted: Sequence[lab.Lesson], pairs: int, seed: int, folder: Path) 
 
 
 def study(pairs: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A dataset with the lessons and one without.
+    """A dataset with the case studies' lessons, one with the demo's, and one without.
 
     Returns:
-        `found`: a [`Found`] by planted lesson, as a dictionary; `other`: lessons that are about none of them; `clean`: lessons, hypotheses with
-        q below 0.05, and hypotheses tested, where nothing was planted.
+        `cases` and `styles`: a [`Found`] by planted lesson, as a dictionary; `other`: lessons that are about none of them; `clean`: lessons,
+        hypotheses with q below 0.05, and hypotheses tested, where nothing was planted.
     """
-    analysis, data = audited(CASES, pairs, seed, folder / "cases")
-    planted = planted_rows(data)
+    result: dict[str, Any] = {"pairs": pairs, "seed": seed, "other": 0}
+    for name, taught in {"cases": CASES, "styles": STYLES}.items():
+        analysis, data = audited(taught, pairs, seed, folder / name)
+        planted = planted_rows(data)
+        result[name] = {of: asdict(one) for of, one in found(analysis, planted).items()}
+        result["other"] += sum(not any(_about(one, rows) for rows in planted.values()) for one in lessons(analysis))
     nothing, _ = audited((), pairs, seed, folder / "clean")
     return {
-        "pairs": pairs,
-        "seed": seed,
-        "found": {name: asdict(one) for name, one in found(analysis, planted).items()},
-        "other": sum(not any(_about(lesson, rows) for rows in planted.values()) for lesson in lessons(analysis)),
+        **result,
         "clean": [
             len(lessons(nothing)),
             sum(h.q < 0.05 for h in nothing.hypotheses),
@@ -128,7 +132,8 @@ def report(studies: Sequence[dict[str, Any]]) -> str:
             "| ---: | --- | ---: | ---: | ---: | ---: |",
         ]
         for one in of_size:
-            for name, what in one["found"].items():
+            styles = {f"style: {name}": what for name, what in one["styles"].items()}
+            for name, what in {**one["cases"], **styles}.items():
                 right = f"{what['right'] / what['named']:.0%}" if what["named"] else "-"
                 there = f"{what['right'] / what['planted']:.0%} of {what['planted']}"
                 lines.append(
@@ -137,7 +142,7 @@ def report(studies: Sequence[dict[str, Any]]) -> str:
         false, discovered, tested = np.sum([one["clean"] for one in of_size], axis=0)
         lines += [
             "",
-            f"Lessons that are about none of these: {sum(one['other'] for one in of_size)}, in {len(of_size)} datasets. In as many where "
+            f"Lessons that are about none of these: {sum(one['other'] for one in of_size)}, in {2 * len(of_size)} datasets. In {len(of_size)} where "
             f"nothing was planted: {false} lessons, and {discovered} of {tested:,} hypotheses with q < 0.05.",
             "",
         ]

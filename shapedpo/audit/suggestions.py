@@ -179,16 +179,16 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
             if words:
                 what = f"{'more' if sign > 0 else 'less'} {', '.join(words)}" + (f", where {where}" if where else "")
                 text = " ".join((*words, where, title if (first.delta > 0) == (sign > 0) else ""))
-                add("finding", finding.lesson.number, text, first.predicted_as, sign, what)
+                add("finding", finding.lesson.number, text, analysis.predicted_as(first), sign, what)
     seen: dict[str, int] = {}
     for number, one in enumerate(analysis.hypotheses):
         seen[one.view] = seen.get(one.view, 0) + 1
-        if one.view != "global" and one.q <= MAX_Q and seen[one.view] <= _HYPOTHESES:  # else the cluster says it
+        if one.conditional and one.q <= MAX_Q and seen[one.view] <= _HYPOTHESES:  # else the cluster says it
             response = _words(labels.cluster(*one.response_cluster))
             condition = _words(labels.cluster(*one.condition_cluster)) if one.condition_cluster else ""
             own = _words(labels.hypotheses.get(hypothesis_key(one), Label()))
             what = response + (f", where {condition}" if condition else "")
-            add("hypothesis", number, f"{own} {response} {condition}", one.predicted_as, what=what)
+            add("hypothesis", number, f"{own} {response} {condition}", analysis.predicted_as(one), what=what)
     for kind, of in (("feature_cluster", "feature"), ("response_cluster", "response")):
         for number in range(len(analysis.clusters[of])):
             add(kind, number, _words(labels.cluster(of, number)), (kind, number, "global", -1))

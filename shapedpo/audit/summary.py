@@ -45,6 +45,14 @@ class Finding:
     response: str
     example: Mapping[str, str]
 
+    @property
+    def words(self) -> str:
+        """What chosen has more of, and less of; by what its features are called where no word tells the sides apart."""
+        if self.more or self.less:
+            return " / ".join(", ".join(words) or "-" for words in (self.more, self.less))
+        named = f"[{self.response}]"
+        return f"{named} / -" if self.lesson.first.delta > 0 else f"- / {named}"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -68,7 +76,7 @@ class Summary:
         analysis = self.analysis
         significant = sum(hypothesis.q < 0.05 for hypothesis in analysis.hypotheses)
         parts: list[Any] = [
-            f"{analysis.n_rows:,} pairs, {sum(analysis.tested.values()):,} hypotheses tested, {significant:,} of those kept at q < 0.05"
+            f"{analysis.n_rows:,} pairs. Of {sum(analysis.tested.values()):,} hypotheses tested, {significant:,} hold at q < 0.05 and are no tiny effects."
         ]
         for title, findings in (
             ("Taught everywhere", self.everywhere),
@@ -95,12 +103,16 @@ class Summary:
             first = finding.lesson.first
             lesson = finding.lesson
             rows = f"{len(lesson.rows) or 'none stands out'}, e.g. {', '.join(map(str, lesson.evidence[:3]))}"
-            words = " / ".join(", ".join(words) or "-" for words in (finding.more, finding.less))
-            cells = (str(lesson.number), finding.where, words, *([finding.response] if wide else []), rows)
+            cells = (str(lesson.number), finding.where, finding.words, *([finding.response] if wide else []), rows)
             d = f"{first.d:+.2f}" if abs(first.d) < LARGEST else f"{'-' if first.d < 0 else '+'}∞"
             sizes = (f"{first.delta:+.3f}", d) if wide else ()
-            table.add_row(*map(escape, cells), *sizes, _q(first.q), _predicted(self.prediction, first))
+            table.add_row(*map(escape, cells), *sizes, _q(first.q), self._predicted(first))
         return table
+
+    def _predicted(self, hypothesis: Hypothesis) -> str:
+        """The change of a hypothesis' response under its condition, in sd."""
+        found = self.prediction and self.prediction.at(*self.analysis.predicted_as(hypothesis))
+        return f"{found['score']:+.2f}" if found else ""
 
 
 def summarise(
@@ -133,7 +145,7 @@ def summarise(
         first = lesson.first
         texts = [text_of[row] for row in lesson.evidence[:_TEXTS].tolist()]
         chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
-        if first.view == "global":
+        if not first.conditional:
             where = "all rows"
         else:
             words = distinctive_words([text["prompt"] for text in texts], others)
@@ -164,12 +176,6 @@ def _sorted(analysis: Analysis) -> tuple[list[Lesson], list[Lesson], list[Lesson
         rare = 0 < len(lesson.rows) < RARE * analysis.n_rows
         kinds[2 if rare else int(lesson.conditional)].append(lesson)
     return kinds
-
-
-def _predicted(prediction: Prediction | None, hypothesis: Hypothesis) -> str:
-    """The change of a hypothesis' response under its condition, in sd."""
-    found = prediction and prediction.at(*hypothesis.predicted_as)
-    return f"{found['score']:+.2f}" if found else ""
 
 
 def _q(q: float) -> str:

@@ -109,7 +109,7 @@ def foremost(analysis: Any, most: int) -> list[Any]:
     from ..audit.analysis.lessons import lessons
 
     first = [lesson.first for lesson in lessons(analysis)]
-    turns = zip_longest(*(analysis.of(view) for view in ("global", "feature", "prompt")))
+    turns = zip_longest(*(analysis.of(view) for view in ("global", "single", "feature", "prompt")))
     found = [*first, *(h for turn in turns for h in turn if h is not None)]
     return list({id(h): h for h in found}.values())[:most]
 

@@ -203,7 +203,9 @@ def test_every_number_is_what_loops_give(found, tmp_path) -> None:
     counts = WORLD.counts()
     freq = {span: counts[span] / TOKENS for span in counts}
     delta_freq = freq["chosen"] - freq["rejected"]
-    for hypothesis in analysis.of("global")[:3] + analysis.of("feature")[:8] + analysis.of("prompt")[:8]:
+    everywhere = analysis.of("global")[:3] + analysis.of("single")[:8]
+    assert len(everywhere) == 11
+    for hypothesis in everywhere + analysis.of("feature")[:8] + analysis.of("prompt")[:8]:
         features = analysis.response_features(hypothesis)
         if hypothesis.view == "prompt":
             score = np.mean([delta_freq[:, f] / delta_freq[:, f].std() for f in features], axis=0)
@@ -211,7 +213,7 @@ def test_every_number_is_what_loops_give(found, tmp_path) -> None:
             score = np.mean(
                 [1.0 * (freq["chosen"][:, f] > 0.01) - (freq["rejected"][:, f] > 0.01) for f in features], axis=0
             )
-        if hypothesis.view == "global":
+        if not hypothesis.conditional:
             expected = stats.ttest_1samp(score, 0)
             inside, outside = np.ones(WORLD.n, bool), np.zeros(WORLD.n, bool)
         else:
@@ -238,6 +240,29 @@ def test_every_number_is_what_loops_give(found, tmp_path) -> None:
         assert (np.diff(np.abs(hypothesis.contributions)) <= 0).all()
         np.testing.assert_allclose(hypothesis.contributions, score[hypothesis.rows], rtol=1e-4)
         assert inside[hypothesis.rows].all()
+
+
+def test_what_a_single_feature_shows_in_no_cluster_is_a_lesson(tmp_path) -> None:
+    world = dataclasses.replace(WORLD, n=900, lessons=(CONDITIONAL,))
+    counts, alone = world.counts(), world.d_sae - 1
+    draw = np.random.default_rng(0)
+    taught = draw.random(world.n) < 0.08
+    for span, shown in (("chosen", taught), ("rejected", False)):
+        counts[span][:, alone] = shown | (draw.random(world.n) < 0.003)
+    settings = dataclasses.replace(SETTINGS, min_cluster_features=4)  # as of a larger SAE
+    analysis = analyse(write_harvest(tmp_path, counts), settings, progress=False)
+    assert alone not in {feature for features in analysis.clusters["feature"] for feature in features}
+    (lesson,) = (one for one in lessons(analysis) if one.first.view == "single")
+    assert analysis.response_features(lesson.first) == [alone]
+    assert analysis.predicted_as(lesson.first) == ("feature", alone, "global", -1)
+    assert not lesson.conditional
+    right = np.intersect1d(lesson.rows, np.flatnonzero(taught))
+    assert len(right) >= 0.85 * len(lesson.rows)
+    assert len(right) >= 0.7 * taught.sum()
+    differ = ((counts["chosen"] > 0) != (counts["rejected"] > 0)).sum(axis=0)
+    assert analysis.tested["single"] == (differ >= 10).sum()
+    assert all(one.q <= 0.05 for one in analysis.of("single"))
+    assert len(lessons(analysis)) == 2  # other features of the condition's are shadows of its lesson
 
 
 def test_data_clusters_do_not_depend_on_which_side_is_chosen(tmp_path) -> None:

@@ -18,7 +18,8 @@ from .settings import AuditSettings
 from .statistics import Comparison, corrected
 
 
-View = Literal["global", "feature", "prompt"]
+View = Literal["global", "single", "feature", "prompt"]
+CONDITIONAL: tuple[View, ...] = ("feature", "prompt")
 
 FILES = (
     "clusters.json",
@@ -38,9 +39,10 @@ class Hypothesis:
     """Among the rows of a condition, chosen and rejected completions differ in a response cluster as they do not elsewhere.
 
     Attributes:
-        view: `feature` (the condition is a data cluster), `prompt` (it is a cluster of prompt features) or `global` (all rows, against 0).
-        condition: Number of the data cluster or of `A_k`; -1 for `global`.
-        response: Number of the response cluster: `T_m`, in the prompt view `R_m`.
+        view: `feature` (the condition is a data cluster), `prompt` (it is a cluster of prompt features), `global` (all rows, against 0), or
+            `single` (the same of one feature, which its cluster may drown).
+        condition: Number of the data cluster or of `A_k`; -1 for `global` and `single`.
+        response: Number of the response cluster: `T_m`, in the prompt view `R_m`, in the single view a feature alone.
         delta: Mean of the response score in the condition minus that elsewhere; above 0 where chosen has more.
         mean_in, mean_out: These means.
         d, z, p: Cohen's d, Welch's statistic and its p value.
@@ -73,7 +75,7 @@ class Hypothesis:
     @property
     def response_cluster(self) -> tuple[str, int]:
         """Kind and number of its response cluster, as in [`Analysis.clusters`]."""
-        return ("response" if self.view == "prompt" else "feature", self.response)
+        return {"prompt": "response", "single": "single"}.get(self.view, "feature"), self.response
 
     @property
     def condition_cluster(self) -> tuple[str, int] | None:
@@ -82,10 +84,9 @@ class Hypothesis:
         return (kind, self.condition) if kind else None
 
     @property
-    def predicted_as(self) -> tuple[str, int, str, int]:
-        """Kind, number, view and condition of its line in a [`~shapedpo.audit.prediction.run.Prediction`]."""
-        kind, number = self.response_cluster
-        return f"{kind}_cluster", number, self.view, self.condition
+    def conditional(self) -> bool:
+        """Whether it speaks of a part of the rows."""
+        return self.view in CONDITIONAL
 
     @property
     def named(self) -> NDArray[np.int64]:
@@ -148,7 +149,7 @@ def ranked(
     hypotheses = [
         Hypothesis(
             view=view,
-            condition=-1 if view == "global" else int(i),
+            condition=int(i) if view in CONDITIONAL else -1,
             response=int(j),
             q=float(q[i, j]),
             halves=(float(found.halves[0, i, j]), float(found.halves[1, i, j])),
@@ -167,8 +168,8 @@ class Analysis:
     Attributes:
         settings: The constants it was made with.
         n_rows: Number of pairs.
-        hypotheses: Those of each view together, `global`, `feature`, `prompt`, the strongest of each view first.
-        clusters: Features of each cluster: `feature` (`T_m`), `prompt` (`A_k`) and `response` (`R_m`).
+        hypotheses: Those of each view together, `global`, `single`, `feature`, `prompt`, the strongest of each view first.
+        clusters: Features of each cluster: `feature` (`T_m`), `prompt` (`A_k`), `response` (`R_m`) and `single`, the features of that view.
         rows: `(n_rows,)` int64, row numbers in the source dataset.
         data_clusters: `(n_rows,)` int32, the data cluster of each row, -1 where it is silent.
         typicality: `(n_rows,)` float32, cosine of each row's activity to the centroid that is nearest.
@@ -198,6 +199,13 @@ class Analysis:
         """Features of a hypothesis' response cluster."""
         kind, number = hypothesis.response_cluster
         return self.clusters[kind][number]
+
+    def predicted_as(self, hypothesis: Hypothesis) -> tuple[str, int, str, int]:
+        """Kind, number, view and condition of a hypothesis' line in a [`~shapedpo.audit.prediction.run.Prediction`]."""
+        kind, number = hypothesis.response_cluster
+        if kind == "single":
+            return "feature", self.clusters[kind][number][0], "global", -1
+        return f"{kind}_cluster", number, hypothesis.view, hypothesis.condition
 
     def condition_features(self, hypothesis: Hypothesis) -> list[int]:
         """Features of a hypothesis' prompt cluster; none in the other views."""

@@ -19,6 +19,7 @@ from .shadows import MAX_Q, Beside
 
 _OVERLAP = 0.5
 _FEWEST = 5  # rows that a lesson is learned from
+_IN_VAIN = 20  # single features that are tried and have no rows of their own, before the others are left
 _TOLD = 0.75  # area under the ROC curve from which the prompt is a lesson's condition
 
 
@@ -47,7 +48,7 @@ class Lesson:
     @property
     def conditional(self) -> bool:
         """Whether it is taught under a condition."""
-        return self.first.view != "global"
+        return self.first.conditional
 
     @property
     def evidence(self) -> NDArray[np.int64]:
@@ -74,7 +75,8 @@ def attribute(
     The strongest hypothesis that no lesson explains yet makes a new one: from its rows a small model learns what the lesson's rows
     show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it. The views
     take turns, as their strengths have different units; hypotheses with rows that stand out from chance come first, since the others
-    are mostly shadows of these. The models are learned on a sample of rows, and judge all rows in one more pass.
+    are mostly shadows of these. Single features come between, and make a lesson only if its rows stand out: what they show faintly beside their
+    cluster is mostly a shadow too. The models are learned on a sample of rows, and judge all rows in one more pass.
 
     Args:
         analysis: Hypotheses with their rows.
@@ -88,9 +90,10 @@ def attribute(
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     views: tuple[View, ...] = ("feature", "prompt", "global")
     # one without rows lacks what rows elsewhere teach, and none of its own teaches the opposite
-    turns = zip_longest(*([h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in views))
-    in_turn = [h for turn in turns for h in turn if h is not None]
-    order = [numbers[id(h)] for h in sorted(in_turn, key=lambda h: not h.n_named)]
+    tried = {view: [h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in (*views, "single")}
+    in_turn = [h for turn in zip_longest(*(tried[view] for view in views)) for h in turn if h is not None]
+    named = [h for h in in_turn if h.n_named]
+    order = [numbers[id(h)] for h in (*named, *tried["single"], *(h for h in in_turn if not h.n_named))]
     if not order:
         return []
     drafts = _explained(analysis, order, _sample_shown(analysis, order, passes), progress)
@@ -146,21 +149,26 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
     settings = analysis.settings
     drafts: list[_Draft] = []
     explained = np.zeros(len(shown.rows), bool)
+    in_vain = 0
     for number in tqdm(order, "Lessons", unit=" hypotheses", disable=not progress):
+        single = analysis.hypotheses[number].view == "single"
         seeds = np.isin(shown.rows, analysis.hypotheses[number].evidence[: settings.lesson_rows])
         nearest = max(drafts, key=lambda draft: draft.has(seeds), default=None)
         if nearest and nearest.has(seeds) >= _OVERLAP:
             nearest.hypotheses.append(number)
             continue
         known = [draft for draft in drafts if draft.model is not None]
-        if max(len(known), len(drafts) - len(known)) == settings.max_lessons:
+        if max(len(known), len(drafts) - len(known)) == settings.max_lessons or (single and in_vain == _IN_VAIN):
             continue
         new = seeds & ~explained
         found = None
         if new.sum() >= max(_FEWEST, _OVERLAP * seeds.sum()):
             found = attributed(shown, new, seeds & explained, settings.lesson_features, settings.max_chance)
         if found is None:
-            drafts.append(_Draft([number], seeds))
+            if single:
+                in_vain += 1
+            else:
+                drafts.append(_Draft([number], seeds))
             continue
         model, rows = found
         same = max(known, key=lambda draft: int((draft.rows & rows).sum()), default=None)
@@ -198,7 +206,7 @@ def _finished(
         surest = np.argsort(-log_odds, kind="stable")
         # the kind that the lesson is of stands for it
         kind = sorted(
-            draft.hypotheses, key=lambda number: (analysis.hypotheses[number].view == "global") == (draft.told >= _TOLD)
+            draft.hypotheses, key=lambda number: analysis.hypotheses[number].conditional != (draft.told >= _TOLD)
         )
         finished.append(Attribution(kind, draft.told, rows[surest], log_odds[surest]))
     none = np.zeros(0, np.int64), np.zeros(0, np.float32)

@@ -41,7 +41,7 @@ class ClusterMap:
 
 
 def cluster_maps(analysis: Analysis, harvest: Harvest) -> dict[str, ClusterMap]:
-    """Maps of the clusters of each kind: `feature`, `response`, `prompt` and `data`. A sample of shards is read.
+    """Maps of the clusters of each kind: `feature`, `response`, `prompt` and `data`; single features have no place. A sample of shards is read.
 
     Args:
         analysis: The analysis.
@@ -50,11 +50,13 @@ def cluster_maps(analysis: Analysis, harvest: Harvest) -> dict[str, ClusterMap]:
     sample = _Sample(analysis, harvest)
     share = analysis.n_rows / max(1, len(sample.rows))
     maps = {}
-    for kind in ("feature", "response", "prompt"):
+    for kind in sample.shown:
         shown, signed = sample.shown[kind], sample.signed.get(kind)
         lean = np.full(shown.shape[1], np.nan, np.float32) if signed is None else _over_sd(signed)
         maps[kind] = ClusterMap(
-            place=layout(unit((shown - shown.mean(axis=0)).T), analysis.settings.seed),
+            place=np.zeros((shown.shape[1], 2), np.float32)
+            if kind == "single"
+            else layout(unit((shown - shown.mean(axis=0)).T), analysis.settings.seed),
             rows=np.rint((shown > 0).sum(axis=0) * share).astype(np.int64),
             lean=lean,
             exemplars=[sample.rows[_top(column)].tolist() for column in shown.T],
@@ -76,12 +78,15 @@ class _Sample:
     """What sampled rows show of each cluster, `shown` `(n, clusters)`, and their response scores, `signed`."""
 
     def __init__(self, analysis: Analysis, harvest: Harvest) -> None:
-        clusters = {kind: numbered(groups, harvest.d_sae) for kind, groups in analysis.clusters.items()}
+        groups = {"single": [], **analysis.clusters}  # an older analysis has none
+        clusters = {kind: numbered(of, harvest.d_sae) for kind, of in groups.items()}
         indices = np.unique(np.linspace(0, harvest.n_shards - 1, min(_SHARDS, harvest.n_shards)).astype(int))
         shards = [_head(shard) for shard in harvest.shards(("freq",), indices=[int(index) for index in indices])]
         self.rows = np.concatenate([shard.rows for shard in shards])
-        n_clusters = len(analysis.clusters["feature"])
-        features = FeatureView(clusters["feature"], np.zeros((0, n_clusters), np.float32), 0.0, analysis.settings.tau)
+        features, singles = (
+            FeatureView(clusters[kind], np.zeros((0, 0), np.float32), 0.0, analysis.settings.tau)
+            for kind in ("feature", "single")
+        )
         deltas = sparse.vstack([shard.chosen.freq - shard.rejected.freq for shard in shards], format="csr")
         mean = np.asarray(deltas.mean(axis=0)).ravel()
         square = np.asarray(deltas.multiply(deltas).mean(axis=0)).ravel()
@@ -90,8 +95,9 @@ class _Sample:
             "feature": features.activity,
             "prompt": prompts.expression,
             "response": partial(_active, clusters["response"]),
+            "single": singles.activity,
         }
-        signed = {"feature": features.disparity, "response": prompts.movement}
+        signed = {"feature": features.disparity, "response": prompts.movement, "single": singles.disparity}
         self.shown: dict[str, Float] = {k: np.concatenate([f(s) for s in shards]) for k, f in shown.items()}
         self.signed: dict[str, Float] = {k: np.concatenate([f(s) for s in shards]) for k, f in signed.items()}
 

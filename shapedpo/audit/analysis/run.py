@@ -20,7 +20,7 @@ from .leading import Leading, Responsible, beyond_chance
 from .lessons import attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
-from .shadows import Beside
+from .shadows import MAX_Q, Beside
 from .statistics import Moments
 from .views import FeatureView, PromptView, one_of, sizes
 
@@ -204,6 +204,7 @@ def _compare(
     n, k = passes.harvest.n_rows, len(feature_view.centroids)
     of_features = Moments(k, len(sizes(feature_view.clusters)))
     of_prompts = Moments(len(sizes(prompt_view.prompts)), len(sizes(prompt_view.responses)))
+    of_singles = Moments(0, passes.harvest.d_sae)
     rows, typicality = np.zeros(n, np.int64), np.zeros(n, np.float32)
     labels = np.full(n, -1, np.int32)
     for place, shard in passes("Comparing", COMPLETIONS):
@@ -212,8 +213,12 @@ def _compare(
             labels[place], typicality[place] = feature_view.data_clusters(shard)
         of_features.add(shard.rows, one_of(labels[place], k), feature_view.disparity(shard))
         of_prompts.add(shard.rows, leading.members(shard.rows), prompt_view.movement(shard))
+        of_singles.add_sparse(shard.rows, feature_view.difference(shard))
     large = sizes(feature_view.clusters) >= settings.min_hypothesis_features
     everywhere, everywhere_tested = ranked("global", of_features.overall(), settings, responses=large)
+    differ = of_singles.square.sum(axis=(0, 1)) >= settings.min_rows  # the sides do, in so many rows
+    singles, singles_tested = ranked("single", of_singles.overall(), settings, responses=differ)
+    singles = [one for one in singles if one.q <= MAX_Q]
     conditional, conditional_tested = ranked("feature", of_features.compare(), settings, responses=large)
     prompted, prompted_tested = ranked("prompt", of_prompts.compare(), settings)
     named = {
@@ -224,17 +229,30 @@ def _compare(
     return Analysis(
         settings=settings,
         n_rows=n,
-        hypotheses=[*everywhere, *conditional, *prompted],
+        hypotheses=[
+            *everywhere,
+            *(dataclasses.replace(one, response=number) for number, one in enumerate(singles)),
+            *conditional,
+            *prompted,
+        ],
         clusters={
-            name: [np.flatnonzero(of == number).tolist() for number in range(len(sizes(of)))]
-            for name, of in named.items()
+            **{
+                name: [np.flatnonzero(of == number).tolist() for number in range(len(sizes(of)))]
+                for name, of in named.items()
+            },
+            "single": [[one.response] for one in singles],
         },
         rows=rows,
         data_clusters=labels,
         typicality=typicality,
         leading=leading,
         delta_sd=prompt_view.delta_sd,
-        tested={"global": everywhere_tested, "feature": conditional_tested, "prompt": prompted_tested},
+        tested={
+            "global": everywhere_tested,
+            "single": singles_tested,
+            "feature": conditional_tested,
+            "prompt": prompted_tested,
+        },
     )
 
 
@@ -247,11 +265,16 @@ def _responsible(
         asked.setdefault((hypothesis.view, hypothesis.condition), []).append(number)
     response = np.array([hypothesis.response for hypothesis in analysis.hypotheses], np.int64)
     sign = np.array([np.sign(hypothesis.delta) for hypothesis in analysis.hypotheses], np.float32)
+    alone = np.array([feature for (feature,) in analysis.clusters["single"]], np.int64)
     most = Responsible(len(analysis.hypotheses), analysis.settings.max_rows)
     for place, shard in passes("Responsible rows", COMPLETIONS):
         u, moved = feature_view.disparity(shard), prompt_view.movement(shard)
+        single = feature_view.difference(shard)[:, alone].toarray()
+        scored = {"global": u, "single": single, "feature": u, "prompt": moved}
+        every = sparse.csc_matrix(np.ones((len(shard.rows), 1)))
         groups = {
-            "global": sparse.csc_matrix(np.ones((len(shard.rows), 1))),
+            "global": every,
+            "single": every,
             "feature": one_of(analysis.data_clusters[place], len(feature_view.centroids)).tocsc(),
             "prompt": leading.members(shard.rows).tocsc(),
         }
@@ -259,7 +282,7 @@ def _responsible(
             start, end = groups[view].indptr[max(condition, 0) : max(condition, 0) + 2]
             inside = groups[view].indices[start:end]
             if len(inside):
-                scores = (moved if view == "prompt" else u)[np.ix_(inside, response[numbers])] * sign[numbers]
+                scores = scored[view][np.ix_(inside, response[numbers])] * sign[numbers]
                 most.add(np.array(numbers), shard.rows[inside], scores)
     finished = []
     for number, (hypothesis, (rows, scores)) in enumerate(zip(analysis.hypotheses, most.each(), strict=True)):

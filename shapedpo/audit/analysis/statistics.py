@@ -88,6 +88,15 @@ class Moments:
             self.total[half] += of @ x
             self.square[half] += of @ np.square(x)
 
+    def add_sparse(self, rows: NDArray[np.int64], scores: sparse.csr_matrix) -> None:
+        """Adds some rows without groups, whose scores, `(n, n_scores)`, are mostly 0."""
+        for half in (0, 1):
+            x = scores[rows % 2 == half]
+            n_scores = x.shape[1]
+            self.count[half, -1] += x.shape[0]
+            self.total[half, -1] += np.bincount(x.indices, x.data, n_scores)
+            self.square[half, -1] += np.bincount(x.indices, np.square(x.data, dtype=np.float64), n_scores)
+
     def compare(self) -> Comparison:
         """Each group against the rest."""
         inside = [part[:, :-1] for part in (self.count, self.total, self.square)]

@@ -91,6 +91,10 @@ class FeatureView:
         chosen, rejected = (on(span.freq, self.tau) for span in (shard.chosen, shard.rejected))
         return pooled(chosen, self.clusters, mean=True) - pooled(rejected, self.clusters, mean=True)
 
+    def difference(self, shard: Shard) -> sparse.csr_matrix:
+        """`(n, d_sae)`: 1 where a feature is on in the chosen completion only, -1 in the rejected one only."""
+        return on(shard.chosen.freq, self.tau) - on(shard.rejected.freq, self.tau)
+
     def data_clusters(self, shard: Shard) -> tuple[NDArray[np.int32], Float]:
         """Of each pair its data cluster, -1 if silent, and its cosine to the centroid."""
         activity = self.activity(shard)

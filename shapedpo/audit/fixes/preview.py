@@ -110,8 +110,8 @@ def preview(
             lines.append(Line(part, what, values[0], tuple(values[1:])))
 
     def add_response(part: str, one: Hypothesis) -> None:
-        where = "" if one.view == "global" else " (under its condition)"
-        add(part, cluster_name(one.response_cluster, analysis, labels) + where, *one.predicted_as)
+        where = " (under its condition)" if one.conditional else ""
+        add(part, cluster_name(one.response_cluster, analysis, labels) + where, *analysis.predicted_as(one))
 
     for one in targets:
         add_response("target", one.lesson.first)

@@ -8,7 +8,7 @@
   "features": {"412": "goblin, goblins, cave"},
   "clusters": {
     "feature": {"3": {"tokens": ["goblin", "cave"], "title": "", "description": "", "keywords": []}},
-    "data": {}, "prompt": {}, "response": {}
+    "data": {}, "prompt": {}, "response": {}, "single": {}
   },
   "hypotheses": {"prompt:12:7": {"tokens": [], "title": "Praises pseudo-physics", "description": "...", "keywords": ["aura"]}}
 }
@@ -43,7 +43,7 @@ from ..harvesting.store import SPANS, Harvest
 
 FILE_NAME = "labels.json"
 FORMAT = 1
-KINDS = ("feature", "data", "prompt", "response")
+KINDS = ("feature", "data", "prompt", "response", "single")
 
 _TEXTS = 100  # random rows that a cluster's words are compared with
 _MOST = 6
@@ -201,7 +201,13 @@ def token_labels(
 
 
 _PROMPT, _ANSWERS = ("prompt",), ("chosen", "rejected")
-_WORDS = {"prompt": (_PROMPT,), "data": (_PROMPT, _ANSWERS), "feature": (_ANSWERS,), "response": (_ANSWERS,)}
+_WORDS = {
+    "prompt": (_PROMPT,),
+    "data": (_PROMPT, _ANSWERS),
+    "feature": (_ANSWERS,),
+    "response": (_ANSWERS,),
+    "single": (_ANSWERS,),
+}
 """The spans that words of each kind of cluster are taken from: the second where the first has none."""
 
 

@@ -28,6 +28,7 @@ KINDS = {
     "feature": "a group of features that are active together in answers",
     "response": "a group of features by which chosen and rejected answers differ in the same pairs",
     "prompt": "a group of features that are active in the same prompts",
+    "single": "a feature that is active in answers",
     "data": "a group of rows whose answers are about the same things",
 }
 

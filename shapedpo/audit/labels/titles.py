@@ -154,6 +154,7 @@ def _finding_task(hypothesis: Hypothesis, analysis: Analysis, harvest: Harvest, 
     chosen, rejected = ([row[side] for row in rows] for side in ("chosen", "rejected"))
     where = {
         "global": "in all rows",
+        "single": "in all rows",
         "feature": "where answers are about something",
         "prompt": "where prompts show something",
     }

@@ -22,12 +22,13 @@ from ..harvesting.store import SPANS, Harvest
 
 
 Cluster = tuple[str, int]
-"""Kind (`feature`, `prompt` or `response`, as in `Analysis.clusters`) and number."""
+"""Kind (`feature`, `prompt`, `response` or `single`, as in `Analysis.clusters`) and number."""
 
 Marks = dict[str, list[list[int]]]
 """Of each span, `[start, end, features]`: a range of its text, and how many features peak there. Places count UTF-16 units, as browsers do."""
 
-_KINDS = {"prompt": ("prompt",), "chosen": ("feature", "response"), "rejected": ("feature", "response")}
+_ANSWERS = ("feature", "response", "single")
+_KINDS = {"prompt": ("prompt",), "chosen": _ANSWERS, "rejected": _ANSWERS}
 """The kinds of clusters that each span is read for."""
 
 

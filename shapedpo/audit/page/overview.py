@@ -117,7 +117,7 @@ def _columns(analysis: Analysis, labels: Labels, prediction: Prediction | None) 
         "label": [_label(labels.hypotheses.get(hypothesis_key(h))) for h in found],
     }
     if prediction:
-        columns["predicted"] = predicted(prediction, [h.predicted_as for h in found])
+        columns["predicted"] = predicted(prediction, [analysis.predicted_as(h) for h in found])
     return columns
 
 

@@ -94,8 +94,8 @@ function show(h, lesson = null) {
       figures.append(figure("in rollouts", `${percent(base)} → ${percent(after)} (${percent(low)} to ${percent(high)})`, "share of rollouts that show it, before and after"));
     }
   }
-  const given = view === "global" ? "chosen minus rejected, all rows" : "in the condition";
-  figures.append(figure("mean score", `${signed(H.mean_in[h])}${view === "global" ? "" : ` in, ${signed(H.mean_out[h])} elsewhere`}`, `response score, chosen minus rejected, ${given}`));
+  const given = everywhere(view) ? "chosen minus rejected, all rows" : "in the condition";
+  figures.append(figure("mean score", `${signed(H.mean_in[h])}${everywhere(view) ? "" : ` in, ${signed(H.mean_out[h])} elsewhere`}`, `response score, chosen minus rejected, ${given}`));
   for (const [name, [short, about, value]] of Object.entries(STATISTICS)) {
     if (name === "predicted" || (lesson && (name === "n" || name === "named"))) continue; // a lesson has rows of its own
     figures.append(figure(short, shownStatistic(name, value(h)), about));
@@ -103,7 +103,7 @@ function show(h, lesson = null) {
   figures.append(figure("halves", H.halves[h].map((half) => signed(half)).join(" / "), "Δ among rows of even and of odd number"));
   body.append(figures);
   const boxes = element("div", "twin-boxes");
-  if (view !== "global") boxes.append(clusterBox(conditionKind(view), H.condition[h], view === "prompt" ? "Where the prompt says" : "Where answers are about"));
+  if (!everywhere(view)) boxes.append(clusterBox(conditionKind(view), H.condition[h], view === "prompt" ? "Where the prompt says" : "Where answers are about"));
   boxes.append(clusterBox(responseKind(view), H.response[h], rises(h) ? "chosen shows more of" : "chosen shows less of"));
   body.append(boxes);
   if (lesson?.hypotheses.length > 1) body.append(agreeing(lesson.hypotheses));

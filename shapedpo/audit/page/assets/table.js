@@ -92,7 +92,7 @@ function line(h) {
   what.append(button);
   const where = element("td", "where");
   where.setAttribute("role", "cell");
-  where.append(element("span", "muted", { global: "", feature: "answers about ", prompt: "prompt says " }[H.view[h]]), element("bdi", "data", whereName(h)));
+  where.append(element("span", "muted", { feature: "answers about ", prompt: "prompt says " }[H.view[h]] ?? ""), element("bdi", "data", whereName(h)));
   row.append(where, what);
   for (const [title_, name] of columns.slice(2)) row.append(cell(title_, shownStatistic(name, STATISTICS[name][2](h))));
   return row;

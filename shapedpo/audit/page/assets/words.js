@@ -15,10 +15,11 @@ function plainNumber(value, digits = 2) {
 }
 
 const conditionKind = (view) => ({ feature: "data", prompt: "prompt" })[view];
-const responseKind = (view) => (view === "prompt" ? "response" : "feature");
-const KINDS = { feature: "what answers show", response: "what answers show", prompt: "what prompts say", data: "kind of answer" };
+const responseKind = (view) => ({ prompt: "response", single: "single" })[view] ?? "feature";
+const everywhere = (view) => view === "global" || view === "single";
+const KINDS = { feature: "what answers show", response: "what answers show", single: "what answers show", prompt: "what prompts say", data: "kind of answer" };
 
-const DATA_NAME = { feature: "features", response: "features", prompt: "prompt features", data: "rows" };
+const DATA_NAME = { feature: "features", response: "features", single: "feature", prompt: "prompt features", data: "rows" };
 /** What a cluster is called: its title, or its keywords, or its number. */
 function clusterName(kind, number, most = 4) {
   const of = data.clusters[kind];
@@ -27,7 +28,7 @@ function clusterName(kind, number, most = 4) {
 const featureName = (feature) => data.features[feature] ?? String(feature);
 
 function whereName(h) {
-  return H.view[h] === "global" ? "everywhere" : clusterName(conditionKind(H.view[h]), H.condition[h]);
+  return everywhere(H.view[h]) ? "everywhere" : clusterName(conditionKind(H.view[h]), H.condition[h]);
 }
 const whatName = (h) => clusterName(responseKind(H.view[h]), H.response[h]);
 const rises = (h) => H.delta[h] > 0;
@@ -39,7 +40,7 @@ function statement(h) {
   const holder = element("span");
   const what = element("bdi", `data ${side(H.delta[h])}`, whatName(h));
   const where = element("bdi", "data", whereName(h));
-  if (H.view[h] === "global") holder.append("Chosen answers show ", rises(h) ? "more" : "less", " of ", what, " than rejected ones.");
+  if (everywhere(H.view[h])) holder.append("Chosen answers show ", rises(h) ? "more" : "less", " of ", what, " than rejected ones.");
   else {
     holder.append(H.view[h] === "prompt" ? "Where the prompt says " : "Among answers about ", where, ", chosen shows ", rises(h) ? "more" : "less", " of ", what);
     holder.append(" over rejected than it does elsewhere.");
@@ -52,7 +53,7 @@ function lessonWhere(lesson) {
   const [h] = lesson.hypotheses;
   const title = data.clusters[conditionKind(H.view[h])]?.title[H.condition[h]];
   const holder = element("span");
-  if (H.view[h] === "global") holder.append("everywhere");
+  if (everywhere(H.view[h])) holder.append("everywhere");
   else if (title) holder.append("where: ", element("bdi", "data", title));
   else if (/^(data cluster|prompts with) /.test(lesson.where)) holder.append(element("bdi", "data", lesson.where));
   else holder.append("prompts that say ", element("bdi", "data", lesson.where));
