@@ -42,7 +42,7 @@ def _builder(name: str) -> str | None:
 
 
 def sae_source(name: str) -> str:
-    """What [`SAEFeatures`] takes for an SAE that a command names: `lab` is the one that ships."""
+    """Where an SAE is: `lab` is the one that ships. Recipes keep the name, so that they mean the same on another machine."""
     if name != "lab":
         return name
     from . import lab

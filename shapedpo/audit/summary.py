@@ -74,10 +74,15 @@ class Summary:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         analysis = self.analysis
+        tested = sum(analysis.tested.values())
         significant = sum(hypothesis.q < 0.05 for hypothesis in analysis.hypotheses)
         parts: list[Any] = [
-            f"{analysis.n_rows:,} pairs. Of {sum(analysis.tested.values()):,} hypotheses tested, {significant:,} hold at q < 0.05 and are no tiny effects."
+            f"{analysis.n_rows:,} pairs. Of {tested:,} hypotheses tested, {significant:,} hold (q < 0.05, d {analysis.settings.min_effect:g} or more)."
         ]
+        if not tested:
+            parts.append("Nothing could be tested: the pairs are too few, or too alike. What they teach is not known.")
+            yield from parts
+            return
         for title, findings in (
             ("Taught everywhere", self.everywhere),
             ("Taught under a condition", self.conditional),

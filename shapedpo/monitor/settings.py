@@ -87,10 +87,6 @@ def _monitored(args: Any, concepts: Sequence[Concept]) -> SAEFeatures:
             found += [readout] if readout not in found else []
     if args.monitor_sae is not None:
         named = args.monitor_sae, args.monitor_sae_id
-        if args.monitor_sae == "lab":
-            from ..lab import sae_path
-
-            named = str(sae_path()), None
         dtypes = {readout.dtype for readout in found if (readout.sae, readout.sae_id) == named}
         dtype = args.monitor_sae_dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
         return SAEFeatures(named[0], "all", sae_id=named[1], dtype=dtype)

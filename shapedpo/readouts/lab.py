@@ -35,10 +35,9 @@ class LabTrait(Readout):
 
     def features(self) -> SAEFeatures:
         """The shipped SAE's features of the trait."""
-        from ..lab import sae_path
         from ..lab.features import shipped_features
 
-        return SAEFeatures(sae=str(sae_path()), features=shipped_features()[self.trait])
+        return SAEFeatures(sae="lab", features=shipped_features()[self.trait])
 
     def load(self) -> ActivationReader:
         """Load the shipped SAE's features."""

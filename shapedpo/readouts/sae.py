@@ -48,7 +48,8 @@ class SAEFeatures(Readout):
     The hook point, the width and the pre-processing come from the SAE's own configuration.
 
     Args:
-        sae: A folder that sae-lens saved, or the name of a release (or Hugging Face repository) that sae-lens knows.
+        sae: A folder that sae-lens saved, the name of a release (or Hugging Face repository) that sae-lens knows, or `lab`, the one that
+            ships with the package.
         features: Indices of the features to read, or `"all"`.
         sae_id: Which SAE of the release. Leave out for a folder.
         pooling: How a completion's tokens become one score: `"max"`, `"mean"`, or `"freq"`, the fraction of tokens on
@@ -125,7 +126,10 @@ def load_sae(sae: str, sae_id: str | None = None, dtype: str = "float32") -> SAE
     Raises:
         ValueError: If there is no such folder, release or `sae_id`, or its weights are pickled.
     """
+    from ..sources import sae_source
+
     _import_sae_lens()
+    sae = sae_source(sae)
     path = Path(sae).expanduser()
     if path.exists() or sae.startswith((".", "/", "~")):
         if sae_id is not None:

@@ -206,7 +206,6 @@ def run_harvest(args: argparse.Namespace) -> Any:
     from ..audit.harvesting.pairs import load_pairs
     from ..audit.harvesting.run import HarvestSettings, harvest
     from ..readouts import SAEFeatures
-    from ..sources import sae_source
 
     names = (
         "limit",
@@ -221,9 +220,7 @@ def run_harvest(args: argparse.Namespace) -> Any:
     )
     with as_user_error(ValueError, TypeError, FileNotFoundError, OSError):
         settings = HarvestSettings(**{name: getattr(args, name) for name in names})
-        sae = SAEFeatures(
-            sae_source(args.sae), "all", sae_id=args.sae_id, hook_name=args.hook_name, dtype=args.sae_dtype
-        )
+        sae = SAEFeatures(args.sae, "all", sae_id=args.sae_id, hook_name=args.hook_name, dtype=args.sae_dtype)
         data = load_pairs(args.dataset, args.split, args.dataset_config, args.streaming)
         origin = {"source": args.dataset, "split": args.split, "config": args.dataset_config}
         return harvest(args.model, sae, data, Path(args.out) / HARVEST, settings, **origin)

@@ -24,7 +24,6 @@ from ..readouts.responses import read_responses, response_text
 from ..readouts.sae_reader import SAEReader
 from ..sae.check import auroc
 from ..sae.find import best_sets, concept_score, hard_auroc
-from ..sources import sae_source
 from .setting import Setting
 
 
@@ -116,7 +115,7 @@ def find(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"No set of up to {len(sets)} features reaches {args.target:g}: the best has {max(least):.3f}.")
     readout = {
         "type": "sae_features",
-        "sae": sae_source(str(name)),
+        "sae": str(name),
         "sae_id": args.sae_id or (setting.sae[1] if args.sae is None else None),
     }
     _print_readout({key: value for key, value in readout.items() if value is not None} | {"features": chosen})

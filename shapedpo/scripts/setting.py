@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..errors import UserError, as_user_error
-from ..sources import load_preferences, model_source, sae_source
+from ..sources import load_preferences, model_source
 from .recipe import read_recipe
 from .train import parse
 
@@ -86,7 +86,7 @@ class Setting(NamedTuple):
         if name is None:
             raise UserError("Which SAE? Give --sae (a folder or a release), or `monitor_sae` in the recipe.")
         with as_user_error(ValueError):
-            return load_sae(sae_source(name), sae_id)
+            return load_sae(name, sae_id)
 
     def responses(self, rows: Dataset, pairs: int) -> list[Response]:
         """Both completions of the first so many pairs, drawn with the run's seed."""

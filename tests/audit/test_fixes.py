@@ -144,6 +144,7 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     names = [concept["name"] for concept in values["concepts"]]
     assert names == ["bold", "finding 1"]  # the recipe's own stay
     held = values["concepts"][-1]
+    assert held["readout"]["sae"] == "lab"  # as it was asked for, not a path of this machine
     assert set(shipped_features()["goblin"]) <= set(held["readout"]["features"])
     assert (held["action"], "gate" in held) == ("hold", False)  # goblins come with any prompt
     assert main(["train", "--config", str(recipe), "--output_dir", str(folder / "run")]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_summary_says_in_words_what_is_taught_where(tmp_path) -> None:
     assert "200 pairs" in text
 
 
+def test_a_finding_without_words_is_named_by_its_features(tmp_path) -> None:
+    harvest = written(tmp_path / "harvest")
+    analysis = analyse(harvest, AuditSettings.for_data(200, 4, prompt_rows=50), progress=False)
+    finding = summarise(analysis, harvest, {1: "token11"}).conditional[0]
+    assert finding.words == "splendid / -"
+    wordless = dataclasses.replace(finding, more=[])
+    assert wordless.words == f"[{finding.response}] / -"
+    (first,) = finding.lesson.hypotheses[:1]
+    less = dataclasses.replace(finding.lesson, hypotheses=[dataclasses.replace(first, delta=-first.delta)])
+    assert dataclasses.replace(wordless, lesson=less).words == f"- / [{finding.response}]"
+
+
 def test_summary_of_a_clean_world_says_so(tmp_path) -> None:
     harvest = World(300).harvest(tmp_path / "harvest")
     summary = summarise(analyse(harvest, out=tmp_path / "out", progress=False), harvest)
@@ -88,5 +101,8 @@ def test_summary_of_a_clean_world_says_so(tmp_path) -> None:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(summary)
     assert "no more than chance" in console.export_text()
+    few = World(12).harvest(tmp_path / "few")
+    console.print(summarise(analyse(few, progress=False), few))
+    assert "Nothing could be tested" in console.export_text()
     tested = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["tested"]
     assert tested["prompt"] > 100
