@@ -177,7 +177,7 @@ def check_weight(example: dict[str, Any], column: str) -> float:
     weight = _number(example[column])
     if not 0 <= weight < float("inf"):
         raise ValueError(
-            f"Column {column!r}: a pair's weight must be finite and not negative, got {example[column]!r}."
+            f"Column {column!r}: a pair's weight must be finite and not negative, got {example[column]!r:.80}."
         )
     return weight
 
@@ -186,7 +186,7 @@ def check_gate(example: dict[str, Any], column: str) -> float:
     """A row's gate. Raises `ValueError` unless it is boolean or between 0 and 1."""
     gate = _number(example[column])
     if not 0 <= gate <= 1:
-        raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {example[column]!r}.")
+        raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {example[column]!r:.80}.")
     return gate
 
 

@@ -154,8 +154,14 @@ def local_source(name: str) -> dict[str, Any] | None:
         return None
     return {
         "path": "arrow",
-        "data_files": {split: [str(file) for file in sorted(part.glob("*.arrow"))] for split, part in splits.items()},
+        "data_files": {split: _arrow_files(part) for split, part in splits.items()},
     }
+
+
+def _arrow_files(folder: Path) -> list[str]:
+    """The files of a data set made by `save_to_disk`. `datasets` may have put caches beside them."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [str(folder / file["filename"]) for file in state["_data_files"]]
 
 
 def lab_preferences(world: str) -> DatasetDict:

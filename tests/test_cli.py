@@ -316,7 +316,7 @@ ROWS = [{"prompt": f"Question {i}?", "chosen": f" Yes, {i}.", "rejected": f" No,
 @pytest.fixture(params=["json", "jsonl", "jsonl.gz", "parquet", "csv", "saved dataset", "saved splits", "folder"])
 def source(request, tmp_path):
     """The rows of ROWS, in each form that a recipe can name."""
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, load_from_disk
 
     data, path = Dataset.from_list(ROWS), tmp_path / f"data.{request.param}"
     if request.param == "json":
@@ -329,6 +329,8 @@ def source(request, tmp_path):
         data.to_csv(path)
     elif request.param == "saved dataset":
         data.save_to_disk(path)
+        load_from_disk(path).map(lambda row: {"chosen": row["rejected"]})  # leaves a cache in the folder
+        assert list(path.glob("cache-*.arrow"))
     elif request.param == "saved splits":
         DatasetDict(train=data, test=data.select([0])).save_to_disk(path)
     else:
