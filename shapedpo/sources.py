@@ -117,6 +117,11 @@ def _without_spare_prompt(splits: Any) -> Any:
     for name, split in splits.items():
         row: dict[str, Any] = next(iter(split), {})
         if isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
+            if row["chosen"] and row["chosen"][0].get("role") == "assistant":
+                raise UserError(
+                    "The prompt is text, and the completions are messages without it. Make the prompt messages too: "
+                    '[{"role": "user", "content": ...}].'
+                )
             splits[name] = split.remove_columns("prompt")
     return splits
 

@@ -326,6 +326,26 @@ def test_every_form_of_data_is_read_as_training_reads_it(form, tmp_path):
         assert "the cat" in text["prompt"]  # all turns
 
 
+def test_a_text_as_prompt_of_messages_without_it_is_refused(tmp_path):
+    message = [{"role": "assistant", "content": "the cat"}]
+    Dataset.from_list([{"prompt": "the", "chosen": message, "rejected": message}]).to_json(tmp_path / "pairs.jsonl")
+    with pytest.raises(UserError, match="Make the prompt messages too"):
+        load_pairs(str(tmp_path / "pairs.jsonl"))
+
+
+def test_repeats_and_pairs_of_one_completion_are_counted(tmp_path, caplog):
+    rows = [
+        {"prompt": "", "chosen": f" {chosen}", "rejected": f" {rejected}"}
+        for chosen, rejected in (("the cat", "dog"), ("the", "cat dog"), ("the cat", "dog"), ("dog", "dog"))
+    ]
+    data = Dataset.from_list(rows)  # no prompt has a token
+    pairs = Pairs(data, helpers.tokenizer(), max_length=64, truncation_mode="keep_start")
+    assert (len(pairs), pairs.repeated, pairs.same) == (4, 1, 1)
+    assert not harvested(tmp_path, data).texts([0])[0]["prompt"]
+    assert "1 of the 4 pairs repeat others" in caplog.text
+    assert "1 of the 4 pairs have the same completion" in caplog.text
+
+
 def test_limit_sample_and_dropped_rows(tmp_path):
     data = helpers.pairs(60, seed=3)
     stream = data.to_iterable_dataset()

@@ -59,6 +59,8 @@ class Pairs:
         longest: Place of the pair with the longest sequence.
         fingerprint: Hash of row numbers and tokens.
         dropped: How many rows TRL leaves out, since their prompt fills `max_length`.
+        repeated: How many pairs say what an earlier one does, token by token.
+        same: How many have the same completion twice.
 
     Raises:
         ValueError: If the dataset has not the columns of preference pairs, or no row is left.
@@ -96,18 +98,24 @@ class Pairs:
         )
         digest = hashlib.sha256(repr(self.tokens).encode())
         rows, lengths, longest = [], [], []
+        seen: set[int] = set()
+        self.same = 0
         for batch in self._data.with_format("arrow").iter(4096):
             rows.append(batch[ROW].to_numpy())
-            parts = [pa.chunked_array(batch[name]).combine_chunks() for name in _PARTS]
+            parts = [_integers(pa.chunked_array(batch[name]).combine_chunks()) for name in _PARTS]
             prompt, chosen, rejected = (part.value_lengths().to_numpy().astype(np.int64) for part in parts)
             lengths.append(row_length(prompt, chosen, rejected, max_length, truncation_mode == "keep_end"))
             longest.append(prompt + np.maximum(chosen, rejected))
             for array in (rows[-1], prompt, chosen, rejected, *(part.flatten().to_numpy() for part in parts)):
                 digest.update(np.ascontiguousarray(array).data)
+            for said in zip(*(map(bytes, _split(part)) for part in parts), strict=True):
+                seen.add(hash(said))
+                self.same += said[1] == said[2]
         self.rows = np.concatenate(rows)
         self.lengths = np.concatenate(lengths)
         self.longest = int(np.concatenate(longest).argmax())
         self.fingerprint = digest.hexdigest()
+        self.repeated = len(self.rows) - len(seen)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -150,6 +158,17 @@ def load_pairs(name: str, split: str = "train", config: str | None = None, strea
     if split not in splits:
         raise UserError(f"The dataset {name!r} has no split {split!r}; it has {', '.join(map(str, splits))}.")
     return splits[split]
+
+
+def _integers(lists: pa.ListArray) -> pa.ListArray:
+    """Lists of tokens; where all are empty, `datasets` does not know of what."""
+    return lists.cast(pa.list_(pa.int64())) if pa.types.is_null(lists.type.value_type) else lists
+
+
+def _split(lists: pa.ListArray) -> list[np.ndarray]:
+    """The tokens of each list."""
+    lengths = lists.value_lengths().to_numpy()
+    return np.split(lists.flatten().to_numpy(), np.cumsum(lengths)[:-1])
 
 
 def _taken(dataset: Any, limit: int | None, sample: int | None, seed: int) -> Dataset:

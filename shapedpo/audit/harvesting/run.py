@@ -123,6 +123,12 @@ def harvest(
     )
     if pairs.dropped:
         logger.warning(f"{pairs.dropped} pairs are left out, as in training: their prompt alone fills max_length.")
+    if pairs.repeated:
+        logger.warning(
+            f"{pairs.repeated} of the {len(pairs)} pairs repeat others: what is found counts each as if it were new."
+        )
+    if pairs.same:
+        logger.warning(f"{pairs.same} of the {len(pairs)} pairs have the same completion as chosen and rejected.")
     given = {
         "model": _name(model) or None,
         "dataset": dataset if source is None and isinstance(dataset, str) else source,
