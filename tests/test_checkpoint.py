@@ -193,8 +193,8 @@ class TestHold:
         assert_continues(whole[1], run(tmp_path / "cut", holding(), resume=True, **fields))
         one, other = (load_file(tmp_path / name / "checkpoint-4" / FILE) for name in ("whole", "cut"))
         assert_same_tensors([one], [other])
-        assert {"hold.pairs", "hold.strengths", "hold.bias"} < one.keys()
-        assert one["hold.pairs"].shape[1] == 2 + 2  # log-ratio, margin, two deltas
+        assert {"hold.log_ratios", "hold.deltas", "hold.strengths", "hold.bias"} < one.keys()
+        assert one["hold.deltas"].shape[1] == 2
 
     def test_without_its_state_it_starts_anew(self, tmp_path):
         """From a checkpoint with other concepts, where that is allowed."""
