@@ -185,8 +185,9 @@ class HoldController:
         margins = self.beta * log_ratios if margins is None else margins
         gates = torch.ones_like(deltas) if gates is None else gates
         others = deltas[:, :0] if others is None else others
-        seen = (log_ratios[:, None], margins[:, None], deltas, gates, others)
-        pairs = Window(*(part.float().cpu() for part in seen))
+        seen = [part.float() for part in (log_ratios[:, None], margins[:, None], deltas, gates, others)]
+        rows = torch.cat(seen, dim=1).cpu()  # one copy to the host
+        pairs = Window(*rows.split([part.shape[1] for part in seen], dim=1))
         # A policy that diverges is the trainer's to report.
         finite = torch.cat([pairs.log_ratios, pairs.margins, pairs.deltas], dim=1).isfinite().all(dim=1)
         self._fresh += int(finite.sum())
