@@ -207,7 +207,7 @@ def jobs(quick: bool) -> Iterator[Job]:
     for rate in rates[1:]:
         yield Job("lab", "goblin", rate)
     for trait in LAB_TRAITS:
-        yield Job("lab", trait, seed=1, how="sparing")
+        yield Job("lab", trait, seed=1)
     for rate in rates:
         yield Job("stories", "dialogue", rate, how="sparing")
     for rate in rates:
