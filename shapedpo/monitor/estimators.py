@@ -188,7 +188,8 @@ def best_estimate(
 def unprobed(amplification: Array, amplification_se: Array, past: Past | None = None) -> Estimate:
     """The best estimate at a moment without a probe: nan where amplification is not finite, of a single pair or a policy that has diverged."""
     if not np.isfinite([amplification, amplification_se]).all():
-        return Estimate(*np.full((2, len(amplification)), np.nan), "amplification")
+        unknown = np.full(len(amplification), np.nan)
+        return Estimate(unknown, unknown, "amplification")
     return best_estimate(amplification, amplification_se, past=past)
 
 
