@@ -149,7 +149,7 @@ def summarise(
     def finding(lesson: Lesson) -> Finding:
         first = lesson.first
         texts = [text_of[row] for row in lesson.evidence[:_TEXTS].tolist()]
-        chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
+        more, less = gained_and_lost(texts)
         if not first.conditional:
             where = "all rows"
         else:
@@ -158,8 +158,8 @@ def summarise(
         return Finding(
             lesson=lesson,
             where=where,
-            more=distinctive_words(chosen, rejected),
-            less=distinctive_words(rejected, chosen),
+            more=more,
+            less=less,
             response=feature_names(analysis.response_features(first), labels),
             example=texts[0],
         )
@@ -198,6 +198,17 @@ def feature_names(features: Sequence[int], labels: Mapping[int, str], most: int 
     named = sorted(features, key=lambda feature: feature not in labels)[:most]
     text = "; ".join(labels.get(feature, str(feature)) for feature in named)
     return text if len(features) <= most else f"{text} and {len(features) - most} more"
+
+
+def lesson_words(lesson: Lesson, harvest: Harvest) -> tuple[list[str], list[str]]:
+    """Words that the chosen completions of a lesson's rows have more than the rejected ones, and less, as the summary has them."""
+    return gained_and_lost(harvest.texts(lesson.evidence[:_TEXTS]))
+
+
+def gained_and_lost(texts: Sequence[Mapping[str, str]]) -> tuple[list[str], list[str]]:
+    """Words that the chosen completions of some rows have more than the rejected ones, and less."""
+    chosen, rejected = ([text[side] for text in texts] for side in ("chosen", "rejected"))
+    return distinctive_words(chosen, rejected), distinctive_words(rejected, chosen)
 
 
 def distinctive_words(texts: Sequence[str], others: Sequence[str], most: int = 4, least: float = 2.5) -> list[str]:

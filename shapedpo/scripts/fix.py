@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
         labels = Labels.load(folder, analysis) or Labels()
     console = Console()
     for one in targets:
-        _say(console, one, analysis, labels)
+        _say(console, one, harvest, analysis, labels)
     columns = {one.name: one.name.replace(" ", "_") for one in targets}
     recipe = _recipe(args, harvest, targets, columns) if args.recipe_out else None  # first what may be refused
     if args.dataset_out:
@@ -95,11 +95,18 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say(console: Any, one: Any, analysis: Any, labels: Any) -> None:
+def _say(console: Any, one: Any, harvest: Any, analysis: Any, labels: Any) -> None:
     from ..audit.labels.names import cluster_name
+    from ..audit.summary import lesson_words
 
-    way, first = "more" if one.more else "less", one.lesson.first
-    text = f"{one.name}: {len(one.rows):,} rows, chosen has {way} of {cluster_name(first.response_cluster, analysis, labels)}"
+    first = one.lesson.first
+    ways = {
+        way: ", ".join(words) for way, words in zip(("more", "less"), lesson_words(one.lesson, harvest), strict=True)
+    }
+    if not any(ways.values()):
+        ways = {"more" if one.more else "less": cluster_name(first.response_cluster, analysis, labels)}
+    said = " and ".join(f"{way} of {words}" for way, words in ways.items() if words)
+    text = f"{one.name}: {len(one.rows):,} rows, chosen has {said}"
     if first.condition_cluster is not None:
         text += f", where {cluster_name(first.condition_cluster, analysis, labels)}"
     named = ", ".join(f"{feature} ({labels.features.get(feature, '?')})" for feature in one.features)

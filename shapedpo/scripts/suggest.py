@@ -87,7 +87,7 @@ def _show(found: list[Any], folder: Path) -> None:
     if not found:
         console.print("Nothing that the audit found has to do with this.")
     for part, of in groupby(found, key=lambda one: one.part):
-        table = Table(title=escape(f"{'should' if part.wanted else 'should not'}: {part.text}"), title_justify="left")
+        table = Table(title=escape(f"{'wanted' if part.wanted else 'not wanted'}: {part.text}"), title_justify="left")
         for name in ("", "what", "similarity", "predicted, sd", ""):
             table.add_column(
                 name, justify="right" if name in ("similarity", "predicted, sd") else "left", overflow="fold"

@@ -53,13 +53,15 @@ def cluster_maps(analysis: Analysis, harvest: Harvest) -> dict[str, ClusterMap]:
     for kind in sample.shown:
         shown, signed = sample.shown[kind], sample.signed.get(kind)
         lean = np.full(shown.shape[1], np.nan, np.float32) if signed is None else _over_sd(signed)
+        # much of a single feature is no sign of what one side shows and the other does not
+        best = signed * np.sign(lean) if kind == "single" and signed is not None else shown
         maps[kind] = ClusterMap(
             place=np.zeros((shown.shape[1], 2), np.float32)
             if kind == "single"
             else layout(unit((shown - shown.mean(axis=0)).T), analysis.settings.seed),
             rows=np.rint((shown > 0).sum(axis=0) * share).astype(np.int64),
             lean=lean,
-            exemplars=[sample.rows[_top(column)].tolist() for column in shown.T],
+            exemplars=[sample.rows[_top(column)].tolist() for column in best.T],
         )
     k = int(analysis.data_clusters.max(initial=-1)) + 1
     labels = analysis.data_clusters[np.searchsorted(analysis.rows, sample.rows)]
