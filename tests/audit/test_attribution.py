@@ -7,6 +7,7 @@ import pytest
 from scipy import sparse
 
 from shapedpo.audit.analysis.attribution import Columns, Model, Shown, attributed
+from shapedpo.audit.analysis.lessons import _Draft
 
 
 N, FEATURES = 1200, 60
@@ -89,3 +90,19 @@ def test_log_odds_are_those_of_the_fold_that_did_not_see_the_row(mirrored) -> No
         values = [*more[row, columns.response], *less[row, columns.response], *prompt[row, columns.prompt]]
         fold = row // 2 % 4
         assert found[row] == pytest.approx(sum(w * v for w, v in zip(weights[fold], values, strict=True)) + bias[fold])
+
+
+def test_a_lesson_grows_by_what_a_later_hypothesis_finds_of_it() -> None:
+    """Nearly all its rows and many more are the lesson's, unless they are another's too; a set that lost many of them is not."""
+
+    def draft(*spans: tuple[int, int]) -> _Draft:
+        rows = np.zeros(200, bool)
+        for start, end in spans:
+            rows[start:end] = True
+        return _Draft([0], rows)
+
+    lesson, other = draft((0, 40)), draft((100, 150))
+    assert lesson.grown(draft((2, 90)).rows, [lesson, other])
+    assert not lesson.grown(draft((2, 50)).rows, [lesson, other])  # hardly more
+    assert not lesson.grown(draft((10, 90)).rows, [lesson, other])  # a quarter is lost
+    assert not lesson.grown(draft((0, 90), (100, 120)).rows, [lesson, other])  # two lessons in one

@@ -20,6 +20,7 @@ from .shadows import MAX_Q, Beside
 _OVERLAP = 0.5
 _FEWEST = 5  # rows that a lesson is learned from
 _IN_VAIN = 20  # single features that are tried and have no rows of their own, before the others are left
+_NEARLY_ALL, _MORE, _FEW = 0.9, 1.5, 0.2  # of a lesson's rows, where a later hypothesis finds more of them
 _TOLD = 0.75  # area under the ROC curve from which the prompt is a lesson's condition
 
 
@@ -73,7 +74,8 @@ def attribute(
     """Explains the hypotheses by lessons, the strongest first.
 
     The strongest hypothesis that no lesson explains yet makes a new one: from its rows a small model learns what the lesson's rows
-    show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it. The views
+    show (see [`attributed`]), and finds the others. A hypothesis half of whose rows a lesson has is explained by it; where it
+    finds many more rows beside nearly all of the lesson's, they become the lesson's (see [`_Draft.grown`]). The views
     take turns, as their strengths have different units; hypotheses with rows that stand out from chance come first, since the others
     are mostly shadows of these. Single features come between, and make a lesson only if its rows stand out: what they show faintly beside their
     cluster is mostly a shadow too. The models are learned on a sample of rows, and judge all rows in one more pass.
@@ -144,6 +146,13 @@ class _Draft:
         whole = rows if self.model is not None else rows | self.rows
         return float((rows & self.rows).sum() / max(1, whole.sum()))
 
+    def grown(self, rows: NDArray[np.bool_], drafts: Sequence[_Draft]) -> bool:
+        """Whether some rows are more of its own: nearly all that it has and half as many again, and none of another lesson's to speak of."""
+        more = (rows & self.rows).sum() >= _NEARLY_ALL * self.rows.sum() and rows.sum() >= _MORE * self.rows.sum()
+        return bool(more) and all(
+            draft is self or (draft.rows & rows).sum() < _FEW * draft.rows.sum() for draft in drafts
+        )
+
 
 def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress: bool) -> list[_Draft]:
     settings = analysis.settings
@@ -174,9 +183,12 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
         same = max(known, key=lambda draft: int((draft.rows & rows).sum()), default=None)
         if same and (same.rows & rows).sum() >= _OVERLAP * min(same.rows.sum(), rows.sum()):
             same.hypotheses.append(number)
+            if not same.grown(rows, known):
+                continue
+            same.rows, same.model, same.told = rows, model, model.told_by_prompt(shown, rows)
         else:
             drafts.append(_Draft([number], rows, model, model.told_by_prompt(shown, rows)))
-            explained |= rows
+        explained |= rows
     return drafts
 
 
