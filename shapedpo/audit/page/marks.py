@@ -111,7 +111,7 @@ def _shard_marks(
             peak = getattr(shard, span).peak
             entries = slice(peak.indptr[place], peak.indptr[place + 1])
             features, peaks = peak.indices[entries], peak.data[entries].astype(np.int64) - 1
-            for kind in _KINDS[span]:
+            for kind in filter(of_feature.__contains__, _KINDS[span]):  # an older analysis has no single features
                 of = of_feature[kind][features].astype(np.int64)
                 asked = [number for of_kind, number in wanted[row] if of_kind == kind]
                 inside = np.isin(of, asked) & (peaks < len(ranges))
