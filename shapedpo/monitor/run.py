@@ -283,10 +283,9 @@ class RunMonitor(TrainerCallback):
         self._loaded = {name: tensor for name, tensor in tensors.items() if name.startswith("probe.")}
         if self._told.get("features") != self._asked_features:  # nothing that is known of features is of these
             self._loaded.pop("probe.features", None)
-            if "probe.past" in self._loaded:  # the concepts come last
-                self._loaded["probe.past"] = self._loaded["probe.past"][
-                    :, -len(self.concepts) or tensors["window"].shape[1] :
-                ]
+            past = self._loaded.pop("probe.past", None)
+            if past is not None and self.concepts:
+                self._loaded["probe.past"] = past[:, -len(self.concepts) :]  # the concepts come last
             return None
         if self.watch.reader is None or "features.ids" not in tensors or self.features is not None:
             return None

@@ -106,10 +106,11 @@ def main(args: argparse.Namespace) -> int:
 
 def foremost(analysis: Any, most: int) -> list[Any]:
     """The hypotheses to name: first those that stand for lessons, then the strongest of each view, by turns."""
+    from ..audit.analysis.hypotheses import VIEWS
     from ..audit.analysis.lessons import lessons
 
     first = [lesson.first for lesson in lessons(analysis)]
-    turns = zip_longest(*(analysis.of(view) for view in ("global", "single", "feature", "prompt")))
+    turns = zip_longest(*(analysis.of(view) for view in VIEWS))
     found = [*first, *(h for turn in turns for h in turn if h is not None)]
     return list({id(h): h for h in found}.values())[:most]
 

@@ -68,7 +68,7 @@ UNREAD = 0.05
 """Share of the unshaped pressure that is taken out beyond the whole: for what the readout does not see and other lessons bring along."""
 
 
-class Window(NamedTuple):
+class PairWindow(NamedTuple):
     """What is known of W pairs, oldest first."""
 
     log_ratios: Tensor
@@ -82,12 +82,12 @@ class Window(NamedTuple):
     others: Tensor
     """`(W, S)`, deltas of the spared concepts."""
 
-    def double(self) -> Window:
-        return Window(*(part.double() for part in self))
+    def double(self) -> PairWindow:
+        return PairWindow(*(part.double() for part in self))
 
-    def then(self, later: Window, n: int) -> Window:
+    def then(self, later: PairWindow, n: int) -> PairWindow:
         """The latest n pairs, with others after them."""
-        return Window(*(torch.cat(parts)[-n:] for parts in zip(self, later, strict=True)))
+        return PairWindow(*(torch.cat(parts)[-n:] for parts in zip(self, later, strict=True)))
 
 
 class HoldController:
@@ -127,7 +127,7 @@ class HoldController:
         self._spared_size = torch.ones(len(self._spared), dtype=torch.float64)
         self._shared = torch.zeros(len(self._spared), len(targets), dtype=torch.float64)  # see [`shared`]
         widths = (1, 1, len(targets), len(targets), len(self._spared))
-        self._pairs = Window(*(torch.zeros(0, width) for width in widths))  # float32
+        self._pairs = PairWindow(*(torch.zeros(0, width) for width in widths))  # float32
         self._fresh = self._step = 0  # pairs since the last update, and of the step before it
 
     @property
@@ -156,7 +156,7 @@ class HoldController:
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
         untrained = deltas.new_zeros(len(order), 1)
-        self._pairs = Window(untrained, untrained, deltas[order], gates[order], others[order])
+        self._pairs = PairWindow(untrained, untrained, deltas[order], gates[order], others[order])
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
         self._size, self._spared_size = typical_size(deltas), typical_size(others)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
@@ -187,11 +187,11 @@ class HoldController:
         others = deltas[:, :0] if others is None else others
         seen = [part.float() for part in (log_ratios[:, None], margins[:, None], deltas, gates, others)]
         rows = torch.cat(seen, dim=1).cpu()  # one copy to the host
-        pairs = Window(*rows.split([part.shape[1] for part in seen], dim=1))
+        pairs = PairWindow(*rows.split([part.shape[1] for part in seen], dim=1))
         # A policy that diverges is the trainer's to report.
         finite = torch.cat([pairs.log_ratios, pairs.margins, pairs.deltas], dim=1).isfinite().all(dim=1)
         self._fresh += int(finite.sum())
-        self._pairs = self._pairs.then(Window(*(part[finite] for part in pairs)), max(self.window, self._fresh))
+        self._pairs = self._pairs.then(PairWindow(*(part[finite] for part in pairs)), max(self.window, self._fresh))
 
     def update(self) -> None:
         """Find the next step's strengths, once an optimizer step."""
@@ -200,7 +200,8 @@ class HoldController:
 
     def amplification(self) -> tuple[Tensor, Tensor]:
         """Mean change of each concept's score on the rows of its gate, to first order, and its standard error: `(C,)` each, sd."""
-        covariance, error, _ = self._readings()
+        pairs = self._pairs.double()
+        covariance, error, _ = self._readings(pairs, self.weights(pairs.deltas))
         return covariance, error
 
     def change(self, now: Tensor, before: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +235,7 @@ class HoldController:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
         tensors = {name: tensor.cpu() for name, tensor in state.items()}
-        self._pairs = Window(*(tensors[name] for name in Window._fields))
+        self._pairs = PairWindow(*(tensors[name] for name in PairWindow._fields))
         self._share, self._spared_size, self._shared = tensors["share"], tensors["spared_size"], tensors["shared"]
         self._size, self._scale, self.strengths = tensors["size"], tensors["scale"], tensors["strengths"]
         self._bias.restore(tensors)
@@ -259,15 +260,19 @@ class HoldController:
         size, share = (tensor.to(deltas.device, deltas.dtype) for tensor in (self._spared_size, self._shared))
         return weights - gates * (presence(others, size) @ share)
 
-    def _readings(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Amplification as the covariance of log-ratios and weights, its standard error, and what their means add to it: `(C,)` each, sd of the score."""
-        pairs = self._pairs.double()
-        weights, gates = self.weights(pairs.deltas), pairs.gates
+    def _readings(self, pairs: PairWindow, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Amplification as the covariance of log-ratios and weights, its standard error, and what their means add to it: `(C,)` each, sd of the score.
+
+        Args:
+            pairs: Those looked back on, in float64.
+            weights: `(W, C)`, theirs.
+        """
+        gates = pairs.gates
         # Rows that the gate leaves out say nothing of a concept, so means and spreads are its own rows'.
         rows = gates.sum(dim=0).clamp(min=1e-6)
         log_ratio, weight = (gates * pairs.log_ratios).sum(dim=0) / rows, (gates * weights).sum(dim=0) / rows
         spreads = torch.tensor([robust_spread(pairs.log_ratios[gate > 0, 0]) for gate in gates.T], dtype=torch.float64)
-        bound = (SPREADS * spreads).clamp(min=LARGEST)  # see there
+        bound = (SPREADS * spreads).clamp(min=LARGEST)
         apart = bound * torch.tanh((pairs.log_ratios - log_ratio) / bound)
         terms = gates * apart * (weights - weight) / (4 * self._share)
         found = [recent_mean(column, max(SHORTEST, self._step)) for column in terms.T]
@@ -281,7 +286,7 @@ class HoldController:
         weights = self.weights(pairs.deltas)
         self._shared = shared(weights, presence(pairs.others, self._spared_size), pairs.gates, self._spared)
         along = self.along(pairs.deltas, pairs.gates, pairs.others)
-        covariance, error, means = self._readings()
+        covariance, error, means = self._readings(pairs, weights)
         least = covariance + self.bias - self.targets
         most = least + means * (1 - self._bias.probed)
         excess = torch.minimum(least, most).clamp(min=0) + torch.maximum(least, most).clamp(max=0)

@@ -22,7 +22,18 @@ from transformers import TrainerCallback
 from shapedpo import AttentionProbe, Concept, Direction, Gate, LinearProbe, Regex, SAEFeatures
 from shapedpo.readouts.probe import save_probe
 from tests.accelerator import device
-from tests.helpers import HIDDEN, RUN_DEPENDENT, load_model, model_path, pairs, sae_path, shaped, tokenizer, vector
+from tests.helpers import (
+    HIDDEN,
+    RUN_DEPENDENT,
+    folder,
+    load_model,
+    model_path,
+    pairs,
+    sae_path,
+    shaped,
+    tokenizer,
+    vector,
+)
 
 
 Found = dict[str, list[float]]
@@ -41,13 +52,12 @@ def method(name: str, **fields: Any) -> dict[str, Any]:
 
 
 def probes() -> tuple[LinearProbe, AttentionProbe]:
-    folder = Path(tempfile.mkdtemp())
     about = {"hook_name": "blocks.1.hook_resid_post", "pooling": "mean", "model_name": "llama-tiny", "auroc": 0.9}
     dice = torch.Generator().manual_seed(5)
     parts = {name: torch.randn(2, HIDDEN, generator=dice) for name in ("query", "value")}
-    save_probe(folder / "attention.safetensors", {**parts, "bias": torch.tensor(0.7)}, about)
-    save_probe(folder / "linear.safetensors", {"weight": parts["query"][0], "bias": torch.tensor(0.7)}, about)
-    return LinearProbe(folder / "linear.safetensors"), AttentionProbe(folder / "attention.safetensors")
+    save_probe(folder("attention.safetensors"), {**parts, "bias": torch.tensor(0.7)}, about)
+    save_probe(folder("linear.safetensors"), {"weight": parts["query"][0], "bias": torch.tensor(0.7)}, about)
+    return LinearProbe(folder("linear.safetensors")), AttentionProbe(folder("attention.safetensors"))
 
 
 def data() -> Any:
@@ -75,9 +85,8 @@ def train(on: bool, *concepts: Concept, evaluate: bool = False, steps: Steps | N
     with tempfile.TemporaryDirectory() as out:
         fields = {"use_cpu": not on, "output_dir": out, "max_steps": 2, **fields}
         trainer = shaped(*concepts, data=data(), trainer=options, **fields)
-        if (
-            trainer.ref_model is not None
-        ):  # loaded straight onto the device, where the frequencies of its rotary embedding stay unset
+        if trainer.ref_model is not None:
+            # It was loaded straight onto the device, where the frequencies of its rotary embedding stay unset.
             for mine, policys in zip(trainer.ref_model.buffers(), trainer.model.buffers(), strict=True):
                 mine.data.copy_(policys)
         trainer.train()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.estimates import write
+from benchmarks.estimates import needed, write
 from benchmarks.estimates_runs import Setting, collect, settings
 from benchmarks.estimates_study import WINDOW, Run, figures, r2, study
 from shapedpo.monitor.estimates import Window
@@ -54,6 +54,14 @@ def test_a_run_is_kept_whole_and_studied(path: Path, tmp_path: Path) -> None:
     assert {row["concept"] for row in concepts} == set(run.concepts)
     text = write(rows, concepts, [path], tmp_path)
     assert text == (tmp_path / "estimates.md").read_text()
+    heads, _, line, pairs = (row.split(" | ") for row in needed(rows).splitlines())
+    assert heads[3:] == ["64 + 128", "128 + 128 |"]
+    for name, cell, cost in zip(("best, 64 + 128", "best, 128 + 128"), line[3:], pairs[3:], strict=True):
+        # of each estimator the last point's, and what it costs of a run in which that is a fiftieth
+        (*_, row) = (row for row in rows if row["estimator"] == name)
+        assert float(cell.rstrip(" |")) == pytest.approx(row["of ceiling"], abs=0.006)
+        needs = 50 * (row["share"] + row["before"]) * SMALL.pairs
+        assert int(cost.rstrip(" |").replace(",", "")) == pytest.approx(needs, abs=1)
     assert (tmp_path / "estimates.png").stat().st_size > 10_000
     with (tmp_path / "estimates.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
@@ -81,3 +89,11 @@ def test_the_table_has_each_world_gentle_and_violent() -> None:
     assert {run.learning_rate for run in runs} == {2e-4, 2e-5}
     assert {run.beta for run in runs} == {0.1, 1.0}
     assert len(settings(quick=True)) == 4
+
+
+def test_more_rollouts_are_tried_at_the_end_of_runs_only() -> None:
+    few = settings(probe=2048)
+    assert {setting.beta for setting in few} == {0.1}
+    assert len(few) == len(settings()) / 2
+    assert all(setting.points == (1.0,) and setting.probe == 2048 for setting in few)
+    assert not {setting.key for setting in few} & {setting.key for setting in settings()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from shapedpo.monitor.records import read_records
-from shapedpo.shapers.hold import Window
+from shapedpo.shapers.hold import PairWindow
 from tests.distributed import runs
 from tests.distributed.launches import CASES, ROOT, cases, launch
 from tests.helpers import model_path, tokenizer
@@ -133,7 +133,7 @@ def assert_same_states(one: dict, two: dict, here: Path, there: Path, tolerance:
     assert mine.keys() == theirs.keys()
     assert {"mean", "deltas", "thresholds", "hold.strengths", "hold.bias"} < mine.keys()
     for name, tensor in mine.items():
-        if name.removeprefix("hold.") in Window._fields and name.startswith(
+        if name.removeprefix("hold.") in PairWindow._fields and name.startswith(
             "hold."
         ):  # the order of a batch's rows is the ranks'
             continue

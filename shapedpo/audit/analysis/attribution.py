@@ -11,7 +11,7 @@ from scipy import sparse
 from scipy.special import expit, logit
 
 from ..harvesting.store import Shard
-from .views import on
+from .views import difference, on
 
 
 FOLDS = 4
@@ -37,8 +37,8 @@ class Shown(NamedTuple):
     @classmethod
     def of(cls, shard: Shard, tau: float, which: NDArray[np.bool_] | slice = slice(None)) -> Shown:
         """Of some pairs of a shard."""
-        difference = on(shard.chosen.freq[which], tau) - on(shard.rejected.freq[which], tau)
-        spans = on(difference, 0), on(-difference, 0), on(shard.prompt.freq[which], 0)
+        apart = difference(shard, tau, which)
+        spans = on(apart, 0), on(-apart, 0), on(shard.prompt.freq[which], 0)
         for span in spans:
             span.eliminate_zeros()
         return cls(shard.rows[which], *spans)

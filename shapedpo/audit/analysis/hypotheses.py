@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from .statistics import Comparison, corrected
 
 
 View = Literal["global", "single", "feature", "prompt"]
+VIEWS: tuple[View, ...] = get_args(View)
 CONDITIONAL: tuple[View, ...] = ("feature", "prompt")
 
 FILES = (

@@ -22,7 +22,7 @@ from .sampling import sample, thinned
 from .settings import AuditSettings
 from .shadows import MAX_Q, Beside
 from .statistics import Moments
-from .views import FeatureView, PromptView, one_of, sizes
+from .views import FeatureView, PromptView, difference, one_of, sizes
 
 
 COMPLETIONS = ("chosen", "rejected")
@@ -213,7 +213,7 @@ def _compare(
             labels[place], typicality[place] = feature_view.data_clusters(shard)
         of_features.add(shard.rows, one_of(labels[place], k), feature_view.disparity(shard))
         of_prompts.add(shard.rows, leading.members(shard.rows), prompt_view.movement(shard))
-        of_singles.add_sparse(shard.rows, feature_view.difference(shard))
+        of_singles.add_sparse(shard.rows, difference(shard, settings.tau))
     large = sizes(feature_view.clusters) >= settings.min_hypothesis_features
     everywhere, everywhere_tested = ranked("global", of_features.overall(), settings, responses=large)
     differ = of_singles.square.sum(axis=(0, 1)) >= settings.min_rows  # the sides do, in so many rows
@@ -269,7 +269,7 @@ def _responsible(
     most = Responsible(len(analysis.hypotheses), analysis.settings.max_rows)
     for place, shard in passes("Responsible rows", COMPLETIONS):
         u, moved = feature_view.disparity(shard), prompt_view.movement(shard)
-        single = feature_view.difference(shard)[:, alone].toarray()
+        single = difference(shard, analysis.settings.tau)[:, alone].toarray()
         scored = {"global": u, "single": single, "feature": u, "prompt": moved}
         every = sparse.csc_matrix(np.ones((len(shard.rows), 1)))
         groups = {

@@ -16,6 +16,11 @@ from .clusters import unit
 Float = NDArray[np.float32]
 
 
+def difference(shard: Shard, tau: float, which: NDArray[np.bool_] | slice = slice(None)) -> sparse.csr_matrix:
+    """`(n, d_sae)`: 1 where a feature is on in the chosen completion only, -1 in the rejected one only; of some pairs of a shard."""
+    return on(shard.chosen.freq[which], tau) - on(shard.rejected.freq[which], tau)
+
+
 def pooled(
     values: sparse.csr_matrix,
     clusters: NDArray[np.int32],
@@ -90,10 +95,6 @@ class FeatureView:
         """`u`, `(n, M)`: by what share of a cluster's features more are on in the chosen than in the rejected completion."""
         chosen, rejected = (on(span.freq, self.tau) for span in (shard.chosen, shard.rejected))
         return pooled(chosen, self.clusters, mean=True) - pooled(rejected, self.clusters, mean=True)
-
-    def difference(self, shard: Shard) -> sparse.csr_matrix:
-        """`(n, d_sae)`: 1 where a feature is on in the chosen completion only, -1 in the rejected one only."""
-        return on(shard.chosen.freq, self.tau) - on(shard.rejected.freq, self.tau)
 
     def data_clusters(self, shard: Shard) -> tuple[NDArray[np.int32], Float]:
         """Of each pair its data cluster, -1 if silent, and its cosine to the centroid."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jinja2
 
 from ...pages import json_for_script, template, write_whole
-from ..analysis.hypotheses import Analysis, View
+from ..analysis.hypotheses import VIEWS, Analysis
 from ..analysis.lessons import lessons
 from ..folder import PAGE
 from .marks import marked_rows
@@ -127,7 +127,7 @@ def _kept(analysis: Analysis, exemplars: set[int]) -> set[int]:
 
 def _turn(analysis: Analysis) -> Any:
     """The views by turns, each from its strongest hypothesis on."""
-    rank, seen = {}, dict.fromkeys(get_args(View), 0)
+    rank, seen = {}, dict.fromkeys(VIEWS, 0)
     for number, hypothesis in enumerate(analysis.hypotheses):
         rank[number] = seen[hypothesis.view]
         seen[hypothesis.view] += 1
