@@ -26,7 +26,8 @@ from shapedpo.audit.analysis.hypotheses import Analysis, Hypothesis
 from shapedpo.audit.analysis.leading import Leading
 from shapedpo.audit.analysis.maps import ClusterMap
 from shapedpo.audit.analysis.settings import AuditSettings
-from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.harvesting.shards import SPANS, Active, write_manifest, write_shard
+from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.labels.names import KINDS, Label, Labels
 from shapedpo.audit.page.render import render, write_page
 from shapedpo.audit.page.rows import RowStore

@@ -28,18 +28,17 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from shapedpo import lab
-from shapedpo.audit.harvesting.store import (
+from shapedpo.audit.harvesting.shards import (
     MANIFEST,
     SPANS,
-    VALUES,
     Active,
-    Harvest,
     missing_shards,
     n_shards,
     read_manifest,
     write_manifest,
     write_shard,
 )
+from shapedpo.audit.harvesting.store import VALUES, Harvest
 
 
 ACTIVE, BURST = 128, 0.43  # features active on a token; tokens of an active feature over the square root of the span's

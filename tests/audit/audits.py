@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from shapedpo.audit.analysis.maps import cluster_maps
 from shapedpo.audit.analysis.run import analyse
 from shapedpo.audit.analysis.settings import AuditSettings
-from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.harvesting.shards import SPANS, Active, write_manifest, write_shard
+from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.labels.names import token_labels
 from shapedpo.audit.page.source import Audit
 from shapedpo.audit.prediction.run import predict

@@ -27,11 +27,11 @@ from transformers import (
 from shapedpo import SAEFeatures
 from shapedpo.audit import Harvest, HarvestSettings, harvest
 from shapedpo.audit.harvesting import run as harvesting
-from shapedpo.audit.harvesting import store
+from shapedpo.audit.harvesting import shards
 from shapedpo.audit.harvesting.layout import Tokens, best_layout, run, separate, shared
 from shapedpo.audit.harvesting.pairs import Pairs, load_pairs
 from shapedpo.audit.harvesting.pooling import place_in_slot, pool
-from shapedpo.audit.harvesting.store import SPANS
+from shapedpo.audit.harvesting.shards import SPANS
 from shapedpo.cli import main
 from shapedpo.errors import UserError
 from tests import helpers
@@ -454,7 +454,7 @@ def test_a_bfloat16_model_reads_nearly_the_same(tmp_path):
 
 def test_what_is_there_is_used_and_what_differs_is_refused(tmp_path, monkeypatch):
     harvested(tmp_path)
-    content = [store.shard_path(tmp_path, index).read_bytes() for index in range(3)]
+    content = [shards.shard_path(tmp_path, index).read_bytes() for index in range(3)]
 
     def never(*args, **options):
         raise AssertionError("the model was loaded for a harvest that is there")
@@ -462,7 +462,7 @@ def test_what_is_there_is_used_and_what_differs_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(harvesting, "_loaded", never)
     harvested(tmp_path)
     harvested(tmp_path, batch_tokens=50)
-    assert [store.shard_path(tmp_path, index).read_bytes() for index in range(3)] == content
+    assert [shards.shard_path(tmp_path, index).read_bytes() for index in range(3)] == content
     other_model = helpers.load_model()
     other_model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1e-3
     other_model.save_pretrained(helpers.folder("other-model"))
@@ -481,7 +481,7 @@ def test_what_is_there_is_used_and_what_differs_is_refused(tmp_path, monkeypatch
 
 def _stuck_harvest(folder):
     """Harvest, and stop for good in the middle of writing the second file."""
-    write = store.pq.write_table
+    write = shards.pq.write_table
 
     def half(table, path, **options):
         if "shard-00001" in str(path):
@@ -489,7 +489,7 @@ def _stuck_harvest(folder):
             time.sleep(600)
         write(table, path, **options)
 
-    store.pq.write_table = half
+    shards.pq.write_table = half
     harvested(folder)
 
 
@@ -507,9 +507,9 @@ def test_a_killed_harvest_goes_on_where_it_was(tmp_path):
     assert names == [".shard-00001", "harvest.json", "shard-00000"]
     with pytest.raises(FileNotFoundError, match="2 of 3 shards are missing"):
         Harvest.open(killed)
-    finished = store.shard_path(killed, 0).stat()
+    finished = shards.shard_path(killed, 0).stat()
     harvested(killed)
-    assert store.shard_path(killed, 0).stat().st_mtime_ns == finished.st_mtime_ns
+    assert shards.shard_path(killed, 0).stat().st_mtime_ns == finished.st_mtime_ns
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
     for path in whole.glob("*.parquet"):
         assert (killed / path.name).read_bytes() == path.read_bytes()

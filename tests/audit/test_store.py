@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from shapedpo.audit.harvesting import store
-from shapedpo.audit.harvesting.store import SPANS, Active, Harvest
+from shapedpo.audit.harvesting import shards
+from shapedpo.audit.harvesting.shards import SPANS, Active
+from shapedpo.audit.harvesting.store import Harvest
 
 
 D_SAE, N_ROWS, SHARD_ROWS = 40, 11, 4
@@ -35,11 +36,11 @@ def written(tmp_path):
     """A harvest of random activations in three shards; and those activations."""
     dice = np.random.default_rng(0)
     rows = np.sort(dice.choice(1000, N_ROWS, replace=False))
-    store.write_manifest(
+    shards.write_manifest(
         tmp_path, d_sae=D_SAE, n_rows=N_ROWS, shard_rows=SHARD_ROWS, settings={"model": "m"}, fingerprint={"data": "x"}
     )
     dense = {span: [] for span in SPANS}
-    for index in range(store.n_shards(N_ROWS, SHARD_ROWS)):
+    for index in range(shards.n_shards(N_ROWS, SHARD_ROWS)):
         part = rows[index * SHARD_ROWS :][:SHARD_ROWS]
         spans = {}
         for span in SPANS:
@@ -47,7 +48,7 @@ def written(tmp_path):
             dense[span] += values
         ids = {span: [[7, int(row)] for row in part] for span in SPANS}
         texts = {span: [f"{span} {row} \U0001f47a\n" for row in part] for span in SPANS}
-        store.write_shard(tmp_path, index, part, spans, ids, texts)
+        shards.write_shard(tmp_path, index, part, spans, ids, texts)
     return tmp_path, rows, dense
 
 
@@ -110,13 +111,13 @@ def test_texts_and_tokens_of_rows(written):
 
 def test_an_unfinished_harvest_is_refused(written, tmp_path):
     folder, _, _ = written
-    store.shard_path(folder, 1).unlink()
+    shards.shard_path(folder, 1).unlink()
     with pytest.raises(FileNotFoundError, match=r"1 of 3 shards are missing, the first is shard-00001.parquet"):
         Harvest.open(folder)
     with pytest.raises(FileNotFoundError, match=r"There is no harvest in .*no harvest.json"):
         Harvest.open(tmp_path / "elsewhere")
-    manifest = json.loads((folder / store.MANIFEST).read_text())
-    (folder / store.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
+    manifest = json.loads((folder / shards.MANIFEST).read_text())
+    (folder / shards.MANIFEST).write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(ValueError, match="has format 99; this version of shapedpo reads 1"):
         Harvest.open(folder)
 
@@ -124,16 +125,16 @@ def test_an_unfinished_harvest_is_refused(written, tmp_path):
 def test_a_write_that_fails_leaves_nothing(written, monkeypatch):
     folder, _, _ = written
     before = sorted(path.name for path in folder.iterdir())
-    content = store.shard_path(folder, 0).read_bytes()
+    content = shards.shard_path(folder, 0).read_bytes()
 
     def fails(table, path, **options):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(store.pq, "write_table", fails)
+    monkeypatch.setattr(shards.pq, "write_table", fails)
     _, span = random_span(4, np.random.default_rng(1))
     lists, texts = dict.fromkeys(SPANS, [[1]] * 4), dict.fromkeys(SPANS, [""] * 4)
     with pytest.raises(OSError, match="disk full"):
-        store.write_shard(folder, 0, np.arange(4), dict.fromkeys(SPANS, span), lists, texts)
+        shards.write_shard(folder, 0, np.arange(4), dict.fromkeys(SPANS, span), lists, texts)
     assert sorted(path.name for path in folder.iterdir()) == before
-    assert store.shard_path(folder, 0).read_bytes() == content
+    assert shards.shard_path(folder, 0).read_bytes() == content

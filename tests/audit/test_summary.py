@@ -10,7 +10,8 @@ from rich.console import Console
 
 from shapedpo.audit.analysis.run import analyse
 from shapedpo.audit.analysis.settings import AuditSettings
-from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.harvesting.shards import SPANS, Active, write_manifest, write_shard
+from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.labels.names import exciting_tokens
 from shapedpo.audit.summary import distinctive_words, feature_names, summarise
 

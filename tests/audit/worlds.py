@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from shapedpo.audit.harvesting.store import SPANS, Active, Harvest, write_manifest, write_shard
+from shapedpo.audit.harvesting.shards import SPANS, Active, write_manifest, write_shard
+from shapedpo.audit.harvesting.store import Harvest
 
 
 TOKENS = 40

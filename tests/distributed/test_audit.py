@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shapedpo.audit import Harvest
-from shapedpo.audit.harvesting import store
+from shapedpo.audit.harvesting import shards
 from tests import helpers
 from tests.audit.test_harvest import harvested
 from tests.distributed import jobs
@@ -32,7 +32,7 @@ def test_two_processes_share_the_command(tmp_path):
     assert (main + other).count("40 pairs, 48 features") == 1
     found = Harvest.open(tmp_path / "out" / "harvest")
     assert found.settings["dataset"] == str(tmp_path / "data.jsonl")
-    prints = [store.read_manifest(harvest.folder)["fingerprint"] for harvest in (found, expected)]
+    prints = [shards.read_manifest(harvest.folder)["fingerprint"] for harvest in (found, expected)]
     assert prints[0] == prints[1]
     for path in sorted(expected.folder.glob("*.parquet")):
         assert (found.folder / path.name).read_bytes() == path.read_bytes()

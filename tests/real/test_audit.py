@@ -15,7 +15,7 @@ from benchmarks.folders import REPOSITORY
 from benchmarks.stories import MODEL
 from shapedpo.audit import HarvestSettings, harvest
 from shapedpo.audit.harvesting.pairs import Pairs, load_pairs
-from shapedpo.audit.harvesting.store import SPANS
+from shapedpo.audit.harvesting.shards import SPANS
 
 
 PAIRS = Path(os.environ.get("SHAPEDPO_HH") or REPOSITORY.parent / "shared" / "data" / "hh-harmless-test.jsonl.gz")

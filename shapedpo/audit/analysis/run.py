@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from ..harvesting.store import SPANS, Harvest, Shard
+from ..harvesting.shards import SPANS
+from ..harvesting.store import Harvest, Shard
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ...files import replacing
 from ..harvesting.layout import separate
 from ..harvesting.pairs import Pairs
-from ..harvesting.store import SPANS, Harvest
+from ..harvesting.shards import SPANS
+from ..harvesting.store import Harvest
 
 
 HOW = ("drop", "weight", "flag")

@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from ...reading import check_reader
 from ...readouts.sae_reader import SAEReader
-from . import store
 from .layout import best_layout, run
 from .pairs import Pairs, processes
 from .pooling import Entries, pool
-from .store import SPANS, Active
+from .shards import SPANS, Active, shard_path, write_shard
 
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Harvester:
         main, size = self.state.is_main_process, self.settings.shard_rows
         places = [np.arange(index * size, min((index + 1) * size, len(self.pairs))) for index in shards]
         for index in shards:
-            for stale in folder.glob(f".{store.shard_path(folder, index).name}.*"):
+            for stale in folder.glob(f".{shard_path(folder, index).name}.*"):
                 stale.unlink()  # what a kill left
         started = time.perf_counter()
         total = int(self.pairs.lengths[np.concatenate(places)].sum())
@@ -114,7 +113,7 @@ class Harvester:
             bar.update(int(self.pairs.lengths[batch].sum()))
         merged = Entries(*(torch.cat(parts) for parts in zip(*found, strict=True)))
         spans = {span: self._active(merged, tokens, number) for number, span in enumerate(SPANS)}
-        store.write_shard(
+        write_shard(
             folder,
             index,
             self.pairs.rows[places],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...capture import run_to
 from ...reading import reading_masks
-from .store import SPANS
+from .shards import SPANS
 
 
 PROMPT, CHOSEN, REJECTED = range(len(SPANS))

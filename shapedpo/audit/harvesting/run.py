@@ -22,9 +22,9 @@ from ...errors import as_user_error
 from ...readouts import SAEFeatures
 from ...readouts.base import fingerprint
 from ...sources import model_source
-from . import store
 from .harvester import Harvester
 from .pairs import Pairs, load_pairs, processes
+from .shards import MANIFEST, missing_shards, n_shards, read_manifest, write_manifest
 from .store import Harvest
 
 
@@ -143,19 +143,17 @@ def harvest(
         "data": pairs.fingerprint,
         **{name: given[name] for name in ("max_length", "truncation_mode", "dtype", "min_freq", "shard_rows")},
     }
-    count = store.n_shards(len(pairs), settings.shard_rows)
+    count = n_shards(len(pairs), settings.shard_rows)
     # What failed before its first file was whole has left nothing that could be mixed up.
-    begun = (folder / store.MANIFEST).exists() and any(folder.glob("shard-*.parquet"))
+    begun = (folder / MANIFEST).exists() and any(folder.glob("shard-*.parquet"))
     if begun:
-        _check_same(folder, store.read_manifest(folder), given, prints)
+        _check_same(folder, read_manifest(folder), given, prints)
     # By number, not by what is missing: another process may have finished one by the time that this one looks.
-    mine = [
-        index for index in store.missing_shards(folder, count) if index % state.num_processes == state.process_index
-    ]
+    mine = [index for index in missing_shards(folder, count) if index % state.num_processes == state.process_index]
     if mine:
         harvester = Harvester(_loaded(model, settings.dtype, state.device), reader, pairs, settings)
         if state.is_main_process and not begun:
-            store.write_manifest(
+            write_manifest(
                 folder,
                 d_sae=reader.n_features,
                 n_rows=len(pairs),

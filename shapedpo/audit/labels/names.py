@@ -38,7 +38,8 @@ from numpy.typing import NDArray
 from ...files import replacing
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.maps import ClusterMap
-from ..harvesting.store import SPANS, Harvest
+from ..harvesting.shards import SPANS
+from ..harvesting.store import Harvest
 
 
 FILE_NAME = "labels.json"

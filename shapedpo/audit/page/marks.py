@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from ...decoding import TokenTexts
 from ...pages import clean
 from ..analysis.views import numbered
-from ..harvesting.store import SPANS, Harvest
+from ..harvesting.shards import SPANS
+from ..harvesting.store import Harvest
 
 
 Cluster = tuple[str, int]

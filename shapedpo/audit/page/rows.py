@@ -18,7 +18,7 @@ from ...files import replacing
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.lessons import Lesson, lessons
 from ..analysis.maps import ClusterMap
-from ..harvesting.store import SPANS
+from ..harvesting.shards import SPANS
 from ..labels.names import analysis_hash
 from .marks import Cluster, Row, marked_rows
 from .overview import EXEMPLARS

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
 from ..analysis.views import FeatureView, PromptView, numbered, on, one_of, pooled
-from ..harvesting.store import SPANS, Harvest, Shard
+from ..harvesting.shards import SPANS
+from ..harvesting.store import Harvest, Shard
 
 
 Array = NDArray[np.float64]

@@ -20,7 +20,7 @@ from ...files import replacing
 from ...monitor.estimators import bridge_weights
 from ...monitor.probe.rollouts import Probe, Reading, Readings, Rows
 from ...readouts.sae_reader import SAEReader
-from ..harvesting import store
+from ..harvesting import shards
 from ..harvesting.harvester import Harvester
 from ..harvesting.layout import Tokens
 from ..harvesting.pairs import Pairs
@@ -164,14 +164,14 @@ def roll_out(
     pairs = _Answers(rows, tokenizer)
     harvesting = HarvestSettings(max_length=None)
     harvester = Harvester(base, reader, pairs, harvesting)
-    store.write_manifest(
+    shards.write_manifest(
         folder,
         d_sae=reader.n_features,
         n_rows=len(pairs),
         shard_rows=harvesting.shard_rows,
         settings={"rollouts": vars(settings), "both": both},
     )
-    harvester.write(folder, list(range(store.n_shards(len(pairs), harvesting.shard_rows))))
+    harvester.write(folder, list(range(shards.n_shards(len(pairs), harvesting.shard_rows))))
     base.train(modes[0])
     trained.train(modes[1])
     with replacing(folder / FILE) as partial:
