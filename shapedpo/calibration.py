@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from .concept import Concept
 from .errors import UserError
 from .files import replacing
+from .progress import progress_bar
 from .reading import ConceptReader, RawScores, Statistics
 from .shapers import ConceptSignal
 from .structure import fit_given
@@ -185,7 +185,7 @@ def read_sample(
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         tables = [
             read([examples[int(i) % len(examples)] for i in rows], torch.from_numpy(rows < len(examples)))
-            for rows in tqdm(dealt, desc=title)
+            for rows in progress_bar(dealt, desc=title, show=accelerator.is_local_main_process)
         ]
     table = torch.stack(tables)
     if world > 1:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse, stats
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from .settings import AuditSettings
 
 
@@ -100,7 +100,7 @@ def strongest_pairs(firing: sparse.csr_matrix, settings: AuditSettings, progress
     starts = range(0, len(eligible), step)
     with ThreadPoolExecutor(_THREADS) as threads:  # scipy's products and numpy's arithmetic leave Python's lock alone
         blocks = threads.map(strong, starts)
-        for part in tqdm(blocks, "Features that fire together", len(starts), disable=not progress):
+        for part in progress_bar(blocks, desc="Features that fire together", total=len(starts), show=progress):
             found.append(part)
             if sum(len(part.weight) for part in found) > 2 * keep:
                 threshold, found = _cut(found, keep)

@@ -8,8 +8,8 @@ from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..harvesting.store import Shard
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
@@ -159,7 +159,7 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
     drafts: list[_Draft] = []
     explained = np.zeros(len(shown.rows), bool)
     in_vain = 0
-    for number in tqdm(order, "Lessons", unit=" hypotheses", disable=not progress):
+    for number in progress_bar(order, desc="Lessons", unit=" hypotheses", show=progress):
         single = analysis.hypotheses[number].view == "single"
         seeds = np.isin(shown.rows, analysis.hypotheses[number].evidence[: settings.lesson_rows])
         nearest = max(drafts, key=lambda draft: draft.has(seeds), default=None)

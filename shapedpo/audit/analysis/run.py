@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..harvesting.shards import SPANS
 from ..harvesting.store import Harvest, Shard
 from .clusters import embedded_clusters, spherical_kmeans, unit
@@ -78,7 +78,7 @@ class _Passes:
 
     def __call__(self, what: str, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
         begin = 0
-        with tqdm(total=self.harvest.n_rows, desc=what, unit=" pairs", disable=not self.progress) as bar:
+        with progress_bar(total=self.harvest.n_rows, desc=what, unit=" pairs", show=self.progress) as bar:
             for shard in self.harvest.shards(("freq",), spans):
                 yield slice(begin, begin + len(shard.rows)), shard
                 begin += len(shard.rows)

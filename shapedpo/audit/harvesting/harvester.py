@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ...progress import progress_bar
 from ...reading import check_reader
 from ...readouts.sae_reader import SAEReader
 from .layout import best_layout, run
@@ -66,7 +66,7 @@ class Harvester:
         started = time.perf_counter()
         total = int(self.pairs.lengths[np.concatenate(places)].sum())
         # Pairs differ in length, tokens do not: rate and time left are those of tokens.
-        with tqdm(total=total, unit=" tokens", unit_scale=True, disable=not main, desc="harvest") as bar:
+        with progress_bar(total=total, unit=" tokens", unit_scale=True, show=main, desc="harvest") as bar:
             for done, (index, part) in enumerate(zip(shards, places, strict=True)):
                 bar.set_postfix_str(f"file {done + 1} of {len(shards)}")
                 self._write_shard(folder, index, part, bar)

@@ -14,8 +14,8 @@ from string import Template
 from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints, ValidationError
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..analysis.hypotheses import Analysis, Hypothesis
 from ..analysis.maps import ClusterMap
 from ..harvesting.store import Harvest
@@ -230,7 +230,7 @@ async def ask(
     known = read_cache(cache)
     turns = asyncio.Semaphore(concurrency)
     alike = {task.key(labeller.name): task for task in wanted}  # what looks the same is asked once
-    with cache.open("a", encoding="utf-8") as file, tqdm(total=len(alike), desc="Labels", disable=not progress) as bar:
+    with cache.open("a", encoding="utf-8") as file, progress_bar(total=len(alike), desc="Labels", show=progress) as bar:
         if _cut_off(cache):
             file.write("\n")  # or the next answer would be lost with it
 

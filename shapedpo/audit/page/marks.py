@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from ...decoding import TokenTexts
 from ...pages import clean
+from ...progress import progress_bar
 from ..analysis.views import numbered
 from ..harvesting.shards import SPANS
 from ..harvesting.store import Harvest
@@ -71,8 +71,8 @@ def marked_rows(
     rows = harvest.rows
     split = None if tokenizer is None else TokenTexts(tokenizer)
     asked = np.isin(rows, np.fromiter(wanted, np.int64, len(wanted)))
-    with tqdm(
-        total=int(len(rows) if every_row else asked.sum()), desc="Rows", unit=" pairs", disable=not progress
+    with progress_bar(
+        total=int(len(rows) if every_row else asked.sum()), desc="Rows", unit=" pairs", show=progress
     ) as bar:
         for index in range(harvest.n_shards):
             part = slice(index * harvest.shard_rows, (index + 1) * harvest.shard_rows)

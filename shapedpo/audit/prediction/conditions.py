@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from tqdm.auto import tqdm
 
+from ...progress import progress_bar
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
 from ..analysis.views import FeatureView, PromptView, numbered, on, one_of, pooled
@@ -114,7 +114,7 @@ class Conditions:
 def passes(harvest: Harvest, what: str, progress: bool, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
     """The shards with the frequencies of some spans, and where each begins and ends."""
     begin = 0
-    with tqdm(total=harvest.n_rows, desc=what, unit=" pairs", disable=not progress) as bar:
+    with progress_bar(total=harvest.n_rows, desc=what, unit=" pairs", show=progress) as bar:
         for shard in harvest.shards(("freq",), spans):
             yield slice(begin, begin + len(shard.rows)), shard
             begin += len(shard.rows)
