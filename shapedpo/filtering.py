@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 from torch import Tensor
+from trl.data_utils import extract_prompt
 
 from .collator import ROW
 from .concept import Concept
@@ -71,6 +72,10 @@ def without_rows(dataset: Dataset, record: Mapping[str, Any]) -> Dataset:
 def check_filters(concepts: Sequence[Concept], dataset: Any) -> None:
     """Check that there are rows to filter, and that expressions can be evaluated on them.
 
+    Args:
+        concepts: All concepts.
+        dataset: The training data as it was given, with row numbers.
+
     Raises:
         ValueError: If the data is a stream, or an expression fails on its first rows; the text names the concept.
     """
@@ -82,6 +87,7 @@ def check_filters(concepts: Sequence[Concept], dataset: Any) -> None:
                 "out as they come, or a Dataset."
             )
         head = dataset.select(range(min(2, len(dataset))))
+        head = head if "prompt" in head.column_names else head.map(extract_prompt)  # as the trainer will
         nothing = ConceptSignal(torch.zeros(2 * len(head)), torch.zeros(len(head)), torch.ones(len(head)))
         _leaves(concepts[index], nothing, _columns(concepts[index], head))
 

@@ -133,6 +133,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         source = Source(None, None)
         if self._reads:
             train_dataset, source = numbered(train_dataset, args.process_index, args.world_size)
+            check_filters(self.concepts, train_dataset)
         self._recent = RecentRows(settings.window) if source.rows is None and self._reads else None
         pairs = args.per_device_train_batch_size * args.world_size
         for warning in check_methods(self.concepts, self._reader.readers, args, self._weight_column, pairs):
@@ -162,12 +163,6 @@ class ShapedDPOTrainer(InterveningTrainer):
             peft_config=peft_config,
         )
         self._prepare_reading()
-        policy: Any = self.model
-        self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
-        check_filters(self.concepts, self.train_dataset)
-        check_parameter_projection(self.concepts, args, self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        self._parameter_projection = ParameterProjection(policy, self.concepts)
-        self._steering = policy_steering(policy, self.concepts, self._reader.readers)
         if self._reads:
             run = TrainerAccess(self, source, self._recent)
             reader: Any = self._reader.monitored
@@ -177,6 +172,17 @@ class ShapedDPOTrainer(InterveningTrainer):
             guard_wandb(self.callback_handler)
             if self.precompute_ref_logps:
                 self._calibrate()  # nothing needs to run for it
+
+    def _prepare_reading(self) -> None:
+        """Prepare the methods with the readouts: before the reference's log-probabilities are precomputed, which takes as long as an epoch."""
+        if self._reading_ready:
+            return
+        super()._prepare_reading()
+        policy: Any = self.model
+        self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
+        check_parameter_projection(self.concepts, self.args, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        self._parameter_projection = ParameterProjection(policy, self.concepts)
+        self._steering = policy_steering(policy, self.concepts, self._reader.readers)
 
     def _additions(self) -> list[Any]:
         return [*super()._additions(), *([self._recent] if self._recent is not None else [])]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
+import tokenize
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +33,9 @@ class Filter(Shaper):
         fraction: The top fraction of the (gated) pairs to leave out, between 0 and 1, by delta. A pair whose delta is not positive
             stays, however large the fraction.
         threshold: Leave out pairs whose delta is at least this, in standard deviations of the score.
-        expression: Leave out the pairs for which this is true: an expression of [`pandas.DataFrame.query`] over the data set's columns
-            and `score_chosen`, `score_rejected`, `delta` and `gate` of the concept, such as `delta > 2 and cluster in [3, 17]`. Give one of
-            the three.
+        expression: Leave out the pairs for which this is true: an expression of [`pandas.DataFrame.eval`] over the data set's columns
+            and `score_chosen`, `score_rejected`, `delta` and `gate` of the concept, such as `delta > 2 and cluster in [3, 17]`. It has no access
+            to anything else: no `@name`, and no attribute whose name begins with an underscore. Give one of the three.
 
     Source: Bergen et al. (arXiv 2606.12360), example filtering (1, 3 or 5 %).
     """
@@ -56,6 +61,11 @@ class Filter(Shaper):
             check_number(owner, "threshold", self.threshold, 0)
         elif not isinstance(self.expression, str) or not self.expression.strip():
             raise ValueError(f"{owner}: `expression` must be a text such as 'delta > 2', got {self.expression!r}.")
+        elif _reaches_out(self.expression):
+            raise ValueError(
+                f"{owner}: `expression` may name columns and their methods, but no '@name' and no attribute that begins with '_', through which "
+                f"it could call anything; got {self.expression!r}."
+            )
 
     def leaves(self, signal: ConceptSignal, strength: float, columns: pd.DataFrame) -> Tensor:
         """Which pairs leave.
@@ -76,9 +86,10 @@ class Filter(Shaper):
                 delta=signal.delta.cpu().numpy(),
                 gate=signal.gate.cpu().numpy(),
             )
-            found = torch.zeros(len(table), dtype=torch.bool)
-            found[torch.from_numpy(table.reset_index(drop=True).query(self.expression).index.to_numpy())] = True
-            return found & (signal.gate > 0).cpu()
+            found = np.asarray(table.eval(self.expression))
+            if found.dtype != bool or found.shape != (len(table),):
+                raise TypeError("it must be true or false of each row, as 'delta > 2' is")
+            return torch.from_numpy(found.copy()) & (signal.gate > 0).cpu()
         delta = (signal.delta if strength > 0 else -signal.delta).cpu()
         candidates = (signal.gate > 0).cpu() & (delta > 0)
         if self.threshold is not None:
@@ -90,3 +101,12 @@ class Filter(Shaper):
         found = torch.zeros_like(candidates)
         found[order] = True
         return found & candidates
+
+
+def _reaches_out(expression: str) -> bool:
+    """Whether an expression names Python's own variables (`@name`), or an attribute that begins with an underscore; in strings they are text."""
+    try:
+        words = [word.string for word in tokenize.generate_tokens(io.StringIO(expression.replace("`", "")).readline)]
+    except (tokenize.TokenError, SyntaxError):
+        return re.search(r"@|\.\s*_", expression) is not None
+    return "@" in words or any(one == "." and other.startswith("_") for one, other in pairwise(words))

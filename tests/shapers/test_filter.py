@@ -43,24 +43,22 @@ def top(delta, count, where=None):
 GATE = torch.tensor([index % 3 != 0 for index in range(24)])
 
 
-@pytest.mark.parametrize("precompute", [False, True])
 @pytest.mark.parametrize(
-    ("concept", "expected"),
+    ("precompute", "concept", "expected"),
     [
-        (way(fraction=0.25), lambda d: top(d, 6)),
-        (way("amplify", fraction=0.25), lambda d: top(-d, 6)),
-        (way(fraction=0.25, gate=Gate(column="creative")), lambda d: top(d, 4, GATE)),
-        (way(threshold=0.7), lambda d: (d >= 0.7).nonzero()[:, 0].tolist()),
+        (True, way(fraction=0.25), lambda d: top(d, 6)),
+        (True, way("amplify", fraction=0.25), lambda d: top(-d, 6)),
+        (False, way(fraction=0.25, gate=Gate(column="creative")), lambda d: top(d, 4, GATE)),
+        (False, way(threshold=0.7), lambda d: (d >= 0.7).nonzero()[:, 0].tolist()),
         (
+            False,
             way(expression="delta > 0.2 and cluster in [1, 3] and score_chosen > score_rejected"),
             lambda d: [i for i in range(24) if d[i] > 0.2 and i % 5 in (1, 3)],
         ),
     ],
     ids=["fraction", "amplify", "gate", "threshold", "expression"],
 )
-def test_training_is_plain_on_the_rows_that_stay(tmp_path, delta, concept, expected, precompute):
-    if precompute and concept.shaper.fraction is None:
-        pytest.skip("one way of choosing is enough")
+def test_training_is_plain_on_the_rows_that_stay(tmp_path, delta, precompute, concept, expected):
     gone = expected(delta)
     assert 0 < len(gone) < 12
     settings = {**EPOCH, "precompute_ref_log_probs": precompute}
@@ -121,11 +119,29 @@ def test_equal_deltas_leave_in_order_and_only_positive_ones():
         ("delta >", "SyntaxError"),
         ("nonsense > 2", "UndefinedVariableError"),
         ("prompt_ids > 2", "UndefinedVariableError"),
+        ("delta", "true or false of each row"),
     ],
 )
-def test_bad_expressions_are_refused_at_construction(expression, text):
+def test_bad_expressions_are_refused_before_a_model_is_loaded(expression, text):
     with pytest.raises(ValueError, match=f"Concept 'way': method 'filter' cannot evaluate '{expression}'.*{text}"):
-        shaped(way(expression=expression), data=data())
+        shaped(way(expression=expression), data=data(), model="no such model")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["@torch.os.system('x') > 1", "delta.__class__ != 1", "delta. _x > 1", r"'\'' + @x + '\'' == 1", "(@x"],
+)
+def test_expressions_see_the_columns_only(expression):
+    with pytest.raises(ValueError, match="may name columns and their methods"):
+        Filter(expression=expression)
+
+
+def test_expressions_of_text():
+    """In a string an at sign or an underscore is text."""
+    table = data(4).add_column("a b", ["x", "a@b", "._", "y_"]).to_pandas()
+    signal = ConceptSignal(torch.zeros(8), torch.zeros(4), torch.ones(4))
+    gone = Filter(expression="`a b`.str.contains('@') or `a b` == '._'").leaves(signal, 1.0, table)
+    assert gone.tolist() == [False, True, True, False]
 
 
 def test_what_does_not_fit():

@@ -14,7 +14,7 @@ from shapedpo.prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from shapedpo.shapers.projection import ResidualProjection
 from shapedpo.steering import Edit, Steering
 from tests.chat import chat_tokenizer, chat_trainer, chats, messages
-from tests.helpers import HIDDEN, LAYERS, load_model, pairs, sae_path, shaped, tokenizer, train, vector
+from tests.helpers import HIDDEN, LAYERS, Forwards, load_model, pairs, sae_path, shaped, tokenizer, train, vector
 from tests.slow import CHECKPOINTING, EVERY_FORWARD, SOME_FORWARDS, Slow, standardise, trainer_of
 
 
@@ -296,8 +296,11 @@ class TestFinalUserTurn:
     ],
 )
 def test_what_does_not_fit(concept, text):
-    with pytest.raises(ValueError, match=f"Concept 'way': {text}"):
-        shaped(concept)
+    """It is said before the reference's pass over the data."""
+    model = load_model()
+    with Forwards(model) as passes, pytest.raises(ValueError, match=f"Concept 'way': {text}"):
+        shaped(concept, model=model, precompute_ref_log_probs=True)
+    assert not len(passes)
 
 
 @pytest.mark.parametrize(
