@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for n_rows in options.rows:
                 rows.append(measure_growth(n_rows, options.features, options.folder or Path(temporary)))
                 print(rows[-1], flush=True)
-                text = write_growth(rows, options.features, options.out)
+                text = write_growth(sorted(rows, key=lambda row: row["pairs"]), options.features, options.out)
         print(text)
     else:
         parser.error("say what to measure: cost or growth")
