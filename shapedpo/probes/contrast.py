@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..readouts.responses import Messages, Response
+from ..readouts.responses import Messages, Response, response_text
 
 
 ANSWERS = ("response", "completion")
@@ -66,7 +66,7 @@ class Contrast(NamedTuple):
         """
         given = [Row(*row) for row in rows]
         numbers: dict[str, int] = {}
-        keys = [row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True) for row in given]
+        keys = [_key(row.prompt) for row in given]
         groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
         labels = np.array([row.label for row in given], dtype=bool)
         if min(labels.sum(), (~labels).sum()) < 2:
@@ -164,8 +164,24 @@ def read_contrast(
                 )
             others = tuple(name for name in shows or () if name != concept)
             for answer, shown in _answers(row, concept in (shows or ()) if named else label, place):
-                rows.append(Row(message(row["prompt"], "user"), message(answer, "assistant"), shown, str(path), others))
+                prompt, response = message(row["prompt"], "user"), message(answer, "assistant")
+                _check_texts(prompt, response, place)
+                rows.append(Row(prompt, response, shown, str(path), others))
     return rows
+
+
+def _check_texts(prompt: Any, response: Any, place: str) -> None:
+    """Raise `ValueError` unless they are two strings or two lists of messages, and the response has text."""
+    for name, value in (("prompt", prompt), ("response", response)):
+        messages = isinstance(value, list) and all(isinstance(m, Mapping) and "role" in m for m in value)
+        if not isinstance(value, str) and not (messages and value):
+            raise ValueError(
+                f"{place}: the {name} must be a string or a list of messages with `role` and `content`, got {value!r:.80}."
+            )
+    if isinstance(prompt, str) != isinstance(response, str):
+        raise ValueError(f"{place}: prompt and response must both be strings, or both lists of messages.")
+    if not response_text(response).strip():
+        raise ValueError(f"{place}: the response is empty. Leave the row out.")
 
 
 def _shows(row: Mapping[str, Any], place: str) -> list[str] | None:
@@ -190,7 +206,7 @@ def _answers(row: Mapping[str, Any], label: bool | None, place: str) -> list[tup
         if "label" not in row:
             raise ValueError(f"{place} has no 'label'. Expected {FORMS}.")
         given = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
-        if given not in _LABELS:
+        if not isinstance(given, Hashable) or given not in _LABELS:
             raise ValueError(f"{place} has the label {row['label']!r}. Expected true or false.")
         return [(answer, _LABELS[given])]
     if label is None:
@@ -210,14 +226,23 @@ def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
     if file.suffix in (".csv", ".parquet"):
         import pandas as pd
 
-        table = pd.read_csv(file, dtype=str, keep_default_na=False) if file.suffix == ".csv" else pd.read_parquet(file)
+        try:
+            csv = file.suffix == ".csv"
+            table = pd.read_csv(file, dtype=str, keep_default_na=False) if csv else pd.read_parquet(file)
+        except (ValueError, OSError) as error:  # of another encoding, or no table at all
+            raise ValueError(f"cannot read '{path}' as {file.suffix[1:]}: {error}.") from error
         return [(f"'{path}', row {number}", _plain(row)) for number, row in enumerate(table.to_dict("records"), 1)]
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not UTF-8 ({error}). Convert it.") from error
     entries: list[tuple[str, Any]] = []
     if file.suffix == ".json":
         entries = [(f"'{path}', row {number}", row) for number, row in enumerate(_json(text, f"'{path}'"), 1)]
     else:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(
+            text.split("\n"), start=1
+        ):  # not `splitlines`: JSON may hold other line ends in strings
             if line.strip():
                 place = f"'{path}', line {number}"
                 entries.append((place, _json(line, place)))
@@ -225,6 +250,21 @@ def _rows(path: str) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(row, Mapping):
             raise ValueError(f"{place} is no object. Expected {FORMS}.")
     return entries
+
+
+def check_labels(rows: Iterable[Row]) -> None:
+    """Raise `ValueError` if a response to a prompt is there as one that shows the concept and as one that does not."""
+    labels: dict[tuple[str, str], bool] = {}
+    for row in rows:
+        if labels.setdefault((_key(row.prompt), _key(row.response)), row.label) != row.label:
+            raise ValueError(
+                f"the response {response_text(row.response)!r:.80} to {response_text(row.prompt)!r:.80} is there twice, once as one that shows "
+                "the concept and once as one that does not. Leave one out."
+            )
+
+
+def _key(text: str | Messages) -> str:
+    return text if isinstance(text, str) else json.dumps(text, sort_keys=True)
 
 
 def _json(text: str, place: str) -> Any:

@@ -38,6 +38,8 @@ def judge_from(name: str, concept: str, retries: int = 6) -> Callable[[Sequence[
     """
     if not name.startswith("regex:") and (place := endpoint(name)) is not None:
         return lambda texts: asyncio.run(_ask(*place, concept, texts, retries))
+    if not name.startswith("regex:") and ":" not in name:
+        raise ValueError(f"The judge {name!r} is none of regex:PATTERN, package.module:function and URL#MODEL.")
     readout: Readout = Regex(name.removeprefix("regex:")) if name.startswith("regex:") else TextFunction(name)
     reader = readout.load()
     assert isinstance(reader, TextReader)

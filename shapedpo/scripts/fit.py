@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -36,6 +38,24 @@ Rank an SAE's features by how well they tell a contrast set, and propose the sma
 {SOURCES}"""
 
 
+def number(
+    kind: Callable[[str], Any], least: float, most: float = math.inf, above: bool = False
+) -> Callable[[str], Any]:
+    """A type for argparse: a number between two bounds, or above the lower one."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not (least < value if above else least <= value) or not value <= most or value == math.inf:
+            bounds = f"{'above' if above else 'at least'} {least:g}" + (
+                f" and at most {most:g}" if most < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse says so of a text that is none
+    return parse
+
+
 def add_commands(commands: Any, concepts: Any) -> None:
     """Add `fit` to the command line's own parser and `find` to that of `shapedpo concepts`."""
     source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -55,16 +75,25 @@ def add_commands(commands: Any, concepts: Any) -> None:
         "--own-answers", action="store_true", help="label the model's own answers, not the recipe's completions"
     )
     source.add_argument("--other", metavar="NAME=JUDGE", nargs="+", default=[], help="what it may be taken for")
-    source.add_argument("--max-new-tokens", type=int, default=128, help="where an answer is cut (%(default)s)")
+    source.add_argument(
+        "--max-new-tokens", type=number(int, 1), default=128, help="where an answer is cut (%(default)s)"
+    )
     source.add_argument(
         "--sample",
-        type=int,
+        type=number(int, 1),
         default=500,
         metavar="N",
         help="pairs, at random, whose completions are read or prompts answered (%(default)s)",
     )
-    source.add_argument("--heldout", type=float, default=0.25, help="share of the prompts to judge on (%(default)s)")
-    source.add_argument("--batch-size", type=int, default=8, help="responses in a forward pass (%(default)s)")
+    source.add_argument(
+        "--heldout",
+        type=number(float, 0, 0.5, above=True),
+        default=0.25,
+        help="share of the prompts to judge on (%(default)s)",
+    )
+    source.add_argument(
+        "--batch-size", type=number(int, 1), default=8, help="responses in a forward pass (%(default)s)"
+    )
 
     shared: dict[str, Any] = {"parents": [source], "formatter_class": argparse.RawDescriptionHelpFormatter}
     fit = commands.add_parser(
@@ -81,8 +110,10 @@ def add_commands(commands: Any, concepts: Any) -> None:
     fit.add_argument("--layers", nargs="+", default=["all"], help="decoder layers, counted from 0 (all)")
     fit.add_argument("--objective", choices=("auto", "pairs", "bce"), default="auto",
         help="of probes: between responses to one prompt, or over all; auto: pairs where each prompt has both")  # fmt: skip
-    fit.add_argument("--l2", type=float, default=1e-4, help="weight of the probes' squared weights (%(default)s)")
-    fit.add_argument("--heads", type=int, default=1, help="of the attention probe (%(default)s)")
+    fit.add_argument(
+        "--l2", type=number(float, 0), default=1e-4, help="weight of the probes' squared weights (%(default)s)"
+    )
+    fit.add_argument("--heads", type=number(int, 1), default=1, help="of the attention probe (%(default)s)")
 
     find = concepts.add_parser(
         "find",
@@ -95,9 +126,9 @@ def add_commands(commands: Any, concepts: Any) -> None:
     find.add_argument("--sae", help="folder or release (the recipe's monitor_sae)")
     find.add_argument("--sae-id", help="which SAE of the release")
     find.add_argument("--hook-name", help="where to read, if the SAE does not say")
-    find.add_argument("--target", type=float, default=0.95, help="the AUROC to reach (%(default)s)")
-    find.add_argument("--max-features", type=int, default=8, help="size of the largest set (%(default)s)")
-    find.add_argument("--top", type=int, default=20, help="how many features are shown (%(default)s)")
+    find.add_argument("--target", type=number(float, 0, 1), default=0.95, help="the AUROC to reach (%(default)s)")
+    find.add_argument("--max-features", type=number(int, 1), default=8, help="size of the largest set (%(default)s)")
+    find.add_argument("--top", type=number(int, 0), default=20, help="how many features are shown (%(default)s)")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UserError, as_user_error
-from ..probes.contrast import Contrast, Row, read_contrast
+from ..probes.contrast import Contrast, Row, check_labels, read_contrast
 from ..probes.instructed import answers, instructed_rows
 from ..probes.judge import judge_from
 from ..probes.quality import auroc_interval
 from ..probes.study import KINDS, Fitted, Options, best, fit_readouts, save_readout
-from ..readouts.responses import read_responses, response_text
+from ..reading import check_reader
+from ..readouts.responses import read_responses, response_text, tokenize_response
 from ..readouts.sae_reader import SAEReader
 from ..sae.check import auroc
 from ..sae.find import best_sets, concept_score, hard_auroc
@@ -38,12 +40,15 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if unknown := [kind for kind in args.kinds if kind not in KINDS]:
         raise UserError(f"--kinds: {unknown[0]!r} is none of {', '.join(KINDS)}.")
     _check_source(args)
-    layers = _layers(args.layers)
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {args.out!r} is a file. Name a folder.")
     setting = Setting.read(args.config, overrides)
-    model, tokenizer = setting.load_model(), setting.tokenizer()
+    layers = _layers(args.layers, setting.n_layers)
+    model, tokenizer = functools.cache(setting.load_model), setting.tokenizer()
     contrast = contrast_of(args, setting, model, tokenizer)
     options = Options(
-        kinds=args.kinds,
+        kinds=list(dict.fromkeys(args.kinds)),
         layers=layers,
         objective=_objective(args.objective, contrast),
         heldout=args.heldout,
@@ -54,10 +59,9 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         max_length=setting.args.max_length,
     )
     with as_user_error(ValueError):
-        fitted = fit_readouts(model, tokenizer, contrast, options)
+        fitted = fit_readouts(model(), tokenizer, contrast, options)
     kept = best(fitted)
     _print_fitted(fitted, kept, contrast, options)
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -69,7 +73,7 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     _print_confusions(kept)
     for kind, one in kept.items():
         path = out / f"{kind}.safetensors"
-        save_readout(path, one, model, contrast, options)
+        save_readout(path, one, model(), contrast, options)
         _print_readout({"type": kind, "path": str(path), **READ_AS.get(kind, {})})
     return 0
 
@@ -80,15 +84,17 @@ def find(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     setting = Setting.read(args.config, overrides)
     sae = setting.load_sae(args.sae, args.sae_id)
     name = args.sae or setting.sae[0]
-    model, tokenizer = setting.load_model(), setting.tokenizer()
+    model, tokenizer = functools.cache(setting.load_model), setting.tokenizer()
     contrast = contrast_of(args, setting, model, tokenizer)
     with as_user_error(ValueError):
         fit, held = contrast.split(args.heldout, setting.args.seed)
         reader = SAEReader(
             sae, None, "max", args.hook_name or sae.cfg.metadata.hf_hook_name or sae.cfg.metadata.hook_name
         )
+        if mismatch := check_reader(f"The SAE {name}", reader, model(), model().config.get_text_config()):
+            print(f"Warning: {mismatch}")
         sizes: dict[str, Any] = {"batch_size": args.batch_size, "max_length": setting.args.max_length}
-        pooled = read_responses(model, tokenizer, contrast.responses, reader, **sizes, name="features").numpy()
+        pooled = read_responses(model(), tokenizer, contrast.responses, reader, **sizes, name="features").numpy()
     labels = contrast.labels
     _print_features(pooled, contrast, args.top)
 
@@ -146,43 +152,73 @@ def _check_source(args: argparse.Namespace) -> None:
     for other in args.other:
         if not re.match(r"[^=]+=.", other):
             raise UserError(f"--other: expected NAME=JUDGE, as in praise=regex:genius, got {other!r}.")
+    if args.instruct and (not all(map(str.strip, args.instruct)) or args.instruct[0] == args.instruct[1]):
+        raise UserError(
+            f"--instruct: expected two instructions that differ, got {args.instruct[0]!r} and {args.instruct[1]!r}."
+        )
 
 
-def contrast_of(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any) -> Contrast:
-    """The contrast set that the command line asks for.
+def contrast_of(args: argparse.Namespace, setting: Setting, load_model: Callable[[], Any], tokenizer: Any) -> Contrast:
+    """The contrast set that the command line asks for, without responses that `max_length` cuts off whole.
+
+    Args:
+        load_model: Gives the model, which is needed for its own answers only.
 
     Raises:
         UserError: If what it asks for does not fit.
     """
     with as_user_error(ValueError):
-        rows = _rows(args, setting, model, tokenizer)
+        judges = {name: judge_from(judge, name) for name, _, judge in (other.partition("=") for other in args.other)}
+        rows = _kept(_rows(args, setting, load_model, tokenizer), tokenizer, setting.args.max_length)
         texts = [(response_text(row.prompt), response_text(row.response)) for row in rows]
-        for other in args.other:
-            name, _, judge = other.partition("=")
-            shown = judge_from(judge, name)(texts)
+        for name, judge in judges.items():
             rows = [
                 row._replace(others=(*row.others, name)) if is_so else row
-                for row, is_so in zip(rows, shown, strict=True)
+                for row, is_so in zip(rows, judge(texts), strict=True)
             ]
-        return Contrast.of(rows)
+        contrast = Contrast.of(rows)
+        contrast.split(
+            args.heldout, setting.args.seed
+        )  # if it cannot be, that is better known before the model is loaded
+        return contrast
 
 
-def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any) -> list[Row]:
+def _kept(rows: list[Row], tokenizer: Any, max_length: int | None) -> list[Row]:
+    """The rows of which anything is left within `max_length` tokens; says how many are not."""
+    chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
+    if chat is not None and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The contrast set has messages ({chat.source}), and the model's tokenizer has no chat template. Give strings, without --chat."
+        )
+    starts = [tokenize_response(tokenizer, row.prompt, row.response)[1] for row in rows] if max_length else []
+    kept = [row for row, start in zip(rows, starts, strict=True) if start < max_length] if max_length else rows
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} responses are left out: their prompts alone fill max_length={max_length}."
+        )
+    return kept
+
+
+def _rows(args: argparse.Namespace, setting: Setting, load_model: Callable[[], Any], tokenizer: Any) -> list[Row]:
     """Responses, labelled as the command line says."""
-    if args.contrast:
-        return read_contrast(args.contrast, chat=args.chat, concept=args.concept)
-    if args.positive:
-        rows = read_contrast(args.positive, label=True, chat=args.chat, concept=args.concept)
-        return rows + read_contrast(args.negative, label=False, chat=args.chat, concept=args.concept)
+    if args.contrast or args.positive:
+        options: dict[str, Any] = {"chat": args.chat, "concept": args.concept}
+        if args.contrast:
+            rows = read_contrast(args.contrast, **options)
+        else:
+            rows = read_contrast(args.positive, label=True, **options)
+            rows += read_contrast(args.negative, label=False, **options)
+        check_labels(rows)
+        return rows
     sizes = {"seed": setting.args.seed, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     name = f"regex:{args.pattern}" if args.pattern else args.judge
     judge = judge_from(name, args.concept or (args.instruct[0] if args.instruct else "")) if name else None
     pairs = setting.responses(setting.train, args.sample)
     if args.instruct:
         prompts, told = [prompt for prompt, _ in pairs[::2]], (args.instruct[0], args.instruct[1])
-        return instructed_rows(model, tokenizer, prompts, told, place=args.place, judge=judge, **sizes)
+        return instructed_rows(load_model(), tokenizer, prompts, told, place=args.place, judge=judge, **sizes)
     if args.own_answers:
-        pairs = answers(model, tokenizer, [prompt for prompt, _ in pairs[::2]], **sizes)
+        pairs = answers(load_model(), tokenizer, [prompt for prompt, _ in pairs[::2]], **sizes)
     texts = [(response_text(prompt), response_text(response)) for prompt, response in pairs]
     assert judge is not None  # by `_check_source`
     shows = judge(texts)
@@ -196,18 +232,23 @@ def _rows(args: argparse.Namespace, setting: Setting, model: Any, tokenizer: Any
 
 
 def _objective(name: str, contrast: Contrast) -> str:
+    both = [len(np.unique(contrast.labels[contrast.groups == group])) == 2 for group in np.unique(contrast.groups)]
+    if name == "pairs" and not any(both):
+        raise UserError("--objective pairs: no prompt has a response of either kind. Use bce.")
     if name != "auto":
         return name
-    both = [len(np.unique(contrast.labels[contrast.groups == group])) == 2 for group in np.unique(contrast.groups)]
     return "pairs" if all(both) else "bce"
 
 
-def _layers(words: Sequence[str]) -> list[int] | None:
+def _layers(words: Sequence[str], there_are: int) -> list[int] | None:
     if list(words) == ["all"]:
         return None
     if not all(word.isdecimal() for word in words):
         raise UserError(f"--layers: expected layer numbers or all, got {' '.join(words)}.")
-    return [int(word) for word in words]
+    layers = list(dict.fromkeys(map(int, words)))
+    if outside := [layer for layer in layers if layer >= there_are]:
+        raise UserError(f"--layers: there is no layer {outside[0]}; the model has {there_are} (0 to {there_are - 1}).")
+    return layers
 
 
 def _print_fitted(fitted: Sequence[Fitted], kept: dict[str, Fitted], contrast: Contrast, options: Options) -> None:

@@ -62,6 +62,13 @@ class Setting(NamedTuple):
         watched = (args.monitor_sae, args.monitor_sae_id)
         return cls(model_source(model.model_name_or_path), dtype, train, heldout, watched, args)
 
+    @property
+    def n_layers(self) -> int:
+        """How many decoder layers the model has, by its configuration."""
+        from transformers import AutoConfig
+
+        return int(AutoConfig.from_pretrained(self.model).get_text_config().num_hidden_layers)
+
     def tokenizer(self) -> Any:
         """The model's tokenizer, with padding as TRL sets it."""
         from transformers import AutoTokenizer

@@ -86,10 +86,10 @@ class Filter(Shaper):
                 delta=signal.delta.cpu().numpy(),
                 gate=signal.gate.cpu().numpy(),
             )
-            found = np.asarray(table.eval(self.expression))
-            if found.dtype != bool or found.shape != (len(table),):
+            true = np.asarray(table.eval(self.expression))
+            if true.dtype != bool or true.shape != (len(table),):
                 raise TypeError("it must be true or false of each row, as 'delta > 2' is")
-            return torch.from_numpy(found.copy()) & (signal.gate > 0).cpu()
+            return torch.from_numpy(true.copy()) & (signal.gate > 0).cpu()
         delta = (signal.delta if strength > 0 else -signal.delta).cpu()
         candidates = (signal.gate > 0).cpu() & (delta > 0)
         if self.threshold is not None:

@@ -158,10 +158,21 @@ BAD = {
     "other": (["fit", "--out", "x", "--pattern", "a", "--other", "praise"], "expected NAME=JUDGE"),
     "endpoint": (["fit", "--out", "x", "--judge", "http://localhost:1/v1#m"], "Say it with --concept"),
     "kind": (["fit", "--out", "x", "--pattern", "a", "--kinds", "tree"], "'tree' is none of direction"),
-    "layers": (
-        ["fit", "--out", "x", "--pattern", "a|e|i", "--layers", "top"],
-        "expected layer numbers or all, got top",
+    "layers": (["fit", "--out", "x", "--pattern", "a", "--layers", "top"], "expected layer numbers or all, got top"),
+    "layer": (
+        ["fit", "--out", "x", "--pattern", "a", "--layers", "9"],
+        "there is no layer 9; the model has 3 (0 to 2)",
     ),
+    "out": (["fit", "--out", __file__, "--pattern", "a"], "is a file. Name a folder"),
+    "instructions": (["fit", "--out", "x", "--instruct", "a", "a"], "expected two instructions that differ"),
+    "no chat": (
+        ["fit", "--out", "x", "--contrast", "few.jsonl", "--chat"],
+        "the model's tokenizer has no chat template",
+    ),
+    "few": (["fit", "--out", "x", "--contrast", "few.jsonl"], "Of the 2 responses of the contrast set, 1 show"),
+    "cut": (["fit", "--out", "x", "--contrast", "few.jsonl", "--max_length", "1"], "Of the 0 responses"),
+    "heads": (["fit", "--out", "x", "--heads", "0"], "--heads: must be at least 1, got 0"),
+    "heldout": (["fit", "--out", "x", "--heldout", "1"], "--heldout: must be above 0 and at most 0.5, got 1"),
     "file": (
         ["concepts", "find", "--sae", "lab", "--contrast", "nowhere.jsonl"],
         "there is no contrast set 'nowhere.jsonl'",
@@ -173,8 +184,15 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, recipe, capfd, tmp_path, monkeypatch):  # noqa: F811
+def test_bad_input_is_refused_before_a_model_is_loaded(case, recipe, capfd, tmp_path, monkeypatch):  # noqa: F811
     words, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
-    assert cli.main([*words, "--config", str(recipe)]) == 2
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    rows = [{"prompt": "a ", "response": text, "label": text == "b"} for text in "bc"]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    try:
+        status = cli.main([*words, "--config", str(recipe)])
+    except SystemExit as stop:  # of argparse
+        status = stop.code
+    assert status == 2
     assert expected in capfd.readouterr().err

@@ -6,13 +6,14 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from shapedpo.probes.contrast import Contrast, Row, read_contrast
+from shapedpo.probes.contrast import Contrast, Row, check_labels, read_contrast
 from shapedpo.probes.instructed import instructed_rows
 from shapedpo.probes.judge import judge_from
 from tests.helpers import load_model, tokenizer
@@ -103,13 +104,45 @@ def test_kinds_of_negatives_weigh_alike():
         ({"response": "a", "label": 1}, "line 1 has no 'prompt'"),
         ({"prompt": "a", "response": "a"}, "line 1 has no 'label'"),
         ({"prompt": "a", "response": "a", "label": "perhaps"}, "the label 'perhaps'. Expected true or false"),
+        ({"prompt": "a", "response": "a", "label": [1]}, "the label [1]. Expected true or false"),
         ({"prompt": "a", "chosen": "a"}, "line 1 has no 'response'"),
+        ({"prompt": None, "response": "a", "label": 1}, "line 1: the prompt must be a string or a list of messages"),
+        ({"prompt": "a", "response": 5, "label": 1}, "line 1: the response must be a string or a list of messages"),
+        ({"prompt": ["a"], "response": ["b"], "label": 1}, "with `role` and `content`, got ['a']"),
+        (
+            {"prompt": "a", "response": [{"role": "assistant", "content": "b"}], "label": 1},
+            "must both be strings, or both lists of messages",
+        ),
+        ({"prompt": "a", "response": " ", "label": 1}, "line 1: the response is empty"),
         ([1], "line 1 is no object"),
     ],
 )
 def test_bad_rows(tmp_path, row, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         read_contrast([write(tmp_path / "a.jsonl", [row])])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"), [(".jsonl", b'"\xe9"'), (".csv", b"\xe9"), (".csv", b""), (".parquet", b"x")]
+)
+def test_files_that_are_none(tmp_path, suffix, content):
+    path = tmp_path / f"contrast{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}'.*(is not UTF-8|as {suffix[1:]}: )"):
+        read_contrast([str(path)])
+
+
+def test_line_ends_in_strings_and_a_mark_at_the_start(tmp_path):
+    path = Path(write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "label": True}]))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b'"b"', '"b\u2028c"'.encode()))
+    assert [row.response for row in read_contrast([str(path)])] == ["b\u2028c"]
+
+
+def test_a_response_of_both_kinds():
+    rows = [Row("a", "b", True, ""), Row("a", "c", False, ""), Row("b", "b", False, "")]
+    check_labels(rows)
+    with pytest.raises(ValueError, match="the response 'c' to 'a' is there twice"):
+        check_labels([*rows, Row("a", "c", True, "")])
 
 
 def test_split_keeps_prompts_together():
