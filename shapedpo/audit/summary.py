@@ -91,6 +91,10 @@ class Summary:
             parts.append(
                 self._table(title, findings, options.max_width >= _WIDE) if findings else f"{title}: nothing found"
             )
+        if any((self.everywhere, self.conditional, self.rare)) and self.prediction and not self.prediction.scaled.any():
+            parts.append(
+                "Predicted changes: compare them with each other. How far a run goes is not in the data; a short run of it says (--pilot)."
+            )
         if not significant:
             parts.append("Chosen and rejected completions differ no more than chance would make them.")
         yield from parts

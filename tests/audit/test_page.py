@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shapedpo.audit.analysis.lessons import lessons
@@ -95,6 +96,10 @@ def test_predictions_are_shown_where_there_are_some(
     values = finished.prediction.at("feature_cluster", best.response)
     assert values is not None
     assert f"{values['score']:+.2f}".replace("-", "−") in predicted
+    assert page.locator("#detail .figures div", has_text="in rollouts").count() == 0  # nobody said how far a run goes
+    scaled = replace(finished.prediction, scaled=np.ones_like(finished.prediction.scaled))
+    page = opened(write_page(replace(finished, prediction=scaled), None, tmp_path / "scaled.html")).page
+    page.evaluate("openHypothesis(0)")
     assert "%" in page.locator("#detail .figures div", has_text="in rollouts").inner_text()
     without = write_page(replace(finished, prediction=None), None, tmp_path / "without.html")
     page = opened(without).page

@@ -177,9 +177,11 @@ def test_a_pilot_says_how_the_model_generalises_and_how_far(audited, tmp_path) -
     # the pilot has moved by what is predicted of a tenth of the run, as far as they agree
     slope = found.score @ change / (found.score @ found.score)
     assert slope == pytest.approx(0.1, rel=0.35)
+    assert found.scaled.all()
     # with rows left out the pilot no longer fits, and the data is asked alone
     left = predict(harvest, analysis, how, weights=np.ones(WORLD.n), rollouts=answers, progress=False).of("feature")
     assert np.abs(left.score[spilt]).mean() < 0.2 * found.score[spilt].mean()
+    assert not left.scaled.any()
 
 
 def test_two_answers_of_the_reference_to_a_prompt_follow_each_other_where_both_models_answered(tmp_path) -> None:
@@ -203,6 +205,7 @@ def test_prediction_is_a_file_of_lines(audited, tmp_path) -> None:
     line = found.of("response_cluster", "prompt")
     assert found.at("response_cluster", int(line.number[3]), "prompt", int(line.condition[3]))["score"] == line.score[3]
     assert found.at("feature", WORLD.d_sae) is None
+    assert found.scaled.all()
     places = [("response_cluster", int(line.number[3]), "prompt", int(line.condition[3])), ("feature", 5, "global", -1)]
     lines = found.lines([*places, ("feature", WORLD.d_sae, "global", -1)])
     assert {place: found.score[line] for place, line in lines.items()} == {p: found.at(*p)["score"] for p in places}

@@ -13,6 +13,7 @@ from shapedpo.audit.analysis.settings import AuditSettings
 from shapedpo.audit.harvesting.shards import SPANS, Active, write_manifest, write_shard
 from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.labels.names import exciting_tokens
+from shapedpo.audit.prediction.run import PredictionSettings, predict
 from shapedpo.audit.summary import distinctive_words, feature_names, summarise
 
 from .worlds import World
@@ -81,6 +82,11 @@ def test_summary_says_in_words_what_is_taught_where(tmp_path) -> None:
     text = console.export_text()
     assert "splendid" in text
     assert "200 pairs" in text
+    assert "How far a run goes" not in text  # nothing was predicted
+    for settings, said in ((PredictionSettings(), True), (PredictionSettings(scale=1.0), False)):
+        prediction = predict(harvest, analysis, settings, progress=False)
+        console.print(summarise(analysis, harvest, names, prediction=prediction))
+        assert ("How far a run goes" in console.export_text()) == said
 
 
 def test_a_finding_without_words_is_named_by_its_features(tmp_path) -> None:

@@ -46,7 +46,7 @@ def world(order: float, noise: float = 0.3) -> tuple[Prediction, dict, dict]:
     for name in ("score", "log_odds"):
         columns |= {name: truth, f"{name}_low": truth - 0.1, f"{name}_high": truth + 0.1}
     ones = np.ones(len(truth))
-    return Prediction(**columns, base_rate=0.3 * ones, sd=ones), *runs
+    return Prediction(**columns, base_rate=0.3 * ones, sd=ones, scaled=ones > 1), *runs
 
 
 @pytest.mark.parametrize("order", [0.0, 0.7])

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...pages import clean
 from ..analysis.hypotheses import Analysis
 from ..analysis.maps import ClusterMap
@@ -153,10 +155,13 @@ def rounded(value: float | None, digits: int = 4) -> float | None:
 
 
 def predicted(prediction: Prediction, places: Sequence[Place]) -> list[list[float | None] | None]:
-    """`[score, low, high, log-odds, low, high, base rate]` of some things, by kind, number, view and condition; `None` where there is none."""
+    """`[score, low, high, log-odds, low, high, base rate]` of some things, by kind, number, view and condition; `None` where there is none.
+
+    Without log-odds where their scale is not known: rates that are off by ten times would be taken at their word.
+    """
     lines = prediction.lines(places)
-    values = [getattr(prediction, name) for name in _PREDICTED]
+    scores, odds = (
+        [getattr(prediction, name + end) for end in ("", "_low", "_high")] for name in ("score", "log_odds")
+    )
+    values = [*scores, *(np.where(prediction.scaled, part, np.nan) for part in odds), prediction.base_rate]
     return [[rounded(value[lines[place]].item()) for value in values] if place in lines else None for place in places]
-
-
-_PREDICTED = ("score", "score_low", "score_high", "log_odds", "log_odds_low", "log_odds_high", "base_rate")

@@ -87,7 +87,7 @@ def estimate(
             )
         rate = _base_rate(part, of_reference.get((part.kind, part.view)) if spoken else None)
         _add(columns, part, line, rate, scale, settings)
-    types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32}
+    types = {"kind": str, "view": str, "number": np.int32, "condition": np.int32, "scaled": bool}
     return {name: np.concatenate(parts).astype(types.get(name, np.float32)) for name, parts in columns.items()}
 
 
@@ -129,7 +129,12 @@ def _base_rate(part: Part, spoken: Change | None) -> Array:
 
 
 def _add(
-    columns: dict[str, list[Any]], part: Part, line: _Line, rate: Array, scale: float, settings: PredictionSettings
+    columns: dict[str, list[Any]],
+    part: Part,
+    line: _Line,
+    rate: Array,
+    scale: float | None,
+    settings: PredictionSettings,
 ) -> None:
     """Add a part's lines."""
     half = float(norm.ppf(0.5 + LEVEL / 2))
@@ -143,7 +148,7 @@ def _add(
     ):
         error = np.sqrt(se**2 + (settings.error * value) ** 2 + (settings.common_error * common) ** 2)
         for suffix, shift in (("", 0.0), ("_low", -half), ("_high", half)):
-            columns.setdefault(name + suffix, []).append(scale * (value + shift * error))
+            columns.setdefault(name + suffix, []).append((scale or 1.0) * (value + shift * error))
     for name, values in (
         ("kind", np.full(len(part.number), part.kind)),
         ("view", np.full(len(part.number), part.view)),
@@ -151,5 +156,6 @@ def _add(
         ("condition", part.condition),
         ("base_rate", rate),
         ("sd", part.sd),
+        ("scaled", np.full(len(part.number), scale is not None)),
     ):
         columns.setdefault(name, []).append(values)

@@ -65,7 +65,8 @@ class PredictionSettings:
 
     Args:
         scale: What the changes that the reward makes are multiplied by. How far a run goes depends on its learning rate, beta and
-            steps, which are not in the data: it is the same for all, and does not matter for ranks.
+            steps, which are not in the data: it is the same for all, and does not matter for ranks. Where neither this nor a pilot's share
+            is given, 1, and the prediction says that its scale is not known.
         pilot_share: The share of the run that a pilot has had: of its steps, or better, of the sum of its learning rates over steps. The scale
             then follows from the pilot, whose change is taken to grow with that share.
         ridge: Added to the features' covariance matrix, whose diagonal is 1, where the reward is solved for: what varies less along a direction
@@ -80,7 +81,7 @@ class PredictionSettings:
         ValueError: If a number is not above 0.
     """
 
-    scale: float = 1.0
+    scale: float | None = None
     pilot_share: float | None = None
     ridge: float = 3.0
     error: float = 0.35
@@ -114,6 +115,7 @@ class Prediction:
             fires, a cluster where half of its features are on.
         base_rate: Share of the reference's completions (in the condition) in which it appears.
         sd: What a change of 1 is in the score's own units.
+        scaled: Whether the scale of the changes is known; else only their signs and ranks mean something.
     """
 
     kind: NDArray[np.str_]
@@ -128,6 +130,7 @@ class Prediction:
     log_odds_high: NDArray[np.float32]
     base_rate: NDArray[np.float32]
     sd: NDArray[np.float32]
+    scaled: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.number)
@@ -190,9 +193,8 @@ class Prediction:
             raise FileNotFoundError(f"'{folder}' holds no prediction: {FILE} is missing. Run `shapedpo audit` first.")
         table = pq.ParquetFile(path).read()
         texts = ("kind", "view")
-        return cls(
-            **{n: np.array(table[n].to_pylist()) if n in texts else table[n].to_numpy() for n in table.column_names}
-        )
+        columns = {n: np.array(table[n].to_pylist()) if n in texts else table[n].to_numpy() for n in table.column_names}
+        return cls(**{"scaled": np.zeros(len(table), bool), **columns})  # those of earlier versions do not say
 
 
 def predict(

@@ -87,7 +87,7 @@ function show(h, lesson = null) {
   const guess = prediction(h);
   if (guess) {
     const range = known(guess.low) ? ` [${signed(guess.low)}, ${signed(guess.high)}]` : "";
-    const about = "change of the mean score that the audit predicts in rollouts after training, with its interval";
+    const about = `change of the mean score that the audit predicts in rollouts after training, with its interval${guess.rates ? "" : "; its sign and rank: how far a run goes is not in the data"}`;
     figures.append(figure("predicted change", `${signed(guess.score)} sd${range}`, about));
     if (guess.rates) {
       const [base, after, low, high] = guess.rates;

@@ -74,7 +74,7 @@ function lessonStatement(lesson) {
   return holder;
 }
 
-/** What the page can say of a predicted change: its score, or from which share of rollouts to which. */
+/** What the page can say of a predicted change: its score, and where the scale is known, from which share of rollouts to which. */
 function prediction(h) {
   const values = H.predicted?.[h];
   if (!values) return null;
