@@ -20,7 +20,7 @@ from .errors import UserError
 from .files import replacing
 from .progress import progress_bar
 from .reading import ConceptReader, RawScores, Statistics
-from .shapers import ConceptSignal
+from .shapers import ConceptSignal, Inoculate, Tokens
 from .structure import fit_given
 
 
@@ -80,7 +80,8 @@ def calibrate(
         keep: How many pairs' deltas to keep, spread evenly over the sample.
 
     Returns:
-        The calibration, and warnings: of each concept a score of which never varies, whose gate never opens, or of which others leave nothing.
+        The calibration, and warnings: of each concept a score of which never varies, whose gate never opens, whose threshold nothing reaches,
+        or of which others leave nothing.
 
     Raises:
         FloatingPointError: If a score is not finite; the text names the concept.
@@ -119,12 +120,31 @@ def calibrate(
                 f"Concept {concept.name!r}: its gate is 0 on all {len(valid)} pairs of the calibration sample, so that nothing would be "
                 "shaped. Is the gate's column or threshold right? Rare rows need a larger `calibration_size`."
             )
+        elif warning := _unreached(concept, signal):
+            warnings.append(warning)
     kept = torch.arange(len(valid), device=valid.device)[valid]
     kept = kept[torch.linspace(0, len(kept) - 1, min(keep, len(kept)), device=valid.device).round().long()]
     deltas = _columns([signal.delta[kept] for signal in signals], kept)
     gate = _columns([signal.gate[kept] for signal in signals], kept)
     scores = _columns([signal.scores[valid.repeat(2)] for signal in signals], rows)
     return Calibration(statistics, deltas, gate, dividing_scores(scores)), warnings
+
+
+def _unreached(concept: Concept, signal: ConceptSignal) -> str | None:
+    """A warning if the threshold that a concept's method was given is beyond all of a sample."""
+    threshold = getattr(concept.shaper, "threshold", None)
+    if not concept.shapes or threshold is None or isinstance(concept.shaper, Tokens):  # whose threshold is of tokens
+        return None
+    inside = signal.gate > 0
+    by_score = isinstance(concept.shaper, Inoculate)
+    values = signal.scores[inside.repeat(2)] if by_score else signal.delta[inside] * concept.signed_strength
+    if float(values.max()) >= threshold:
+        return None
+    return (
+        f"Concept {concept.name!r}: method {concept.shaper.name!r} has threshold={threshold:g}, and the largest {'score' if by_score else 'delta'} "
+        f"of the calibration sample is {float(values.max()):.2g}, so that nothing would be shaped. Lower it, or raise `calibration_size` if the "
+        "concept is rare."
+    )
 
 
 def dividing_scores(scores: Tensor) -> Tensor:

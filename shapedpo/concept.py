@@ -46,6 +46,8 @@ class Gate:
                 "A gate takes either `column` (of the dataset) or `concept` (the name of another concept, read on the "
                 f"prompt); got column={self.column!r} and concept={self.concept!r}."
             )
+        if not isinstance(name := self.column if self.concept is None else self.concept, str):
+            raise ValueError(f"A gate's `column` or `concept` must be a name, got {name!r}.")
         check_number("A gate", "threshold", self.threshold)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .capture import resolve_site
 from .concept import Concept
 from .readouts import ActivationReader, LoadedReadout
-from .shapers import ConceptSignal
+from .shapers import ConceptSignal, Residual, Steer
 from .shapers.projection import orthonormal_basis
 
 
@@ -106,12 +106,16 @@ def own_directions(
         `(F, d_in)` float32.
 
     Raises:
-        ValueError: If a readout has no direction, is read elsewhere, or nothing is left; the text names the concept.
+        ValueError: If a readout has no direction, is read elsewhere, or nothing is left of it or by it; the text names the concept.
     """
     concept, reader = concepts[index], readers[index]
     owner = f"Concept {concept.name!r}: method {concept.shaper.name!r}"
     assert isinstance(reader, ActivationReader)  # by check_steering and check_methods
     rows = _directions(reader, owner)
+    if len(rows) >= reader.d_in and not isinstance(concept.shaper, Steer | Residual):
+        raise ValueError(
+            f"{owner} takes its {len(rows)} directions out of {reader.d_in} dimensions, which would leave nothing. Name fewer features."
+        )
     others = given_indices(concepts).get(index, [])
     if not others:
         return rows

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import suggest
+
 
 POOLINGS = ("max", "mean", "freq")
 """How a completion's tokens become one score: the largest, the mean, or the fraction of tokens above zero."""
@@ -190,7 +192,9 @@ class Readout(ABC):
         known = {field.name: field for field in dataclasses.fields(cls)}
         unknown = [name for name in fields if name not in known]
         if unknown:
-            raise ValueError(f"Readout {cls.type!r} has no field {unknown[0]!r}. Its fields are {', '.join(known)}.")
+            raise ValueError(
+                f"Readout {cls.type!r} has no field {unknown[0]!r}.{suggest(str(unknown[0]), known)} Its fields are {', '.join(known)}."
+            )
         missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
         if missing:
             raise ValueError(f"Readout {cls.type!r} needs the field {missing[0]!r}.")
@@ -217,8 +221,9 @@ def readout_from_dict(data: Mapping[str, Any]) -> Readout:
         raise ValueError(f"A readout must be a mapping with a `type`, got {data!r}.")
     fields = dict(data)
     kind = fields.pop("type", None)
-    if kind not in _REGISTRY:
-        raise ValueError(f"Unknown readout type {kind!r}. Known types are {', '.join(sorted(_REGISTRY))}.")
+    if not isinstance(kind, str) or kind not in _REGISTRY:
+        near = suggest(str(kind), _REGISTRY)
+        raise ValueError(f"Unknown readout type {kind!r}.{near} Known types are {', '.join(sorted(_REGISTRY))}.")
     return _REGISTRY[kind]._from_fields(fields)
 
 

@@ -159,6 +159,16 @@ class SAEReader(ActivationReader):
                 yield slice(start, start + size), features, hidden
 
     def directions(self) -> Tensor:
+        """What each feature writes into the activations.
+
+        Raises:
+            ValueError: If the features write elsewhere than where they are read.
+        """
+        if "transcoder" in self._sae.cfg.architecture():
+            raise ValueError(
+                f"a transcoder's features write elsewhere than at {self.hook_name!r}, where they are read, so that they have no direction there. "
+                "Use an SAE, or a Direction"
+            )
         rows = self._sae.W_dec.detach()
         return (rows if self._columns is None else rows[self._columns]).float()
 

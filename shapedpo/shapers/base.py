@@ -118,7 +118,7 @@ def shaper_from_config(config: str | Mapping[str, Any] | Shaper) -> Shaper:
     name = options.pop("name", None) if isinstance(config, Mapping) else config
     if isinstance(name, type) and issubclass(name, Shaper):
         raise ValueError(f"Method {name.name!r} is given as a class. Give {name.__name__}(...), with its options.")
-    if name not in SHAPERS:
+    if not isinstance(name, str) or name not in SHAPERS:
         hint = suggest(str(name), SHAPERS)
         raise ValueError(f"Unknown method {name!r}. Methods are {', '.join(sorted(SHAPERS))}.{hint}")
     cls = SHAPERS[name]

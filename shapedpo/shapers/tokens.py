@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -56,6 +57,9 @@ class Tokens(Shaper):
             check_number(owner, "threshold", self.threshold, unit=", in standard deviations of the score")
         if self.quantile is not None:
             check_number(owner, "quantile", self.quantile, 0, 1)
+        if not isinstance(self.contrast, str | os.PathLike | None):
+            raise ValueError(f"{owner}: `contrast` must be the path of a file, got {self.contrast!r}.")
+        object.__setattr__(self, "contrast", None if self.contrast is None else str(self.contrast))
         if not isinstance(self.whole_words, bool):
             raise ValueError(f"{owner}: `whole_words` must be true or false, got {self.whole_words!r}.")
 

@@ -36,6 +36,8 @@ def test_method():
     refused("Concept 'goblin': ...'reward'...'x'...none", lambda: goblin("suppress", {"name": "reward", "x": 1}, 1.0))
     refused("Concept 'goblin': ...None", lambda: goblin("suppress", {"fraction": 1}))
     refused("Concept 'goblin': ...5", lambda: goblin("suppress", 5))
+    refused("Concept 'goblin': Unknown method ['mask']", lambda: goblin("suppress", ["mask"]))
+    refused("Concept 'goblin': Unknown method ['mask']", lambda: goblin("suppress", {"name": ["mask"]}))
     refused("Concept 'goblin': ...'mask' is given as a class...Mask(...)", lambda: goblin("suppress", Mask))
     refused("Concept 'goblin': ...'project' cannot amplify...suppress", lambda: goblin("amplify", "project"))
 
@@ -121,6 +123,8 @@ def test_project(options, text):
     [
         ({}, "`column`...`concept`"),
         ({"column": "a", "concept": "b"}, "`column`...`concept`...'a'...'b'"),
+        ({"column": ["a"]}, "must be a name, got ['a']"),
+        ({"concept": 3}, "must be a name, got 3"),
         ({"concept": "b", "threshold": math.inf}, "`threshold`...finite, got inf"),
         ({"concept": "b", "threshold": math.nan}, "`threshold`...finite, got nan"),
         ({"column": "a", "above": 1}, "'above'...column, concept, threshold"),

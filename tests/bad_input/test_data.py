@@ -9,7 +9,7 @@ import math
 import pytest
 from trl import DPOTrainer
 
-from shapedpo import Concept, Direction, Gate, Regex, ShapedDPOTrainer
+from shapedpo import Concept, Direction, Gate, Inoculate, Mask, Regex, ShapedDPOTrainer
 from shapedpo.collator import ROW
 from tests.helpers import arguments, build, load_model, pairs, shaped, tokenizer, vector
 
@@ -90,6 +90,20 @@ def test_a_gate_that_never_opens(caplog):
     with caplog.at_level(logging.WARNING, logger="shapedpo"):
         shaped(concept, data=pairs(creative=[False] * 24)).train()
     assert "Concept 'goblin': its gate is 0 on all 24 pairs" in caplog.text
+
+
+def test_a_threshold_that_nothing_reaches(caplog):
+    beyond = goblin("suppress", Mask(threshold=50.0))
+    within = Concept("way", Direction(vector(), layer=0), "amplify", Mask(threshold=0.5))
+    asked = Concept("asked", Direction(vector(1), layer=0), "suppress", Inoculate("Be a goblin.", threshold=40.0))
+    with caplog.at_level(logging.WARNING, logger="shapedpo"):
+        shaped(beyond, within, asked, max_steps=1).train()
+    assert (
+        "Concept 'goblin': method 'mask' has threshold=50, and the largest delta of the calibration sample is"
+        in caplog.text
+    )
+    assert "Concept 'asked': method 'inoculate' has threshold=40, and the largest score of" in caplog.text
+    assert "'way'" not in caplog.text
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(caplog):

@@ -109,6 +109,8 @@ class TestAgainstSaeLens:
         torch.testing.assert_close(
             reader.pooled(*batch).double(), slowly_pooled(expected, batch[1], "mean"), atol=1e-5, rtol=0
         )
+        with pytest.raises(ValueError, match="a transcoder's features write elsewhere"):
+            reader.directions()
 
     def test_batch_topk_loads_as_jumprelu(self, batch, tmp_path):
         config = sae_lens.BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=4)

@@ -14,7 +14,19 @@ from shapedpo.prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from shapedpo.shapers.projection import ResidualProjection
 from shapedpo.steering import Edit, Steering
 from tests.chat import chat_tokenizer, chat_trainer, chats, messages
-from tests.helpers import HIDDEN, LAYERS, Forwards, load_model, pairs, sae_path, shaped, tokenizer, train, vector
+from tests.helpers import (
+    FEATURES,
+    HIDDEN,
+    LAYERS,
+    Forwards,
+    load_model,
+    pairs,
+    sae_path,
+    shaped,
+    tokenizer,
+    train,
+    vector,
+)
 from tests.slow import CHECKPOINTING, EVERY_FORWARD, SOME_FORWARDS, Slow, standardise, trainer_of
 
 
@@ -292,6 +304,10 @@ class TestFinalUserTurn:
     [
         (Concept("way", Regex("x"), "suppress", "steer", 1.0), "method 'steer' needs a readout with a direction"),
         (Concept("way", Regex("x"), "suppress", "ablate"), "method 'ablate' needs a readout with a direction"),
+        (
+            Concept("way", SAEFeatures(str(sae_path()), "all"), "suppress", "ablate"),
+            f"method 'ablate' takes its {FEATURES} directions out of {HIDDEN} dimensions",
+        ),
         (way(Steer(layers=[0, LAYERS])), f"method 'steer': there is no layer {LAYERS}: the model has {LAYERS}"),
     ],
 )

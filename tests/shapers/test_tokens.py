@@ -366,6 +366,7 @@ def test_what_does_not_fit(concept, settings, text):
         ({"threshold": 1, "quantile": 0.5}, "takes one of"),
         ({"quantile": 1.0}, "`quantile` must be a number above 0 and below 1"),
         ({"whole_words": "yes"}, "`whole_words` must be true or false"),
+        ({"contrast": ["a"]}, "`contrast` must be the path of a file"),
     ],
 )
 def test_bad_options(options, text):
