@@ -159,7 +159,8 @@ class InterveningTrainer(FilteringTrainer):
 
     @property
     def _cache_fingerprint(self) -> str:
-        return super()._cache_fingerprint + repr(self._residual) * bool(self._residual)
+        changes = [(index, shaper, self._reader.given.get(index)) for index, shaper in self._residual.items()]
+        return super()._cache_fingerprint + repr(changes) * bool(changes)
 
     def _residuals(
         self, model: Any, inputs: dict[str, Any], extras: dict[str, Tensor], logps: tuple[Tensor, Tensor]

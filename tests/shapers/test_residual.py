@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,8 +139,10 @@ def test_precomputed(concept):
 
 
 def test_other_options_miss_the_cache():
-    prints = {shaped(concept)._cache_fingerprint for concept in (steered(), steered(layers=[2]), instructed())}
-    assert len(prints) == 3
+    other = Concept("other", Direction(vector(1), layer=LAYER))
+    given = dataclasses.replace(steered(), given=["other"])  # another direction
+    runs = [(steered(), other), (given, other), (steered(layers=[2]), other), (instructed(), other)]
+    assert len({shaped(*concepts)._cache_fingerprint for concepts in runs}) == 4
 
 
 def test_the_further_pass_is_named(caplog):
