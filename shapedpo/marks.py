@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class TokenMarks:
         """`(len(ids),)` uint8: 1 for each token that a match touches. Special tokens, which are no text, are not touched."""
         marks = torch.zeros(len(ids), dtype=torch.uint8)
 
+        @functools.cache  # many matches ask for the same
         def length(count: int) -> int:
             """Of the text of the first tokens; a character of several tokens comes with the last."""
             return len(self.tokenizer.decode(ids[:count], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}"))
