@@ -18,9 +18,10 @@ from .inoculation import InoculatedSequences, Mixed, inoculated_columns
 from .openings import REF_COLUMNS, sequence_logps
 from .prompts import TURN, TURN_COLUMN, TurnStart, turn_tokens
 from .reading_trainer import valid_pairs
+from .readouts import LoadedReadout
 from .shapers import Inoculate, Residual
 from .shapers.steering import ForwardEdit
-from .steering import Edit, Steering, check_steering, residual_edit
+from .steering import Edit, Steering, residual_edit, steering_readers
 from .tokens import TokenFilter
 
 
@@ -35,6 +36,7 @@ class InterveningTrainer(FilteringTrainer):
     Attributes:
         _reads_first: Whether there is such a method. Without one, nothing here is run.
         _tokens: Says which tokens leave the loss.
+        _steering_readers: By concept, what gives the direction that its method steers by.
         _steering: Changes the policy's hidden states; the subclass enters it around a training step.
         _inoculated: The index of the concept of method `inoculate`, if there is one.
         _residual: The options of the concepts of method `residual`, by index.
@@ -44,6 +46,7 @@ class InterveningTrainer(FilteringTrainer):
     """
 
     _reads_first: bool
+    _steering_readers: list[LoadedReadout]
     _tokens: TokenFilter
     _steering: Steering
 
@@ -56,7 +59,7 @@ class InterveningTrainer(FilteringTrainer):
         reader = self._reader
         self._reads_first = any(concept.shapes and concept.shaper.reads_first for concept in self.concepts)
         self._tokens = TokenFilter(reader, args.precompute_ref_log_probs)
-        check_steering(self.concepts, reader.readers)
+        self._steering_readers = steering_readers(self.concepts, reader.readers)
         check_composition(self.concepts, args)
         shapers = {index: concept.shaper for index, concept in enumerate(self.concepts) if concept.shapes}
         inoculated = [index for index, shaper in shapers.items() if isinstance(shaper, Inoculate)]
@@ -125,7 +128,7 @@ class InterveningTrainer(FilteringTrainer):
         for index, shaper in self._residual.items():
             if shaper.steer is not None:
                 model = self._unwrapped(self._reference())
-                self._residual_edits[index] = residual_edit(model, self.concepts, self._reader.readers, index)
+                self._residual_edits[index] = residual_edit(model, self.concepts, self._steering_readers, index)
         pad = self._tokenizer.pad_token_id
         sequences = [InoculatedSequences(index, pad, self.args.seed) for index in self._instructed]
         return [*super()._additions(), *(adds for adds in (marks, turns, *sequences) if adds is not None)]
@@ -159,7 +162,10 @@ class InterveningTrainer(FilteringTrainer):
 
     @property
     def _cache_fingerprint(self) -> str:
-        changes = [(index, shaper, self._reader.given.get(index)) for index, shaper in self._residual.items()]
+        changes = [
+            (index, shaper, self._reader.given.get(index), self._steering_readers[index].fingerprint)
+            for index, shaper in self._residual.items()
+        ]
         return super()._cache_fingerprint + repr(changes) * bool(changes)
 
     def _residuals(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .capture import Side, activation, decoder_layers, resolve_site
 from .concept import Concept
-from .readouts import ActivationReader, LoadedReadout
+from .readouts import ActivationReader, Direction, LoadedReadout
+from .readouts.files import residual
 from .shapers import Residual
 from .shapers.projection import HOOKS_PASSED_OVER, orthonormal_basis
 from .shapers.steering import Ablate, ForwardEdit
@@ -133,7 +134,7 @@ def policy_steering(model: nn.Module, concepts: Sequence[Concept], readers: Sequ
     Args:
         model: The policy, unwrapped.
         concepts: All concepts.
-        readers: Their readers, checked by `check_steering`.
+        readers: What each acts by, of `steering_readers`.
 
     Raises:
         ValueError: If a layer is not there; the text names the concept.
@@ -141,7 +142,7 @@ def policy_steering(model: nn.Module, concepts: Sequence[Concept], readers: Sequ
     edits = {}
     for index, (concept, reader) in enumerate(zip(concepts, readers, strict=True)):
         if concept.shapes and isinstance(concept.shaper, ForwardEdit):
-            assert isinstance(reader, ActivationReader)  # by check_steering
+            assert isinstance(reader, ActivationReader)  # by steering_readers
             directions, ablate = own_directions(model, concepts, readers, index), isinstance(concept.shaper, Ablate)
             try:
                 edits[index] = make_edit(model, reader.hook_name, directions, concept.shaper.layers, ablate)
@@ -157,7 +158,7 @@ def residual_edit(model: nn.Module, concepts: Sequence[Concept], readers: Sequen
         ValueError: If a layer is not there; the text names the concept.
     """
     concept, reader = concepts[index], readers[index]
-    assert isinstance(reader, ActivationReader)  # by check_steering
+    assert isinstance(reader, ActivationReader)  # by steering_readers
     assert isinstance(concept.shaper, Residual)
     directions = own_directions(model, concepts, readers, index)
     try:
@@ -170,10 +171,15 @@ def make_edit(model: nn.Module, hook_name: str, directions: Tensor, layers: Sequ
     """An edit by directions, `(F, d)`, after some decoder layers or, without `layers`, at a hook point.
 
     Raises:
-        ValueError: If a layer is not there.
+        ValueError: If a layer is not there, or as wide as something else.
     """
+    module, side, width = resolve_site(model, hook_name if layers is None else residual(0))
+    if directions.shape[1] != width:
+        raise ValueError(
+            f"its direction is {directions.shape[1]} wide, and the hidden states of {type(model).__name__} are {width} wide there. Was it made "
+            "for another model or place?"
+        )
     if layers is None:
-        module, side, _ = resolve_site(model, hook_name)
         places: list[tuple[nn.Module, Side]] = [(module, side)]
     else:
         found = decoder_layers(model)
@@ -186,17 +192,29 @@ def make_edit(model: nn.Module, hook_name: str, directions: Tensor, layers: Sequ
     return Edit(places, F.normalize(mean, dim=0).float()[:, None], False)
 
 
-def check_steering(concepts: Sequence[Concept], readers: Sequence[LoadedReadout]) -> None:
-    """Check that there is a direction to steer by.
+def steering_readers(concepts: Sequence[Concept], readers: Sequence[LoadedReadout]) -> list[LoadedReadout]:
+    """What gives each concept the direction that its method steers by, if it does: its own reader, or the one of the file that the method names.
 
     Raises:
-        ValueError: If there is none; the text names the concept.
+        ValueError: If there is no direction to steer by; the text names the concept.
     """
-    for concept, reader in zip(concepts, readers, strict=True):
+    found = list(readers)
+    for index, concept in enumerate(concepts):
         shaper = concept.shaper
         steers = isinstance(shaper, ForwardEdit) or (isinstance(shaper, Residual) and shaper.steer is not None)
-        if concept.shapes and steers and not isinstance(reader, ActivationReader):
+        if not concept.shapes or not steers:
+            continue
+        assert isinstance(shaper, ForwardEdit | Residual)
+        owner = f"Concept {concept.name!r}: method {shaper.name!r}"
+        if shaper.direction is not None:
+            layer = shaper.layers[0] if shaper.layers else None  # else the file says where
+            try:
+                found[index] = Direction(path=shaper.direction, layer=layer).load()
+            except ValueError as error:
+                raise ValueError(f"{owner}: {error}") from error
+        elif not isinstance(found[index], ActivationReader):
             raise ValueError(
-                f"Concept {concept.name!r}: method {concept.shaper.name!r} needs a readout with a direction (SAEFeatures, Direction or LinearProbe); "
-                "a readout of text has none."
+                f"{owner} needs a readout with a direction (SAEFeatures, Direction or LinearProbe), or a `direction` of its own; a readout of text "
+                "has none."
             )
+    return found

@@ -110,7 +110,7 @@ def own_directions(
     """
     concept, reader = concepts[index], readers[index]
     owner = f"Concept {concept.name!r}: method {concept.shaper.name!r}"
-    assert isinstance(reader, ActivationReader)  # by check_steering and check_methods
+    assert isinstance(reader, ActivationReader)  # by steering_readers and check_methods
     rows = _directions(reader, owner)
     if len(rows) >= reader.d_in and not isinstance(concept.shaper, Steer | Residual):
         raise ValueError(

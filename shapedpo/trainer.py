@@ -182,7 +182,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         self._residual_projection = self._shaping.residual_projection(policy, self._reader.readers)
         check_parameter_projection(self.concepts, self.args, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         self._parameter_projection = ParameterProjection(policy, self.concepts)
-        self._steering = policy_steering(policy, self.concepts, self._reader.readers)
+        self._steering = policy_steering(policy, self.concepts, self._steering_readers)
 
     def _additions(self) -> list[Any]:
         return [*super()._additions(), *([self._recent] if self._recent is not None else [])]

@@ -113,7 +113,7 @@ class Direction(Readout):
 
     def save(self, path: str | Path) -> None:
         """Write the direction to a safetensors file, with the place that it is read at in the metadata."""
-        vector, hook_name = self._resolve()
+        vector, hook_name, _ = self._resolve()
         save_file({_KEY: vector}, path, metadata={"hook_name": hook_name, "format": "pt"})
 
     def load(self) -> DirectionReader:
@@ -122,8 +122,8 @@ class Direction(Readout):
         Raises:
             ValueError: If the file is missing, is not safetensors, or holds no direction or no place to read it at.
         """
-        vector, hook_name = self._resolve()
-        return DirectionReader(vector, self.pooling, hook_name)
+        vector, hook_name, model_name = self._resolve()
+        return DirectionReader(vector, self.pooling, hook_name, model_name)
 
     def to_dict(self) -> dict[str, Any]:
         """The readout as plain data. A vector in memory is only described, so that needs a file to be built again."""
@@ -147,16 +147,16 @@ class Direction(Readout):
         fields = {key: value for key, value in self.to_dict().items() if key != "type"}
         return f"Direction({', '.join(f'{key}={value!r}' for key, value in fields.items())})"
 
-    def _resolve(self) -> tuple[Tensor, str]:
-        """The unit vector, and where to read it."""
+    def _resolve(self) -> tuple[Tensor, str, str | None]:
+        """The unit vector, where to read it, and the model that it was made for, if its file says so."""
         hook_name = self.hook_name if self.layer is None else residual(self.layer)
         if self.path is None:
             assert self.vector is not None
             assert hook_name is not None
-            return self.vector, hook_name
+            return self.vector, hook_name, None
         (vector,), metadata = read_tensors(self.path, [_KEY], "the direction")
         hook_name = hook_name or read_place(self.path, metadata)
-        return _unit(vector, f"The direction in '{self.path}'"), hook_name
+        return _unit(vector, f"The direction in '{self.path}'"), hook_name, metadata.get("model_name")
 
 
 class DirectionReader(ActivationReader):
@@ -166,13 +166,13 @@ class DirectionReader(ActivationReader):
         vector: `(d_in,)` float32 of length 1.
         pooling: One of `POOLINGS`.
         hook_name: Where to read.
+        model_name: The model that it was made for.
     """
 
     n_features = 1
 
-    def __init__(self, vector: Tensor, pooling: str, hook_name: str) -> None:
-        self.pooling = pooling
-        self.hook_name = hook_name
+    def __init__(self, vector: Tensor, pooling: str, hook_name: str, model_name: str | None = None) -> None:
+        self.pooling, self.hook_name, self.model_name = pooling, hook_name, model_name
         self.d_in = len(vector)
         self._vector = vector
         self._fingerprint = fingerprint(vector, pooling, hook_name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import ConceptSignal, Shaper, check_number, register
 from .inoculation import check_instruction
-from .steering import check_layers
+from .steering import check_layers, check_path
 
 
 @register
@@ -31,6 +31,7 @@ class Residual(Shaper):
         layers: Decoder layers after which to steer. By default where the concept is read.
         instruction: Asks for the concept, as that of [`Inoculate`].
         place: Of the instruction, `"user"` or `"system"`, as for [`Inoculate`].
+        direction: A file with another direction to steer by than the readout's, as for [`Steer`].
 
     Source: Bergen et al. (arXiv 2606.12360), EA-DPO.
     """
@@ -43,6 +44,7 @@ class Residual(Shaper):
     layers: Sequence[int] | None = None
     instruction: str | None = None
     place: Literal["user", "system"] = "user"
+    direction: str | None = None
 
     def __post_init__(self) -> None:
         owner = "Method 'residual'"
@@ -55,11 +57,13 @@ class Residual(Shaper):
             check_number(owner, "steer", self.steer, above=0)
         else:
             check_instruction(owner, self.instruction, self.place)
-            if self.layers is not None:
-                raise ValueError(
-                    f"{owner}: `layers` says where to steer; with an `instruction` there is nothing to steer."
-                )
+            for name in ("layers", "direction"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{owner}: `{name}` says how to steer; with an `instruction` there is nothing to steer."
+                    )
         object.__setattr__(self, "layers", check_layers(owner, self.layers))
+        object.__setattr__(self, "direction", check_path(owner, self.direction))
 
     def reward(self, signal: ConceptSignal, strength: float) -> Tensor:
         assert signal.residual is not None  # read in the step, or cached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -25,6 +26,13 @@ def check_layers(owner: str, layers: Sequence[int] | None) -> list[int] | None:
     return found
 
 
+def check_path(owner: str, path: object) -> str | None:
+    """The path of a direction's file as a string, or `None`. Raises `ValueError` unless it is one."""
+    if not isinstance(path, str | os.PathLike | None):
+        raise ValueError(f"{owner}: `direction` must be the path of a safetensors file, got {path!r}.")
+    return None if path is None else str(path)
+
+
 @dataclass(frozen=True)
 class ForwardEdit(Shaper):
     """What `steer` and `ablate` share: which completions' forward passes are changed, and where."""
@@ -35,6 +43,7 @@ class ForwardEdit(Shaper):
     side: Literal["showing", "chosen", "rejected", "both"] = "showing"
     fraction: float | None = None
     layers: Sequence[int] | None = None
+    direction: str | None = None
 
     def __post_init__(self) -> None:
         owner = f"Method {self.name!r}"
@@ -43,6 +52,7 @@ class ForwardEdit(Shaper):
         if self.fraction is not None:
             check_number(owner, "fraction", self.fraction, 0, 1)
         object.__setattr__(self, "layers", check_layers(owner, self.layers))
+        object.__setattr__(self, "direction", check_path(owner, self.direction))
 
     def amount(self, signal: ConceptSignal, strength: float, calibration: ConceptSignal) -> Tensor:
         """How much each completion's forward pass is changed: `(2B,)`, 0 for those that are left alone.
@@ -89,6 +99,9 @@ class Steer(ForwardEdit):
         fraction: Only the top fraction of the (gated) pairs, between 0 and 1, by how far the steered side scores above the other. The
             threshold is that quantile of the calibration sample. All pairs by default.
         layers: Decoder layers after which to steer. By default where the concept is read.
+        direction: A file with another direction than the readout's (as [`Direction`]`(path=...)` reads one), for what reads a concept need not
+            be what brings it about: the `steering` column of `shapedpo fit` says whether it is. Of any readout then, and at the place that the
+            file names.
 
     Source: Bergen et al. (arXiv 2606.12360), activation steering: the rejected side steered towards what it shows did better than the
     chosen one. Preventative steering: Chen et al., "Persona Vectors" (arXiv 2507.21509).
@@ -108,7 +121,7 @@ class Ablate(ForwardEdit):
     directions (an SAE's decoder rows, or the direction itself). Which tokens, and what is logged, is as for [`Steer`].
 
     Args:
-        side, fraction, layers: As for [`Steer`], but `side` is `"both"` by default.
+        side, fraction, layers, direction: As for [`Steer`], but `side` is `"both"` by default.
 
     Source: Casademunt et al., "Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning" (CAFT, arXiv 2507.16795).
     """

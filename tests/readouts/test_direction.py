@@ -100,10 +100,11 @@ class TestFiles:
         # What the user says goes over what the file says.
         assert Direction(path=tmp_path / "d.safetensors", layer=3).load().hook_name == "blocks.3.hook_resid_post"
 
-    def test_layer_in_the_metadata(self, tmp_path):
-        save_file({"direction": torch.ones(4)}, tmp_path / "d.safetensors", metadata={"layer": "7"})
+    def test_layer_and_model_in_the_metadata(self, tmp_path):
+        metadata = {"layer": "7", "model_name": "google/gemma-2-2b"}
+        save_file({"direction": torch.ones(4)}, tmp_path / "d.safetensors", metadata=metadata)
         reader = Direction(path=str(tmp_path / "d.safetensors")).load()
-        assert reader.hook_name == "blocks.7.hook_resid_post"
+        assert (reader.hook_name, reader.model_name) == ("blocks.7.hook_resid_post", "google/gemma-2-2b")
         torch.testing.assert_close(reader.directions(), torch.full((1, 4), 0.5))
 
     @pytest.mark.parametrize(

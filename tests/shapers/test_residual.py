@@ -138,11 +138,29 @@ def test_precomputed(concept):
     assert passes == [24 // 4 + 3 * 2, 3]  # calibration and two a step; the policy's own
 
 
-def test_other_options_miss_the_cache():
+def test_other_options_miss_the_cache(tmp_path):
     other = Concept("other", Direction(vector(1), layer=LAYER))
     given = dataclasses.replace(steered(), given=["other"])  # another direction
     runs = [(steered(), other), (given, other), (steered(layers=[2]), other), (instructed(), other)]
-    assert len({shaped(*concepts)._cache_fingerprint for concepts in runs}) == 4
+    prints = {shaped(*concepts)._cache_fingerprint for concepts in runs}
+    for seed in (2, 3):  # what a file holds
+        path = tmp_path / "way.safetensors"
+        Direction(vector(seed), layer=LAYER).save(path)
+        prints.add(shaped(steered(direction=path), other)._cache_fingerprint)
+    assert len(prints) == 6
+
+
+def test_by_another_direction(tmp_path):
+    path = tmp_path / "way.safetensors"
+    Direction(vector(), layer=LAYER).save(path)
+    slow = Slow(trainer_of(Concept("w", Regex("a"), "suppress", Residual(steer=ALPHA, direction=path), STRENGTH)))
+    slow.assert_step(objective(slow, STRENGTH * residual(slow)))
+    narrow = tmp_path / "narrow.safetensors"
+    Direction(vector()[:8], layer=LAYER).save(narrow)
+    with pytest.raises(
+        ValueError, match="Concept 'way': method 'residual': its direction is 8 wide, and the hidden states"
+    ):
+        shaped(steered(direction=narrow))
 
 
 def test_the_further_pass_is_named(caplog):

@@ -135,6 +135,20 @@ def test_where_the_concept_is_read():
     slow.assert_step(slow.loss(steered_logps(slow, amounts, unit=unit), slow.logps(slow.reference)))
 
 
+def test_another_direction_than_the_readouts(tmp_path):
+    """Of a readout that has none, at the place that the file names, or at layers."""
+    goblin = tokenizer()("goblin")["input_ids"][0]
+    path = tmp_path / "way.safetensors"
+    Direction(vector(), layer=LAYER).save(path)
+    for layers in (None, [0, 2]):
+        concept = Concept("goblin", Regex("goblin"), "suppress", Steer("both", layers=layers, direction=path), ALPHA)
+        slow = Slow(trainer_of(concept))
+        assert any(goblin in completion for completion in slow.completions)
+        policy = steered_logps(slow, [ALPHA] * 2 * len(slow.rows), layers=layers or (LAYER,))
+        slow.assert_step(slow.loss(policy, slow.logps(slow.reference)))
+    assert Concept.from_dict(concept.to_dict()) == concept
+
+
 @pytest.mark.parametrize(("peft", "checkpointing"), SOME_FORWARDS)
 def test_ablation(peft, checkpointing):
     slow = Slow(trainer_of(ablated(), peft=peft, **CHECKPOINTING[checkpointing]))
@@ -308,6 +322,7 @@ class TestFinalUserTurn:
             Concept("way", SAEFeatures(str(sae_path()), "all"), "suppress", "ablate"),
             f"method 'ablate' takes its {FEATURES} directions out of {HIDDEN} dimensions",
         ),
+        (way(Steer(direction="no.safetensors")), "method 'steer': There is no file 'no.safetensors'"),
         (way(Steer(layers=[0, LAYERS])), f"method 'steer': there is no layer {LAYERS}: the model has {LAYERS}"),
     ],
 )
@@ -326,6 +341,7 @@ def test_what_does_not_fit(concept, text):
         ({"name": "steer", "fraction": 1}, "`fraction` must be a number above 0 and below 1"),
         ({"name": "ablate", "layers": []}, "`layers` must be a list of layer indices"),
         ({"name": "ablate", "layers": [-1]}, "`layers` must be a list of layer indices"),
+        ({"name": "ablate", "direction": 3}, "`direction` must be the path of a safetensors file, got 3"),
     ],
 )
 def test_bad_options(options, text):
