@@ -36,6 +36,9 @@ class ShapedDPOConfig(DPOConfig):
             How many pairs, over all processes, the running estimates reach back: a pair that long ago counts 1/e as much.
         feature_labels (`str`, *optional*):
             File with labels of the SAE's features: JSON or JSON Lines, or an export of Neuronpedia.
+        monitor_texts (`bool`, *optional*, defaults to `True`):
+            Whether what the run shows (`concepts.jsonl`, `report.html`, W&B) quotes the data: pairs, prompts and rollouts. Without, pairs
+            go by their row numbers, and rollouts by their scores. With `push_to_hub`, files of the output folder are uploaded.
         probe_steps (`int`, *optional*, defaults to `0`):
             Sample rollouts every so many steps, and at the start and end, and read them with the reference. 0 for none. The
             prompts are the evaluation data's, or the training data's if there is none. Where a concept is held behind a gate, they correct it
@@ -77,6 +80,9 @@ class ShapedDPOConfig(DPOConfig):
     )
     feature_labels: str | None = field(
         default=None, metadata={"help": "File with labels of features: JSON, JSON Lines or a Neuronpedia export."}
+    )
+    monitor_texts: bool = field(
+        default=True, metadata={"help": "Whether the report, concepts.jsonl and W&B quote pairs, prompts and rollouts."}
     )
     probe_steps: int = field(
         default=0, metadata={"help": "Sample rollouts every so many steps and at start and end; 0 for none."}

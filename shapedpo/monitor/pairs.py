@@ -42,7 +42,9 @@ class TopPairs:
             delta: `(B, C)`, the concepts' deltas.
             world_size: Number of processes, each of which adds as many pairs.
         """
-        contribution = torch.sigmoid(-beta * apart)[:, None] * delta  # (B, C)
+        # What is not finite contributes nothing, and is no row to show.
+        push = torch.where(apart.isfinite(), torch.sigmoid(-beta * apart), 0.0)
+        contribution = push[:, None] * delta.nan_to_num(0.0, 0.0, 0.0)  # (B, C)
         row, apart_ = (column[:, None].expand_as(delta).float() for column in (rows, apart))
         new = [contribution.abs(), row, delta, apart_, contribution, torch.zeros_like(delta)]
         self.table[:, :, 5] += 1

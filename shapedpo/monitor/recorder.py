@@ -30,12 +30,14 @@ class StepRecorder:
         run: The trainer.
         names: Names features.
         sae: What to call the SAE.
+        texts: Whether rows are quoted, or go by their numbers alone.
     """
 
-    def __init__(self, run: TrainerAccess, names: FeatureNames, sae: str | None) -> None:
+    def __init__(self, run: TrainerAccess, names: FeatureNames, sae: str | None, texts: bool) -> None:
         self.run = run
         self.names = names
         self.sae = sae
+        self.texts = texts
         self.accelerator = run.accelerator
 
     def estimates(self, window: Window) -> Estimates:
@@ -56,7 +58,7 @@ class StepRecorder:
     def step(
         self, state: Any, pairs: int, estimates: Estimates, best: Estimate, strengths: Mapping[str, float]
     ) -> Record:
-        """Each concept's estimates.
+        """Each concept's estimates, and the share of the window that is in none of them.
 
         Args:
             state: The trainer's state.
@@ -77,6 +79,7 @@ class StepRecorder:
             "pairs": pairs,
             "concepts": concepts,
             "estimator": best.name if concepts else None,
+            "left_out": plain(estimates.left_out),
         }
 
     def pairs(self, step: int, pairs: TopPairs) -> Record:
@@ -95,7 +98,7 @@ class StepRecorder:
         chosen = [*amplified, *suppressed]
         names = self.names.of(chosen, features)
         index = torch.tensor(chosen, dtype=torch.long, device=estimates.value.device)
-        table = _table(Estimates(estimates.value[:, index], estimates.se[:, index]))
+        table = _table(estimates._replace(value=estimates.value[:, index], se=estimates.se[:, index]))
         rows = self._rows(self.merged(features.pairs)[index])
         entries = [
             {**names[column], **numbers, "rows": found}
@@ -113,14 +116,15 @@ class StepRecorder:
     def _rows(self, table: Tensor) -> list[list[Record]]:
         """The pairs of a [`TopPairs`] table, as records have them."""
         places = [[pair for pair in some if pair[0] > 0] for some in table.tolist()]
-        self.run.fetch([int(pair[1]) for some in places for pair in some])
+        if self.texts:
+            self.run.fetch([int(pair[1]) for some in places for pair in some])
         if not self.accelerator.is_main_process:
             return [[] for _ in places]
         return [[self._pair(pair) for pair in some] for some in places]
 
     def _pair(self, pair: Sequence[float]) -> Record:
         _, row, delta, apart, contribution, _ = pair
-        texts = self.run.texts(int(row))
+        texts = self.run.texts(int(row)) if self.texts else {}
         return {
             "row": int(row),
             **{name: None if text is None else text[:TEXT_LENGTH] for name, text in texts.items()},

@@ -64,12 +64,17 @@ class RunMonitor(TrainerCallback):
         self.settings = settings
         self.concepts = run.concepts
         self.accelerator = run.accelerator
+        if run.args.push_to_hub and settings.texts:
+            logger.warning(
+                f"`push_to_hub` uploads {FILE_NAME} and report.html with the model, and they quote pairs of the training data and rollouts. "
+                "Set `monitor_texts=False` to keep these texts out of them, or `hub_private_repo=True`."
+            )
         device, window = self.accelerator.device, self.settings.window
         self.window = Window(len(self.concepts), window, device)
         self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)
         self.watch = FeatureWatch(reader, settings.n_features, window, self.accelerator)
         self._names = FeatureNames(run, settings.labels)
-        self._recorder = StepRecorder(run, self._names, settings.sae)
+        self._recorder = StepRecorder(run, self._names, settings.sae, settings.texts)
         self._asked_features = repr((settings.sae, settings.n_features))
         self._strengths: dict[str, float] = {}
         self._probe: ProbeRecorder | None = None
@@ -103,11 +108,14 @@ class RunMonitor(TrainerCallback):
         (chosen, rejected), (ref_chosen, ref_rejected) = pairs.policy_logps, pairs.ref_logps
         apart = ((chosen - ref_chosen) - (rejected - ref_rejected)).float()
         world = self.accelerator.num_processes
-        if self.concepts:
-            delta = torch.stack([signal.delta for signal in pairs.signals], dim=1)
-            self.window.update(apart, beta, delta, world)
-            if rows is not None:
-                self.pairs.update(rows, apart, beta, delta, world)
+        delta = (
+            torch.stack([signal.delta for signal in pairs.signals], dim=1)
+            if self.concepts
+            else apart.new_zeros(len(apart), 0)
+        )
+        self.window.update(apart, beta, delta, world)
+        if self.concepts and rows is not None:
+            self.pairs.update(rows, apart, beta, delta, world)
         if self.features is not None and features is not None:
             self.features.update(features, rows, apart, ~pairs.empty, beta, world)
         for concept in self.concepts:
@@ -180,7 +188,7 @@ class RunMonitor(TrainerCallback):
         """The records of a logging step; all processes must ask for them together."""
         step = self._logged = state.global_step
         estimates = self._recorder.estimates(self.window)
-        amplification, se = (tensor[0].double().cpu().numpy() for tensor in estimates)
+        amplification, se = estimates.amplification()
         best = self._probe.between(amplification, se) if self._probe is not None else unprobed(amplification, se)
         records = [self._recorder.step(state, step * self._batch, estimates, best, self._strengths)]
         if not draws:
@@ -206,7 +214,7 @@ class RunMonitor(TrainerCallback):
         prompts = [row.pop("prompt_ids") for row in rows]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         probe = Probe(prompts, self.accelerator, settings.probe_tokens, pad, seed, columns=rows)
-        self._probe = ProbeRecorder(run, probe, self._loaded)
+        self._probe = ProbeRecorder(run, probe, self._loaded, settings.texts)
         if self._loaded:
             check_same_probe(json.loads(self._told["probe"]), self._probe.told)
             if self.watch.reader is not None and not self._probe.reads_features:

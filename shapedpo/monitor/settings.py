@@ -25,6 +25,7 @@ class MonitorSettings(NamedTuple):
         n_features: How many features of the SAE are watched, `None` for all.
         sae: What to call the SAE.
         labels: File of feature labels.
+        texts: Whether records quote pairs, prompts and rollouts.
         probe_steps: Steps between probes, 0 for none.
         probe_prompts: Prompts of a probe.
         probe_tokens: Where a rollout is cut.
@@ -34,6 +35,7 @@ class MonitorSettings(NamedTuple):
     n_features: int | None = None
     sae: str | None = None
     labels: str | None = None
+    texts: bool = True
     probe_steps: int = 0
     probe_prompts: int = 64
     probe_tokens: int = 128
@@ -55,6 +57,7 @@ def monitor_settings(
     fields = MonitorSettings(
         window=getattr(args, "monitor_window", 1024),
         labels=getattr(args, "feature_labels", None),
+        texts=getattr(args, "monitor_texts", True),
         probe_steps=getattr(args, "probe_steps", 0),
         probe_prompts=getattr(args, "probe_prompts", 64),
         probe_tokens=getattr(args, "probe_max_new_tokens", 128),
@@ -136,6 +139,7 @@ def run_record(
             "window": settings.window,
             "monitor": reader.n_features if reader is not None else None,
             "probe_steps": settings.probe_steps or None,
+            **({} if settings.texts else {"texts": False}),
         },
         "data": run.source._asdict(),
     }

@@ -77,11 +77,37 @@ class TestWindow:
         window = Window(4000, 200, CPU)
         for _ in range(100):
             window.update(torch.zeros(8), BETA, torch.randn(8, 4000, generator=generator) + 1)
-        value, se = (tensor[2] for tensor in Window.estimates(window.state()))
+        value, se = (tensor[2] for tensor in Window.estimates(window.state())[:2])
         assert ((value - 1).abs() < 1.96 * se).float().mean() == pytest.approx(0.95, abs=0.015)
 
+    def test_what_is_not_finite_is_left_out_and_counted(self):
+        """One batch that overflowed, and a delta: the rest is as if they had not been there."""
+        window, stream = Window(3, SIZE, CPU), batches(20)
+        clean = [(apart.clone(), delta.clone()) for apart, delta in stream]
+        stream[12][0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        stream[12][1][0] = torch.nan
+        stream[15][1][2, 1], clean[15][1][2, 1] = torch.inf, 0.0
+        terms = [(math.exp(-4 * (19 - i) / SIZE), pair) for i in range(20) for pair in zip(*clean[i], strict=True)]
+        kept = [term for i, term in enumerate(terms) if i not in (48, 49, 50)]
+        for apart, delta in stream:
+            window.update(apart, BETA, delta)
+        value, se, left_out = Window.estimates(window.state())
+        total = sum(weight for weight, _ in kept)
+        expected = sum(weight * float(apart) * delta.double() for weight, (apart, delta) in kept) / total / 4
+        np.testing.assert_allclose(value[0], expected, rtol=1e-4, atol=1e-5)
+        assert se.isfinite().all()
+        assert left_out == pytest.approx(1 - total / sum(weight for weight, _ in terms), rel=1e-5)
+
+    def test_a_policy_that_stays_broken_has_no_estimates(self):
+        """Until more of the window is known again than not."""
+        window, (apart, delta) = Window(3, SIZE, CPU), batches(1)[0]
+        for broken in (False, True, False):
+            for _ in range(5):
+                window.update(apart * torch.nan if broken else apart, BETA, delta)
+            assert Window.estimates(window.state()).value.isnan().all() == broken
+
     def test_nothing_seen(self):
-        value, se = Window.estimates(Window(2, SIZE, CPU).state())
+        value, se, _ = Window.estimates(Window(2, SIZE, CPU).state())
         assert torch.equal(value, torch.zeros(3, 2))
         assert torch.isinf(se).all()
 
@@ -117,6 +143,16 @@ class TestTopPairs:
             pairs.update(torch.tensor([7]), torch.zeros(1), BETA, torch.ones(1, 1))
         real = pairs.table[0][pairs.table[0][:, 0] > 0]
         assert real[:, 1].tolist() == [7]
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_what_is_not_finite_takes_no_place(self, k):
+        pairs, (apart, delta) = TopPairs(3, k, SIZE, CPU), batches(1)[0]
+        pairs.update(torch.arange(4), apart, BETA, delta)
+        before = pairs.table[:, :, 1].clone()
+        pairs.update(
+            torch.arange(4, 8), torch.tensor([torch.nan, torch.inf, 1, 1]), BETA, torch.full((4, 3), torch.inf)
+        )
+        assert torch.equal(pairs.table[:, :, 1], before)
 
     @pytest.mark.parametrize("k", [1, 3])
     def test_processes_merge(self, k):

@@ -31,6 +31,7 @@ HOSTILE = [
     "<!--<script>",
     "\u2028\u2029 </style> {{ 7 * 7 }} {% raw %} ${1}",
     "\u202eright to left \u05d0\u05d1\u05d2 \u2066",
+    "w" * 600,
     "lone \ud800 and \udfff, \x00 and \x1b[31m",
 ]
 
@@ -119,6 +120,19 @@ def test_figures_stand_in_the_page_with_their_intervals() -> None:
     text = Page(render([record])).text
     assert "+0.50 [+0.30, +0.70]" in text
     assert "▲ 1 amplified ▼ 0 suppressed 0 without a clear change" in text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, None), (0.05, "5.0 % of the window's pairs are left out"), (0.6, "No estimates")]
+)
+def test_pairs_that_are_left_out_are_told(share: float, text: str | None) -> None:
+    warnings = [
+        text
+        for text in Page(render([{"type": "step", "step": 1, "left_out": share}])).text.split(". ")
+        if "window's pairs" in text
+    ]
+    assert len(warnings) == (text is not None)
+    assert not warnings or text in warnings[0]
 
 
 def test_page_of_nothing_says_what_is_missing() -> None:

@@ -20,6 +20,7 @@ from shapedpo.collator import ROW
 from shapedpo.monitor.access import numbered
 from shapedpo.monitor.recent import RecentRows
 from shapedpo.monitor.records import read_records
+from shapedpo.monitor.run import RunMonitor
 from tests.helpers import (
     FEATURES,
     Run,
@@ -425,7 +426,7 @@ def test_a_run_that_is_stopped_at_a_probe_is_probed_once(tmp_path):
     ]  # of the second run, in a file of its own
 
 
-@pytest.mark.parametrize("fields", [{"per_device_train_batch_size": 1}, {"learning_rate": 1e6}])
+@pytest.mark.parametrize("fields", [{"per_device_train_batch_size": 1}, {"learning_rate": 1e6, "max_steps": 6}])
 def test_what_is_not_known_of_a_single_pair_or_a_diverged_policy(tmp_path, fields, recwarn):
     """The run goes on, as TRL's does."""
     train(shaped(*watching(), monitor="all", output_dir=str(tmp_path), **fields))
@@ -442,6 +443,76 @@ def test_a_policy_that_has_diverged(tmp_path):
     trainer = shaped(*watching()[:1], learning_rate=1e6, max_steps=4, **fields)
     with pytest.raises(FloatingPointError, match=r"At step 2 the policy gives no finite probabilities.*diverged"):
         trainer.train()
+
+
+class Overflow(TrainerCallback):
+    """One step whose numbers overflow, and which the optimiser therefore skips, as in fp16."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.kept = model.get_input_embeddings().weight.detach().clone()
+            model.get_input_embeddings().weight.data.fill_(torch.nan)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            model.get_input_embeddings().weight.data.copy_(self.kept)
+            model.zero_grad()
+
+
+def test_a_batch_that_overflows_is_left_out(tmp_path):
+    """The gauges of the rest of the run know all the others, and so do its probes."""
+    fields = {
+        "monitor": "all",
+        "output_dir": str(tmp_path),
+        **PROBE,
+        "probe_steps": 3,
+        "probe_prompts": 4,
+        "max_steps": 4,
+    }
+    trainer = shaped(*watching(), learning_rate=1e-4, **fields)
+    trainer.add_callback(Overflow())
+    trainer.train()
+    steps = records(tmp_path, "step")
+    decay = math.exp(-4 / 1024)
+    weights = [decay**age for age in (3, 2, 1, 0)]
+    assert [step["left_out"] for step in steps[:2]] == [0, pytest.approx(1 / (1 + decay), rel=1e-5)]
+    assert steps[1]["concepts"]["way"]["amplification"][0] is None  # more is left out than known
+    assert steps[3]["left_out"] == pytest.approx(weights[1] / sum(weights), rel=1e-5)
+    for name in ("way", "features"):
+        delta = [entry[f"concepts/{name}/delta"] for entry in trainer.state.log_history if "loss" in entry]
+        expected = sum(w * d for i, (w, d) in enumerate(zip(weights, delta, strict=True)) if i != 1) / (
+            sum(weights) - weights[1]
+        )
+        assert steps[3]["concepts"][name]["delta"][0] == pytest.approx(expected, rel=1e-4)
+        assert None not in steps[3]["concepts"][name]["amplification"]
+    last = records(tmp_path, "probe")[-1]
+    assert None not in [*last["concepts"]["way"]["change"], *last["concepts"]["way"]["predicted"], last["r2"]]
+    assert "pairs are left out" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_records_without_texts(tmp_path, caplog):
+    """Nothing that the run shows quotes a pair, a prompt or a rollout; and who uploads the files is told that they do."""
+    fields = {"monitor": "5", "output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "max_steps": 2}
+    trainer = shaped(*watching(), monitor_texts=False, **fields)
+    trainer.train()
+    rows = records(tmp_path, "pairs")[-1]["concepts"]["way"]
+    texts = [
+        pairs()[row["row"]][side].removeprefix("<bos>").strip()
+        for row in rows
+        for side in ("prompt", "chosen", "rejected")
+    ]
+    assert texts
+    assert records(tmp_path, "probe")[-1]["samples"] == []
+    for name in ("concepts.jsonl", "report.html"):
+        shown = (tmp_path / name).read_text(encoding="utf-8")
+        assert not [text for text in texts if text in shown]
+    assert "<code>monitor_texts</code> is off" in shown
+
+    run, settings = trainer._monitor.run, trainer._monitor.settings
+    run.args.push_to_hub = True
+    for texts_too in (False, True):
+        RunMonitor(run, settings._replace(texts=texts_too), None, [])
+        assert ("Set `monitor_texts=False`" in caplog.text) == texts_too
 
 
 class TestBadInput:

@@ -37,11 +37,13 @@ class ProbeRecorder:
         run: The trainer.
         probe: Samples and reads.
         loaded: What [`state`] gave, from a checkpoint; or nothing.
+        texts: Whether records quote rollouts.
     """
 
-    def __init__(self, run: TrainerAccess, probe: Probe, loaded: Mapping[str, Tensor]) -> None:
+    def __init__(self, run: TrainerAccess, probe: Probe, loaded: Mapping[str, Tensor], texts: bool) -> None:
         self.run_ = run
         self.probe = probe
+        self.texts = texts
         self._before: Readings | None = None
         self._past: np.ndarray | None = None  # (3, F + C): the last estimates, their errors, and amplification then
         if loaded:
@@ -115,7 +117,7 @@ class ProbeRecorder:
         if not first:
             self.run_.correct(now, before)
         self._before = before
-        samples = self._samples(now)
+        samples = self._samples(now) if self.texts else []
         record: Record = {}
         shown: list[int] = []
         if self.run_.accelerator.is_main_process:
@@ -136,12 +138,8 @@ class ProbeRecorder:
     ) -> tuple[Record, list[int]]:
         n_features = 0 if now.features is None else now.features.shape[-1]
         alone, alone_se = _changes(now, before)
-        amplification, se = (
-            np.concatenate(
-                [*([part[0].double().cpu().numpy()] if part is not None else []), own[0].double().cpu().numpy()]
-            )
-            for part, own in zip(features or (None, None), concepts, strict=True)
-        )
+        parts = [estimates.amplification() for estimates in (features, concepts) if estimates is not None]
+        amplification, se = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         best = predicted = None
         if before is not now:
             # Named concepts apart from the features: they are chosen because they move.
@@ -150,7 +148,8 @@ class ProbeRecorder:
             predicted = self._predicted(amplification, se, n_features)
             found = [columns.best(amplification[g], se[g], g) for g in groups]
             best, probed = _joined([estimate for estimate, _ in found]), np.concatenate([probe for _, probe in found])
-            self._past = np.stack([best.value, best.se, amplification])
+            if np.isfinite(amplification).all():  # else there is nothing to carry it forward by
+                self._past = np.stack([best.value, best.se, amplification])
         thresholds = self.run_.calibration.thresholds
         prompts, rollouts = (
             now.scores.shape[1],
@@ -192,7 +191,7 @@ class ProbeRecorder:
         """What amplification alone says; the last probe lends it its scale, and no more, so that it can be held against this one."""
         se = np.where(np.isfinite(se), se, 0.0)
         if self._past is None:
-            return best_estimate(amplification, se)
+            return unprobed(amplification, se)
         value, _, then = self._past[:, :n_features] if n_features else self._past
         slope = float(value @ then / (then @ then)) if then.any() else 1.0
         error = float(np.sqrt(np.mean((value - slope * then) ** 2)))
@@ -264,13 +263,16 @@ class _Columns:
     def best(self, amplification: np.ndarray, se: np.ndarray, group: slice) -> tuple[Estimate, np.ndarray]:
         """The best estimate of a group of columns, and what the probe alone says; what never varies has not changed."""
         base, now = self.base[:, group], self.now[:, group]
-        varies = np.isfinite(se) & (np.concatenate([base, now]).std(axis=0) > 0)
+        varies = np.concatenate([base, now]).std(axis=0) > 0
         value, error, alone = np.zeros((3, len(se)))
         if not varies.any():
             return Estimate(value, error, "probe rollouts"), alone
         change = probe_change(base[:, varies], now[:, varies], self.base_ratios, self.ratios)
-        spectrum = Spectrum.of(base[:, varies]) if base[:, varies].std(axis=0).any() else None
-        best = best_estimate(amplification[varies], se[varies], change, spectrum)
+        if np.isfinite([amplification, se]).all():
+            spectrum = Spectrum.of(base[:, varies]) if base[:, varies].std(axis=0).any() else None
+            best = best_estimate(amplification[varies], se[varies], change, spectrum)
+        else:  # of fewer than two pairs, or of a window most of which is left out
+            best = Estimate(change.value, change.se, "probe rollouts")
         value[varies], error[varies], alone[varies] = best.value, best.se, change.value
         return Estimate(value, error, best.name), alone
 

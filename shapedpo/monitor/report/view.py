@@ -22,6 +22,9 @@ FEATURES = 200
 COLUMNS = 8
 """Probes that the table of rates has columns for."""
 
+UNITS = {"batch": "pairs", "window": "pairs", "monitor": "features"}
+"""What settings are counted in that do not say so."""
+
 
 def view(digest: Digest) -> dict[str, Any]:
     """Everything the template needs.
@@ -54,6 +57,7 @@ def view(digest: Digest) -> dict[str, Any]:
             "epoch": number(last.get("epoch")),
         },
         "estimator": clean(last.get("estimator") or "", 200),
+        "left_out": number(last.get("left_out")) or 0.0,
         "verdicts": {
             v: sum(c["verdict"] == v for c in concepts) for v in ("amplified", "suppressed", "unclear", "none")
         },
@@ -62,6 +66,7 @@ def view(digest: Digest) -> dict[str, Any]:
         "features": _features(digest.features),
         "rates": _rates(digest, concepts),
         "pairs": _pairs(digest.pairs, concepts),
+        "has_texts": settings.get("texts") is not False,
         "has_samples": any(probe["samples"] for probe in digest.sampled.thinned().values()),
         "data": _script_data(digest, names, concepts),
     }
@@ -74,7 +79,10 @@ def _data(run: Record) -> dict[str, Any]:
 
 def _settings(settings: Record) -> list[tuple[str, str]]:
     """Name and value of each setting, in the order of the record."""
-    return [(clean(key, 80), _plain(value)) for key, value in settings.items()]
+    return [
+        (clean(key, 80), _plain(value) if value is None else f"{_plain(value)} {UNITS.get(key, '')}".rstrip())
+        for key, value in settings.items()
+    ]
 
 
 def _plain(value: Any) -> str:
@@ -190,7 +198,7 @@ def _pairs(record: Record, concepts: Sequence[Record]) -> dict[str, Any]:
         "known": bool(record),
         "step": number(record.get("step")),
         "groups": [
-            {"name": concept["name"], "verdict": concept["verdict"], "rows": rows}
+            {"name": concept["name"], "label": concept["label"], "verdict": concept["verdict"], "rows": rows}
             for concept in concepts
             if (rows := sorted((_pair(pair, TEXT) for pair in items(of.get(concept["name"]))), key=_size, reverse=True))
         ],
@@ -215,12 +223,13 @@ def _rates(digest: Digest, concepts: Sequence[Record]) -> dict[str, Any]:
                 mapping(mapping(probes[step].get("concepts")).get(concept["name"])).get("rate"), 3
             )
             cells.append({"value": rate, "low": low, "high": high})
-        rows.append({"name": concept["name"], "cells": cells, "change": concept["change"]})
+        rows.append({"label": concept["label"], "cells": cells, "change": concept["change"]})
     return {
         "known": bool(probes),
         "steps": steps,
         "count": len(probes),
         "rollouts": number(last.get("rollouts")),
+        "rollouts_before": number(probes[0].get("rollouts")) if 0 in probes else None,
         "prompts": number(last.get("prompts")),
         "rows": rows,
     }
