@@ -35,7 +35,7 @@ class ShapedDPOConfig(DPOConfig):
         monitor_window (`int`, *optional*, defaults to `1024`):
             How many pairs, over all processes, the running estimates reach back: a pair that long ago counts 1/e as much.
         feature_labels (`str`, *optional*):
-            File with labels of the SAE's features: JSON or JSON Lines, or an export of Neuronpedia.
+            File with labels of the SAE's features, JSON or JSON Lines, or an export of Neuronpedia, a file or a folder of them.
         monitor_texts (`bool`, *optional*, defaults to `True`):
             Whether what the run shows (`concepts.jsonl`, `report.html`, W&B) quotes the data: pairs, prompts and rollouts. Without, pairs
             go by their row numbers, and rollouts by their scores. With `push_to_hub`, files of the output folder are uploaded.
@@ -108,8 +108,12 @@ class ShapedDPOConfig(DPOConfig):
             self.monitor = str(self.monitor)
             if self.monitor != "all" and not (self.monitor.isdecimal() and int(self.monitor) > 0):
                 raise ValueError(f"`monitor` must be 'all' or a number of features above 0, got {self.monitor!r}.")
-        elif self.monitor_sae is not None:
-            raise ValueError("`monitor_sae` is given, but `monitor` is not: say 'all', or how many features to watch.")
+        else:
+            for name in ("monitor_sae", "feature_labels"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is given, but `monitor` is not: say 'all', or how many features to watch."
+                    )
         for name, least in (
             ("calibration_size", 2),
             ("monitor_window", 2),

@@ -31,22 +31,38 @@ _LABEL_KEYS = ("description", "label", "explanation", "title")
 
 
 def load_labels(path: str | os.PathLike[str]) -> dict[int, str]:
-    """Read labels of features from a file: JSON or JSON Lines, plain or gzipped.
+    """Read labels of features from a file, JSON or JSON Lines, plain or gzipped, or from all such files of a folder.
 
     Taken are a mapping from index to label; a list of objects with an index (`index`, `feature`) and a label (`description`,
-    `label`, `explanation`), as Neuronpedia exports them, one a line or in one list; and an object that holds such a list under
-    `explanations`. Of several labels of a feature the first counts.
+    `label`, `explanation`), one a line or in one list, as Neuronpedia exports them (`batch-0.jsonl.gz` and on, of an SAE); and an
+    object that holds such a list under `explanations`. Of several labels of a feature the first counts.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no labels; the text says what was found.
+        FileNotFoundError: If there is no such file, or none in the folder.
+        ValueError: If there are no labels in it; the text says what was found.
     """
     path = Path(path)
-    if not path.is_file():
+    files = sorted(path.glob("*.json*")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
         raise FileNotFoundError(f"There is no file of feature labels at {str(path)!r}.")
+    labels: dict[int, str] = {}
+    for file in files:
+        for index, label in _entries(file):
+            if str(index).isdecimal() and isinstance(label, str) and label.strip():
+                labels.setdefault(int(index), label.strip())
+    if not labels:
+        raise ValueError(
+            f"{path}: found no label. Expected {{'412': 'goblins'}}, or objects such as "
+            "{'index': 412, 'description': 'goblins'}, in a list or one a line."
+        )
+    return labels
+
+
+def _entries(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Index and label of each entry of a file, whatever they are."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             text = file.read()
         try:
             data = json.loads(text)
@@ -57,22 +73,11 @@ def load_labels(path: str | os.PathLike[str]) -> dict[int, str]:
     if isinstance(data, Mapping) and isinstance(data.get("explanations"), list):
         data = data["explanations"]
     if isinstance(data, Mapping) and not any(key in data for key in _INDEX_KEYS):
-        found = [(index, label) for index, label in data.items()]
-    else:
-        entries = data if isinstance(data, list) else [data]
-        found = [
-            (_first(entry, _INDEX_KEYS), _first(entry, _LABEL_KEYS)) for entry in entries if isinstance(entry, Mapping)
-        ]
-    labels: dict[int, str] = {}
-    for index, label in found:
-        if str(index).isdecimal() and isinstance(label, str) and label.strip():
-            labels.setdefault(int(index), label.strip())
-    if not labels:
-        raise ValueError(
-            f"{path}: found no label. Expected {{'412': 'goblins'}}, or objects such as "
-            "{'index': 412, 'description': 'goblins'}, in a list or one a line."
-        )
-    return labels
+        yield from data.items()
+        return
+    for entry in data if isinstance(data, list) else [data]:
+        if isinstance(entry, Mapping):
+            yield _first(entry, _INDEX_KEYS), _first(entry, _LABEL_KEYS)
 
 
 def _first(entry: Mapping[str, Any], keys: Sequence[str]) -> Any:

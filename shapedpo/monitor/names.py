@@ -22,14 +22,19 @@ class FeatureNames:
     Args:
         run: The trainer, whose reference has the unembedding.
         labels: File of labels, or `None`.
+        width: Features of the SAE, whichever are watched; 0 where none are.
 
     Raises:
-        FileNotFoundError, ValueError: If the file cannot be read.
+        FileNotFoundError, ValueError: If the file cannot be read, or is of a wider SAE.
     """
 
-    def __init__(self, run: TrainerAccess, labels: str | None) -> None:
+    def __init__(self, run: TrainerAccess, labels: str | None, width: int) -> None:
         self._run = run
         self._labels = load_labels(labels) if labels is not None else {}
+        if width and max(self._labels, default=0) >= width:
+            raise ValueError(
+                f"`feature_labels={labels!r}` labels feature {max(self._labels)}, and the SAE has {width:,} features. Name the labels of that SAE."
+            )
         self._known: dict[int, Record] = {}
 
     def of(self, columns: Sequence[int], features: FeatureMonitor) -> dict[int, Record]:

@@ -73,7 +73,7 @@ class RunMonitor(TrainerCallback):
         self.window = Window(len(self.concepts), window, device)
         self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)
         self.watch = FeatureWatch(reader, settings.n_features, window, self.accelerator)
-        self._names = FeatureNames(run, settings.labels)
+        self._names = FeatureNames(run, settings.labels, reader.n_features if reader is not None else 0)
         self._recorder = StepRecorder(run, self._names, settings.sae, settings.texts)
         self._asked_features = repr((settings.sae, settings.n_features))
         self._strengths: dict[str, float] = {}
@@ -237,11 +237,13 @@ class RunMonitor(TrainerCallback):
             entry |= {name: names[column][name] for name in ("feature", "label")}
         self._write([record])
         self._show()
-        scalars = {}
-        for name, concept in record["concepts"].items():
-            for what in ("rate", "score", "change"):
-                scalars[f"probe/{name}/{what}"] = concept[what][0]
-        self.run.log(scalars)
+        scalars = {
+            f"probe/{name}/{what}": concept[what][0]
+            for name, concept in record["concepts"].items()
+            for what in ("rate", "score", "change")
+        }
+        if scalars:
+            self.run.log(scalars)
 
     # ------------------------------------------------------------------ checkpoints
 

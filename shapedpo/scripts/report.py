@@ -13,8 +13,8 @@ def main(run: str, *, out: str | None = None) -> int:
     """Write `report.html` of a run.
 
     Args:
-        run: The run's output folder, or a file of records.
-        out: Where the page goes; beside the records by default.
+        run: The run's output folder, or a file of records, such as the `concepts.1.jsonl` of an earlier run into the same folder.
+        out: Where the page goes; by default beside the records, under their number (`report.1.html`).
 
     Returns:
         The exit status.
@@ -29,8 +29,8 @@ def main(run: str, *, out: str | None = None) -> int:
             raise UserError(
                 f"{source / FILE_NAME if source.is_dir() else source} has no records: the run has not begun."
             )
-        folder = source if source.is_dir() else source.parent
-        target = Path(out) if out else folder / "report.html"
+        beside = source / FILE_NAME if source.is_dir() else source
+        target = Path(out) if out else beside.with_name(f"{beside.stem.replace('concepts', 'report')}.html")
         write_whole(target, render(records))
     print(f"{target}  ({len(records):,} records, {target.stat().st_size / 1e6:.1f} MB)")
     return 0

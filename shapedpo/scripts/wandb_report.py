@@ -19,7 +19,7 @@ CHARTED = 24
 WIDE = 24
 """Columns of a report's grid."""
 INTRODUCTION = (
-    "**Amplification** is the first-order change of a concept's mean score under the policy, in nats x sd of the score: positive is "
+    "**Amplification** is the first-order change of a concept's mean score under the policy, in standard deviations (sd) of the score: positive is "
     "amplified, negative suppressed. It costs no rollouts and is a gauge, best while the policy is near the reference. "
     "**Pressure** is how hard the loss still pushes the concept. **Probe rollouts** show what has come of it."
 )

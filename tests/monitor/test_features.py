@@ -46,6 +46,18 @@ class TestLabels:
         path.write_bytes(gzip.compress(text.encode()) if form == "gz" else text.encode())
         assert load_labels(path) == {412: "goblins", 7: "links"}
 
+    def test_a_folder_of_an_export_s_batches(self, tmp_path):
+        for i, (index, label) in enumerate([("412", "goblins"), ("7", "links"), ("7", "of another explainer")]):
+            entry = {
+                "modelId": "gpt2-small",
+                "layer": "8-res-jb",
+                "index": index,
+                "description": label,
+                "embedding": "[0.1]",
+            }
+            (tmp_path / f"batch-{i}.jsonl.gz").write_bytes(gzip.compress(json.dumps(entry).encode("utf-8-sig")))
+        assert load_labels(tmp_path) == {412: "goblins", 7: "links"}
+
     @pytest.mark.parametrize("text", ["", "[]", "goblins", '{"a": "b"}', "[1, 2]"])
     def test_no_labels(self, tmp_path, text):
         (tmp_path / "labels.json").write_text(text)

@@ -373,6 +373,13 @@ def test_command_makes_the_page_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(synthetic())
     assert main(["report", str(tmp_path / "concepts.jsonl"), "--out", str(tmp_path / "other.html")]) == 0
     assert (tmp_path / "other.html").exists()
+    page = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "concepts.jsonl").rename(
+        tmp_path / "concepts.1.jsonl"
+    )  # of an earlier run: the page of the later one stays
+    assert main(["report", str(tmp_path / "concepts.1.jsonl")]) == 0
+    assert "report.1.html" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "report.1.html").read_bytes() == page
 
 
 def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -522,6 +522,7 @@ class TestBadInput:
             ({"monitor": "some"}, "`monitor` must be 'all' or a number of features above 0, got 'some'"),
             ({"monitor": "0"}, "`monitor` must be 'all' or a number"),
             ({"monitor_sae": "x"}, "`monitor_sae` is given, but `monitor` is not"),
+            ({"feature_labels": "x"}, "`feature_labels` is given, but `monitor` is not"),
             ({"monitor_window": 1}, "`monitor_window` must be a whole number of at least 2, got 1"),
             ({"probe_steps": -1}, "`probe_steps` must be a whole number of at least 0, got -1"),
         ],
@@ -563,7 +564,12 @@ class TestBadInput:
 
     def test_labels_that_are_not_there(self):
         with pytest.raises(FileNotFoundError, match="no file of feature labels at"):
-            shaped(*watching(), feature_labels="nowhere.json")
+            shaped(*watching(), monitor="all", feature_labels="nowhere.json")
+
+    def test_labels_of_another_sae(self, tmp_path):
+        (tmp_path / "labels.json").write_text('{"3": "here", "40000": "not here"}')
+        with pytest.raises(ValueError, match=r"labels feature 40000, and the SAE has 48 features"):
+            shaped(*watching(), monitor="all", feature_labels=str(tmp_path / "labels.json"))
 
 
 def test_prompts_are_tokenised_as_in_training():

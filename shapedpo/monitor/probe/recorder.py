@@ -285,7 +285,7 @@ def _joined(parts: list[Estimate]) -> Estimate:
 
 def _changes(now: Readings, before: Readings) -> tuple[np.ndarray, np.ndarray]:
     """What the rollouts alone say: draw 0, which has the same random numbers at each probe; `(F + C,)` each."""
-    pairs = [paired_change(now.scores[:1].cpu(), before.scores[:1].cpu())]
+    pairs = [paired_change(now.scores[:1].cpu(), before.scores[:1].cpu())] if now.scores.shape[-1] else []
     if now.features is not None and before.features is not None:
         pairs.insert(0, paired_change(now.features[:1], before.features[:1]))
     value, se = (torch.cat(parts).numpy() for parts in zip(*pairs, strict=True))

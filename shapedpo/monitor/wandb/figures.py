@@ -41,7 +41,7 @@ def top_figure(amplified: list[Item], suppressed: list[Item], step: int) -> Figu
     return _figure(
         [bars],
         f"Amplified and suppressed at step {step}",
-        xaxis={"title": {"text": "amplification (nats x sd), 95 % interval"}, "zeroline": True},
+        xaxis={"title": {"text": "amplification (sd), 95 % interval"}, "zeroline": True},
         yaxis={**_names([item.label for item in items]), "autorange": "reversed"},
     )
 
@@ -71,7 +71,7 @@ def heatmap_figure(latest: Latest) -> Figure | None:
         "zmin": -peak,
         "zmax": peak,
         "colorscale": [[0, DOWN], [0.5, "#f7f7f7"], [1, UP]],
-        "colorbar": {"title": {"text": "nats x sd"}},
+        "colorbar": {"title": {"text": "sd"}},
         "hovertemplate": "step %{x}<br>%{z}<extra></extra>",
         "hoverongaps": False,
     }

@@ -73,7 +73,7 @@ class Item:
 
     @property
     def value(self) -> float | None:
-        """Amplification, nats x sd of the score."""
+        """Amplification, sd of the score."""
         return number(self.record.get("amplification"))
 
     @property
