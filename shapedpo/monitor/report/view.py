@@ -56,7 +56,7 @@ def view(digest: Digest) -> dict[str, Any]:
             "pairs": number(last.get("pairs")),
             "epoch": number(last.get("epoch")),
         },
-        "estimator": clean(last.get("estimator") or "", 200),
+        "estimator": "probe rollouts" if _probed_last(digest) else clean(last.get("estimator") or "", 200),
         "left_out": number(last.get("left_out")) or 0.0,
         "verdicts": {
             v: sum(c["verdict"] == v for c in concepts) for v in ("amplified", "suppressed", "unclear", "none")
@@ -106,7 +106,7 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
     probe = mapping(mapping(digest.probes.last[1]).get("concepts")) if digest.probes.last else {}
     asked = {clean(concept.get("name")): concept for concept in items(digest.run.get("concepts"))}
     history = digest.steps.thinned()
-    has_change = any("change" in mapping(values) for values in last.values())
+    changes = probe if _probed_last(digest) or not any("change" in mapping(v) for v in last.values()) else last
     names = list(dict.fromkeys([*asked, *map(clean, last), *map(clean, probe)]))
     latest = {name: _estimates(mapping(last.get(name))) for name in names}
     axis = scale([estimates["amplification"] for estimates in latest.values()])
@@ -132,11 +132,16 @@ def _concepts(digest: Digest) -> list[dict[str, Any]]:
                 "pressure": estimates["pressure"],
                 "delta": estimates["delta"],
                 "strength": number(mapping(last.get(name)).get("strength")),
-                "change": interval(numbers(mapping((last if has_change else probe).get(name)).get("change"), 2), None),
+                "change": interval(numbers(mapping(changes.get(name)).get("change"), 2), None),
                 "spark": spark(list(history), [numbers(v.get("amplification"), 2) for v in values]),
             }
         )
     return sorted(rows, key=lambda row: (row["gauge"].value is None, -(row["gauge"].value or 0.0)))
+
+
+def _probed_last(digest: Digest) -> bool:
+    """Whether the last probe is of the last figures' step or later: a run ends with one."""
+    return digest.probes.last is not None and (digest.steps.last or (-1,))[0] <= digest.probes.last[0]
 
 
 def _method(method: Any) -> str:

@@ -118,6 +118,9 @@ function drawScatter() {
   const told = (d) => `${d.label}\npredicted ${fixed(d.p)} ± ${(Z * d.pse).toFixed(2)}\nobserved ${fixed(d.o)} ± ${(Z * d.ose).toFixed(2)}`;
   const color = (d) => (d.kind === "concept" ? "var(--observed)" : "var(--muted)");
   const faint = (d) => (d.kind === "concept" ? 0.9 : 0.35);
+  const counted = [];
+  if (concepts.length) counted.push(`${concepts.length} concept${concepts.length === 1 ? "" : "s"} (large)`);
+  if (features.length) counted.push(`${features.length} features (small), those with the largest changes`);
   const charts = [];
   charts.push([
     "Change of the mean score, sd",
@@ -139,7 +142,7 @@ function drawScatter() {
       ],
       r: { type: "identity" },
     }),
-    `${concepts.length} concept${concepts.length === 1 ? "" : "s"} (large)${features.length ? `, ${features.length} features (small), those with the largest changes` : ""}. Bars are 95 % intervals; on the dashed line the estimate is exact.${apart ? " The two axes have scales of their own." : ""}`,
+    `${counted.join(", ")}. Bars are 95 % intervals; on the dashed line the estimate is exact.${apart ? " The two axes have scales of their own." : ""}`,
   ]);
   const order = [...concepts].sort((a, b) => b.o - a.o).slice(0, 24);
   const short = (label) => (label.length > 18 ? `${label.slice(0, 17)}…` : label);
