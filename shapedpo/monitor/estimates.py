@@ -40,7 +40,7 @@ class Window:
     With \\( l \\) a completion's log-ratio of policy and reference, \\( m = \beta(l(y^+) - l(y^-)) \\) and \\( d \\) a score's
     delta: amplification is the mean of \\( (l(y^+) - l(y^-))\, d/4 \\), pressure that of \\( \sigma(-m)\, d \\). A pair that lies
     `size` pairs back counts \\( 1/e \\) as much as the newest, so the state is six numbers a score, whatever the window.
-    A pair whose log-ratio is not finite, as of a batch that overflowed, is left out and counted; a delta that is not finite counts as 0.
+    A pair whose log-ratio is not finite, as of a batch that overflowed, is left out and counted.
     Nothing here waits for the device, and nothing is exchanged between processes until [`estimates`] is asked for.
 
     Args:
@@ -62,13 +62,13 @@ class Window:
         Args:
             apart: `(B,)`, log-ratio of the chosen completion minus that of the rejected one, nats, unshaped.
             beta: DPO's.
-            delta: `(B, F)`, standardised score of chosen minus rejected.
+            delta: `(B, F)`, standardised score of chosen minus rejected, finite.
             world_size: Number of processes, each of which adds as many pairs.
         """
         decay = math.exp(-len(apart) * world_size / self.size)
         known = apart.isfinite()
         factors = torch.stack([apart / 4, torch.sigmoid(-beta * apart), torch.ones_like(apart)])  # (3, B)
-        factors, delta = torch.where(known, factors, 0.0), delta.nan_to_num(0.0, 0.0, 0.0)
+        factors = torch.where(known, factors, 0.0)
         self.sums.mul_(decay).addmm_(factors, delta)
         self.squares.mul_(decay**2).addmm_(factors.square(), delta.square())
         # `squares` carries squared weights: see `estimates`.

@@ -39,12 +39,12 @@ class TopPairs:
             rows: `(B,)` int, where they are in the data set.
             apart: `(B,)`, log-ratio of the chosen completion minus that of the rejected one, nats.
             beta: DPO's.
-            delta: `(B, C)`, the concepts' deltas.
+            delta: `(B, C)`, the concepts' deltas, finite.
             world_size: Number of processes, each of which adds as many pairs.
         """
-        # What is not finite contributes nothing, and is no row to show.
+        # A pair without a finite log-ratio contributes nothing, and is no row to show.
         push = torch.where(apart.isfinite(), torch.sigmoid(-beta * apart), 0.0)
-        contribution = push[:, None] * delta.nan_to_num(0.0, 0.0, 0.0)  # (B, C)
+        contribution = push[:, None] * delta  # (B, C)
         row, apart_ = (column[:, None].expand_as(delta).float() for column in (rows, apart))
         new = [contribution.abs(), row, delta, apart_, contribution, torch.zeros_like(delta)]
         self.table[:, :, 5] += 1

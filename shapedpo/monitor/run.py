@@ -64,11 +64,6 @@ class RunMonitor(TrainerCallback):
         self.settings = settings
         self.concepts = run.concepts
         self.accelerator = run.accelerator
-        if run.args.push_to_hub and settings.texts:
-            logger.warning(
-                f"`push_to_hub` uploads {FILE_NAME} and report.html with the model, and they quote pairs of the training data and rollouts. "
-                "Set `monitor_texts=False` to keep these texts out of them, or `hub_private_repo=True`."
-            )
         device, window = self.accelerator.device, self.settings.window
         self.window = Window(len(self.concepts), window, device)
         self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)

@@ -116,9 +116,10 @@ class FeatureMonitor:
     def update(
         self, features: Tensor, rows: Tensor | None, apart: Tensor, valid: Tensor, beta: float, world: int
     ) -> None:
-        """Add a batch of B pairs: see [`Window.update`]. `features` are `(2B, F)` raw scores."""
+        """Add a batch of B pairs: see [`Window.update`]. `features` are `(2B, F)` raw scores; a delta that is not finite counts as 0."""
         chosen, rejected = features.chunk(2)
         delta = (chosen - rejected) / self.statistics.std * valid[:, None]
+        delta = delta.nan_to_num(0.0, 0.0, 0.0)  # one feature that overflows must not spoil its sums for good
         self.window.update(apart, beta, delta, world)
         if rows is not None:
             self.pairs.update(rows, apart, beta, delta, world)

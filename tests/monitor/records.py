@@ -69,6 +69,7 @@ WORDS = [
     "some",
     "patience",
 ]
+_WORDS, _OPENINGS = np.array(WORDS), np.array(OPENINGS)  # a list would be made into one at each draw
 CONCEPT_WORDS = {"goblin": {"goblins", "rope"}, "emoji": {"wet"}, "cheerfulness": {"patience", "known"}}
 
 
@@ -186,8 +187,8 @@ def _step(step: int, progress: float, named: list[tuple[Any, ...]], rng: np.rand
 
 
 def _text(rng: np.random.Generator, words: int) -> str:
-    picked = rng.choice(WORDS, size=max(1, words + int(rng.integers(-8, 8))))
-    return f"{rng.choice(OPENINGS)}: {' '.join(picked)}."
+    picked = rng.choice(_WORDS, size=max(1, words + int(rng.integers(-8, 8))))
+    return f"{rng.choice(_OPENINGS)}: {' '.join(picked)}."
 
 
 def _pairs(rng: np.random.Generator, count: int, words: int) -> list[Record]:
@@ -212,8 +213,8 @@ def _features(
     step: int, progress: float, truth: dict[int, float], count: int, rows: int, words: int, rng: np.random.Generator
 ) -> Record:
     def entry(feature: int, value: float) -> Record:
-        tokens = [str(word) for word in rng.choice(WORDS, size=4, replace=False)]
-        promotes = [f" {word}" for word in rng.choice(WORDS, size=4, replace=False)]
+        tokens = [str(word) for word in rng.choice(_WORDS, size=4, replace=False)]
+        promotes = [f" {word}" for word in rng.choice(_WORDS, size=4, replace=False)]
         return {
             "feature": int(feature),
             "label": f"{tokens[0]}, {tokens[1]} (tokens)",
@@ -285,7 +286,7 @@ def _probe(
 
 
 def _sample(index: int, names: list[str], progress: float, words: int, rng: np.random.Generator) -> Record:
-    picked = [str(word) for word in rng.choice(WORDS, size=words)]
+    picked = [str(word) for word in rng.choice(_WORDS, size=words)]
     tokens = [picked[0].capitalize(), *(f" {word}" for word in picked[1:]), "."]
     activations = {}
     for name in names:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shapedpo.monitor.estimates import Window
+from shapedpo.monitor.features import Exciting
 from shapedpo.monitor.pairs import TopPairs
-from shapedpo.monitor.sae import ranked
+from shapedpo.monitor.sae import FeatureMonitor, FeatureStatistics, ranked
 
 
 BETA, SIZE = 0.3, 40
@@ -81,12 +82,10 @@ class TestWindow:
         assert ((value - 1).abs() < 1.96 * se).float().mean() == pytest.approx(0.95, abs=0.015)
 
     def test_what_is_not_finite_is_left_out_and_counted(self):
-        """One batch that overflowed, and a delta: the rest is as if they had not been there."""
+        """Of one batch that overflowed: the rest is as if it had not been there."""
         window, stream = Window(3, SIZE, CPU), batches(20)
         clean = [(apart.clone(), delta.clone()) for apart, delta in stream]
         stream[12][0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        stream[12][1][0] = torch.nan
-        stream[15][1][2, 1], clean[15][1][2, 1] = torch.inf, 0.0
         terms = [(math.exp(-4 * (19 - i) / SIZE), pair) for i in range(20) for pair in zip(*clean[i], strict=True)]
         kept = [term for i, term in enumerate(terms) if i not in (48, 49, 50)]
         for apart, delta in stream:
@@ -149,9 +148,7 @@ class TestTopPairs:
         pairs, (apart, delta) = TopPairs(3, k, SIZE, CPU), batches(1)[0]
         pairs.update(torch.arange(4), apart, BETA, delta)
         before = pairs.table[:, :, 1].clone()
-        pairs.update(
-            torch.arange(4, 8), torch.tensor([torch.nan, torch.inf, 1, 1]), BETA, torch.full((4, 3), torch.inf)
-        )
+        pairs.update(torch.arange(4, 8), torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan]), BETA, 9 * delta)
         assert torch.equal(pairs.table[:, :, 1], before)
 
     @pytest.mark.parametrize("k", [1, 3])
@@ -175,6 +172,21 @@ class TestTopPairs:
                 pairs.update(torch.tensor([row]), torch.tensor([apart]), BETA, torch.ones(1, 1), world_size=2)
         merged = two[0].merged(torch.stack([pairs.table for pairs in two]))
         assert [float(pair[3]) for pair in merged[0] if pair[1] == 7 and pair[0] > 0] == [2.0]
+
+
+def test_a_feature_that_overflows_counts_as_unchanged():
+    """Once: its own sums and those of the others stay finite."""
+    (apart, _), scores = batches(1)[0], torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
+    ones, exciting = torch.ones(3), Exciting.none(3, CPU)
+    found = []
+    for value in (torch.inf, float(scores[4, 1])):  # of the first pair's chosen completion: as the rejected one has it
+        scores[0, 1] = value
+        monitor = FeatureMonitor(None, FeatureStatistics(torch.arange(3), ones, ones, ones, exciting), SIZE)
+        monitor.update(scores, torch.arange(4), apart, torch.ones(4, dtype=torch.bool), BETA, 1)
+        found.append((monitor.window.state(), monitor.pairs.table))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
 
 
 def test_ranked_by_what_is_sure():

@@ -20,7 +20,7 @@ from shapedpo.collator import ROW
 from shapedpo.monitor.access import numbered
 from shapedpo.monitor.recent import RecentRows
 from shapedpo.monitor.records import read_records
-from shapedpo.monitor.run import RunMonitor
+from shapedpo.monitor.sinks import make_sinks
 from tests.helpers import (
     FEATURES,
     Run,
@@ -490,8 +490,8 @@ def test_a_batch_that_overflows_is_left_out(tmp_path):
     assert "pairs are left out" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_records_without_texts(tmp_path, caplog):
-    """Nothing that the run shows quotes a pair, a prompt or a rollout; and who uploads the files is told that they do."""
+def test_records_without_texts(tmp_path):
+    """Nothing that the run shows quotes a pair, a prompt or a rollout."""
     fields = {"monitor": "5", "output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "max_steps": 2}
     trainer = shaped(*watching(), monitor_texts=False, **fields)
     trainer.train()
@@ -508,11 +508,14 @@ def test_records_without_texts(tmp_path, caplog):
         assert not [text for text in texts if text in shown]
     assert "<code>monitor_texts</code> is off" in shown
 
-    run, settings = trainer._monitor.run, trainer._monitor.settings
-    run.args.push_to_hub = True
-    for texts_too in (False, True):
-        RunMonitor(run, settings._replace(texts=texts_too), None, [])
-        assert ("Set `monitor_texts=False`" in caplog.text) == texts_too
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({}, False), ({"push_to_hub": True}, True), ({"push_to_hub": True, "monitor_texts": False}, False)],
+)
+def test_texts_that_go_to_the_hub_are_told(fields, told, caplog):
+    make_sinks(arguments(**fields))
+    assert ("Set `monitor_texts=False`" in caplog.text) == told
 
 
 class TestBadInput:

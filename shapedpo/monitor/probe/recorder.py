@@ -17,7 +17,8 @@ from ..estimators import Estimate, Past, best_estimate, probe_change, unprobed
 from ..posterior import Spectrum
 from ..records import TEXT_LENGTH, Record, plain
 from ..sae import FeatureMonitor
-from .rollouts import DRAWS_BEFORE, Probe, Reading, Readings, Rows, paired_change, wilson
+from .intervals import paired_change, wilson
+from .rollouts import DRAWS_BEFORE, Probe, Reading, Readings, Rows
 from .tokens import token_activations
 
 
