@@ -324,6 +324,7 @@ class TestTrackers:
         """The real library writes a run folder without a network, and what it wrote is read back."""
         import wandb
 
+        wandb.teardown()  # it reads its environment once in a process, unless told to forget it
         monkeypatch.setenv("WANDB_MODE", "offline")
         monkeypatch.setenv("WANDB_DIR", str(tmp_path))
         monkeypatch.setenv("WANDB_SILENT", "true")

@@ -116,22 +116,24 @@ class StepRecorder:
     def _rows(self, table: Tensor) -> list[list[Record]]:
         """The pairs of a [`TopPairs`] table, as records have them."""
         places = [[pair for pair in some if pair[0] > 0] for some in table.tolist()]
-        if self.texts:
-            self.run.fetch([int(pair[1]) for some in places for pair in some])
+        rows = {int(pair[1]) for some in places for pair in some} if self.texts else set()
+        if rows:
+            self.run.fetch(sorted(rows))
         if not self.accelerator.is_main_process:
             return [[] for _ in places]
-        return [[self._pair(pair) for pair in some] for some in places]
+        texts = {row: self.run.texts(row) for row in rows}  # one row is behind many concepts
+        return [[_pair(pair, self.run.beta, texts.get(int(pair[1]), {})) for pair in some] for some in places]
 
-    def _pair(self, pair: Sequence[float]) -> Record:
-        _, row, delta, apart, contribution, _ = pair
-        texts = self.run.texts(int(row)) if self.texts else {}
-        return {
-            "row": int(row),
-            **{name: None if text is None else text[:TEXT_LENGTH] for name, text in texts.items()},
-            "delta": plain(delta),
-            "margin": plain(self.run.beta * apart),
-            "contribution": plain(contribution),
-        }
+
+def _pair(pair: Sequence[float], beta: float, texts: Mapping[str, str | None]) -> Record:
+    _, row, delta, apart, contribution, _ = pair
+    return {
+        "row": int(row),
+        **{name: None if text is None else text[:TEXT_LENGTH] for name, text in texts.items()},
+        "delta": plain(delta),
+        "margin": plain(beta * apart),
+        "contribution": plain(contribution),
+    }
 
 
 def _table(estimates: Estimates) -> list[Record]:

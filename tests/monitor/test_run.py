@@ -91,7 +91,7 @@ class TestNumbers:
         from shapedpo.monitor.estimates import Window
 
         out, run = watched
-        value, se = (tensor[0] for tensor in Window.estimates(run.trainer._monitor.features.window.state()))
+        value, se = (tensor[0] for tensor in Window.estimates(run.trainer._monitor.features.window.state())[:2])
         last = records(out, "features")[-1]
         assert last["watched"] == FEATURES
         for side, sign in (("amplified", 1), ("suppressed", -1)):
