@@ -375,18 +375,26 @@ def test_page_prints(opened: Open) -> None:
 @pytest.mark.slow
 def test_large_page_answers_quickly(opened: Open) -> None:
     page = opened(synthetic(concepts=20, steps=1000, features=200, samples=64, probes=3, words=60)).page
-    times = page.evaluate(
-        """() => {
-          const time = (act) => { const began = performance.now(); act(); document.body.offsetHeight; return performance.now() - began; };
-          byId("search").value = "goblins";
-          const found = {};
-          found.search = time(search);
-          byId("search").value = "";
-          found.clear = time(search);
-          found.focus = time(() => setFocus(7));
-          found.sort = time(() => document.querySelector("table.headline .sort").click());
-          found.features = time(() => document.querySelector("table.features .sort").click());
-          return found;
-        }"""
-    )
-    assert max(times.values()) < 2000, json.dumps(times)  # milliseconds, on a machine with other things to do
+    session = page.context.new_cdp_session(page)
+    session.send(
+        "Performance.enable", {"timeDomain": "threadTicks"}
+    )  # of the processor: the machine has other things to do
+
+    def spent() -> float:
+        return {entry["name"]: entry["value"] for entry in session.send("Performance.getMetrics")["metrics"]}[
+            "TaskDuration"
+        ]
+
+    times = {}
+    for name, act in {
+        "search": "byId('search').value = 'goblins'; search()",
+        "clear": "byId('search').value = ''; search()",
+        "focus": "setFocus(7)",
+        "sort": "document.querySelector('table.headline .sort').click()",
+        "features": "document.querySelector('table.features .sort').click()",
+    }.items():
+        began = spent()
+        page.evaluate(f"() => {{ {act}; document.body.offsetHeight; }}")
+        times[name] = spent() - began
+    assert 0 < min(times.values())
+    assert max(times.values()) < 1, json.dumps(times)  # seconds
