@@ -29,9 +29,8 @@ class Estimates(NamedTuple):
     left_out: Tensor
 
     def amplification(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Amplification and its standard error, `(F,)` each, on the host."""
-        value, se = (tensor[0].double().cpu().numpy() for tensor in (self.value, self.se))
-        return value, se
+        """Amplification and its standard error, `(F,)` each, of estimates on the host."""
+        return self.value[0].double().numpy(), self.se[0].double().numpy()
 
 
 class Window:

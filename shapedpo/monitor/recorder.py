@@ -41,8 +41,8 @@ class StepRecorder:
         self.accelerator = run.accelerator
 
     def estimates(self, window: Window) -> Estimates:
-        """The estimates of a window over all processes."""
-        return Window.estimates(self.summed(window.state()))
+        """The estimates of a window over all processes, on the host: one copy, however many figures are made of it."""
+        return Window.estimates(self.summed(window.state()).cpu())
 
     def summed(self, tensor: Tensor) -> Tensor:
         """A tensor summed over processes."""
@@ -97,9 +97,10 @@ class StepRecorder:
         amplified, suppressed = ranked(estimates.value[0], estimates.se[0], TOP_FEATURES)
         chosen = [*amplified, *suppressed]
         names = self.names.of(chosen, features)
-        index = torch.tensor(chosen, dtype=torch.long, device=estimates.value.device)
+        index = torch.tensor(chosen, dtype=torch.long)
         table = _table(estimates._replace(value=estimates.value[:, index], se=estimates.se[:, index]))
-        rows = self._rows(self.merged(features.pairs)[index])
+        pairs = self.merged(features.pairs)
+        rows = self._rows(pairs[index.to(pairs.device)])
         entries = [
             {**names[column], **numbers, "rows": found}
             for column, numbers, found in zip(chosen, table, rows, strict=True)

@@ -5,7 +5,7 @@ Everything that is shown of a run, on a page or in W&B, is made from these recor
 | type | when | what |
 | --- | --- | --- |
 | `run` | first | what was asked: concepts, settings, data |
-| `step` | each logging step | each concept's running estimates, `[value, standard error]`, and the strength in force |
+| `step` | each logging step | each concept's running estimates, `[value, standard error]` in sd of its score, and the strength in force |
 | `features` | each dashboard step | the most amplified and suppressed features of the SAE |
 | `pairs` | each dashboard step | the rows that contribute most to each concept |
 | `probe` | each probe | rates and scores of rollouts, their change, and what was predicted |
@@ -40,7 +40,7 @@ class Sink(Protocol):
         """Training begins. `records` are those that an earlier part of a resumed run left."""
 
     def write(self, records: list[Record]) -> None:
-        """New records, at a dashboard step."""
+        """New records, at a logging step or a probe."""
 
     def close(self) -> None:
         """Training has ended."""
@@ -63,7 +63,8 @@ class RecordFile:
         """Begin at a step.
 
         A run that begins at step 0 moves an earlier run's file to the first free name of `concepts.1.jsonl`, `concepts.2.jsonl`, ...
-        A resumed one cuts the file back to what it held at its checkpoint, so that it ends as if it had never stopped.
+        A resumed one cuts the file back to what it held at its checkpoint, so that it ends as if it had never stopped; one that is
+        damaged is moved aside too, with a warning.
 
         Args:
             resume_step: The checkpoint's step, or 0.
@@ -76,16 +77,20 @@ class RecordFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[Record] = []
         if self.path.is_file():
-            if resume_step == 0:
+            try:
+                found = read_records(self.path)[:count] if resume_step > 0 else []
+            except ValueError as error:
+                warnings.warn(f"{error} It is moved aside, and the records begin anew.", RuntimeWarning, stacklevel=2)
+                found = []
+            kept = [record for record in found if record["step"] <= resume_step and record["type"] != "end"]
+            if kept:
+                with replacing(self.path) as partial:
+                    partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            else:
                 number = 1
                 while (aside := self.path.with_suffix(f".{number}{self.path.suffix}")).exists():
                     number += 1
                 self.path.rename(aside)
-            else:
-                kept = [record for record in read_records(self.path)[:count] if record["step"] <= resume_step]
-                kept = [record for record in kept if record["type"] != "end"]
-                with replacing(self.path) as partial:
-                    partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         self.count = len(kept)
         return kept
 

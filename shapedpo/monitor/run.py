@@ -38,7 +38,7 @@ logger = get_logger(__name__)
 STATE_NAME = "monitor.safetensors"
 """Name of the monitor's state in a checkpoint."""
 DASHBOARDS = 50
-"""How often, at most, the dashboards of a run are drawn anew."""
+"""How often, at most, features and pairs are ranked anew for the dashboards of a run."""
 TOP_PAIRS = 8
 
 
@@ -147,8 +147,7 @@ class RunMonitor(TrainerCallback):
         records = self._estimates(state, draws)
         if self.accelerator.is_main_process:
             self._write(records)
-            if draws:
-                self._show()
+            self._show()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that is stopped may have been probed at this step; but not the best model, where that was loaded since.
@@ -163,7 +162,7 @@ class RunMonitor(TrainerCallback):
                 sink.close()
 
     def _draws(self, state: Any) -> bool:
-        """Whether dashboards are drawn at this step: the first time, and then at most `DASHBOARDS` times in a run."""
+        """Whether features and pairs are ranked at this step: the first time, and then at most `DASHBOARDS` times in a run."""
         every = max(state.max_steps // DASHBOARDS, 1)
         steps = max(int(state.logging_steps or 1), 1)
         return state.global_step <= steps or state.global_step // every != (state.global_step - steps) // every

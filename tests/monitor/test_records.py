@@ -59,6 +59,17 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path):
     assert [r["step"] for r in read_records(file.path)] == [0, 5, 10, 15]
 
 
+def test_resuming_beside_damaged_records_begins_anew(tmp_path):
+    path = tmp_path / "concepts.jsonl"
+    path.write_text(damaged := '{"type":"run","step":0}\n{"type":"st\n{"type":"step","step":2}\n')
+    file = RecordFile(path)
+    with pytest.warns(RuntimeWarning, match=r"line 2: expected .* It is moved aside"):
+        assert file.start(2) == []
+    file.append([record(2, "run")])
+    assert read_records(path) == [record(2, "run")]
+    assert (tmp_path / "concepts.1.jsonl").read_text() == damaged
+
+
 def test_resuming_at_the_last_step_cuts_back_to_the_checkpoint(tmp_path):
     """What a run wrote at its end has its last checkpoint's step."""
     file = RecordFile(tmp_path / "concepts.jsonl")

@@ -215,23 +215,26 @@ def folder_charts(result: Written) -> list[Path]:
 
 
 def test_a_long_run_logs_few_tables():
-    """10,000 logging steps of a run of 100,000: frequent at first, then one for each twentieth of the run."""
+    """10,000 logging steps of a run of 100,000, of which 51 have pairs too: at those, and no oftener than 25 times."""
     run, sink = start(), WandbSink()
     folder = run.sync_dir
     asked = synthetic(concepts=2, steps=1, features=0, probes=0)[0]
     asked["settings"]["max_steps"] = 100_000
     sink.write([asked])
+    ranked = {10, *range(2000, 100_001, 2000)}
     for step in range(10, 100_001, 10):
         entry = {"amplification": [1.0 + step, 0.1], "pressure": [0.1, 0.1], "delta": [0.1, 0.1], "strength": None}
-        sink.write([{"type": "step", "step": step, "concepts": {"goblin": entry}}])
+        pairs = [{"type": "pairs", "step": step, "concepts": {}}] if step in ranked else []
+        sink.write([{"type": "step", "step": step, "concepts": {"goblin": entry}}, *pairs])
     sink.write([{"type": "end", "step": 100_000}])
     sink.close()
     wandb.finish()
     result = Written(folder)
     steps = [row["train/global_step"] for row in result.rows]
-    assert 30 < len(steps) < 50
+    assert 20 < len(steps) < 30
+    assert set(steps) <= ranked
     assert (steps[0], steps[-1]) == (10, 100_000)
-    assert max(later - step for step, later in pairwise(steps)) <= 5010
+    assert max(later - step for step, later in pairwise(steps)) <= 4000
     (cells,) = result.values("concepts/heatmap")[-1]["data"]
     assert HISTORY / 2 <= len(cells["x"]) <= HISTORY
     assert (cells["x"][0], cells["x"][-1]) == (10, 100_000)

@@ -51,15 +51,15 @@ def render_digest(digest: Digest, written: float | None = None) -> str:
 class ReportSink:
     """Keeps `report.html` up to date while a run goes.
 
-    The page is written whole or not at all. Writing it takes at most a fiftieth of the time: after a page that took a second to
-    make, the next one waits for fifty, unless a probe came or the run has ended.
+    The page is written whole or not at all. Writing it takes at most a two-hundredth of the time: after a page that took a second to
+    make, the next one waits for two hundred, unless a probe came or the run has ended.
 
     Args:
         path: Where the page goes.
         interval: Seconds between two pages at least.
     """
 
-    SHARE = 50
+    SHARE = 200
 
     def __init__(self, path: str | Path, interval: float = 5.0) -> None:
         self.path = Path(path)

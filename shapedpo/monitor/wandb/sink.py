@@ -14,8 +14,8 @@ STEP = "train/global_step"
 """The step metric of transformers' `WandbCallback`: the x-axis of everything."""
 GROUPS = ("concepts/*", "probe/*", "train/concepts/*", "train/probe/*", "eval/concepts/*")
 """Ours, and the trainer's scalars of the same things, whose names transformers begins with `train/` or `eval/`."""
-GROWTH, PARTS = 0.5, 20
-"""Tables are logged again when the step is half as large again as at the last time, and at least 20 times in all."""
+GROWTH, PARTS = 0.5, 25
+"""Tables are logged again when the step is half as large again as at the last time, and about 25 times in all."""
 ATTEMPTS = 3
 """Failures in a row after which nothing more is tried."""
 LONGEST = 64
@@ -40,7 +40,7 @@ class WandbSink:
 
     A table in W&B never changes once logged. Each update is a new table under the same key: the run's summary, which
     workspaces and reports show, has the latest, and the history has all with their step. As each is stored as a version of an
-    artifact, they are logged at thinning steps (about 40 times in a run of 100,000 steps) and at the end.
+    artifact, they are logged at thinning steps (about 25 times in a long run) and at the end.
     """
 
     def __init__(self) -> None:
@@ -61,11 +61,15 @@ class WandbSink:
                 self._latest.update(record)
 
     def write(self, records: Sequence[Record]) -> None:
-        """Take new records in, and log what they changed if it is time."""
+        """Take new records in, and log what they changed if it is time, and they are more than a step's figures."""
         with self._guard("reading the monitor's records"):
             for record in records:
                 self._changed |= self._latest.update(record)
-        if self._guard.failures < ATTEMPTS and ("end" in self._changed or "run" in self._changed or self._due()):
+        # Else features and pairs of an earlier step would go by this one's number.
+        ranked = any(record.get("type") != "step" for record in records)
+        if self._guard.failures < ATTEMPTS and (
+            "end" in self._changed or "run" in self._changed or (ranked and self._due())
+        ):
             self._publish()
 
     def close(self) -> None:
