@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import suggest
 from .readouts import Readout, TextFunction, readout_from_dict
 from .shapers import Residual, Shaper, shaper_from_config
 from .shapers.base import check_number
+from .yaml_files import read_yaml
 
 
 ACTIONS = ("watch", "suppress", "amplify", "hold")
@@ -304,12 +303,7 @@ def load_concepts(path: str | Path) -> list[Concept]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of concepts at {str(path)!r}.")
-    try:
-        data = yaml.safe_load(path.read_bytes())  # bytes, so that a wrong encoding is a YAML error too
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{path}{place}: not valid YAML ({getattr(error, 'problem', None) or error}).") from error
+    data, _ = read_yaml(path)
     concepts = data.get("concepts") if isinstance(data, Mapping) else data
     if (
         isinstance(data, Mapping) and isinstance(concepts, str) and Path(concepts).is_file()

@@ -41,10 +41,10 @@ _MODEL_TYPES = {
 
 
 def family_mismatch(model_name: str | None, config: Any) -> str | None:
-    """Say so if an SAE's metadata names another model family than the model's.
+    """Say so if the metadata of an SAE, a probe or a direction names another model family than the model's.
 
     Args:
-        model_name: The model that the SAE was trained on, by its metadata.
+        model_name: The model that it was made for, by its metadata.
         config: The model's Hugging Face configuration.
 
     Returns:
@@ -59,6 +59,6 @@ def family_mismatch(model_name: str | None, config: Any) -> str | None:
     if len(found) != 1 or found[0] == expected:
         return None
     return (
-        f"the SAE's metadata names the model {model_name!r} (family {found[0]}), but the model is of type "
-        f"{config.model_type!r} (family {expected}). Its features may mean nothing here."
+        f"its metadata names the model {model_name!r} (family {found[0]}), but the model is of type "
+        f"{config.model_type!r} (family {expected}). What it reads may mean nothing here."
     )

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, suggest
+from ..yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,6 @@ class Recipe:
                 raise UserError(f"{self.at(key)}: unknown key {key!r}.{suggest(key, known)}")
 
 
-def read_yaml(path: str | Path) -> tuple[Any, yaml.Node | None]:
-    """Read a YAML file.
-
-    Returns:
-        Its content, and its root node, which knows lines. A duplicate key at the top level, where YAML keeps the last, is an error here.
-
-    Raises:
-        UserError: If there is no such file, or it is not YAML; the text has line and column.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"There is no file {str(path)!r}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {str(path)!r}: {error}") from None
-    try:
-        return yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{place}: not valid YAML: {error.problem or error.context}.") from None
-    except yaml.YAMLError as error:  # bytes that no YAML may hold: no mark, but a text of its own
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-
-
 def read_recipe(path: str | Path) -> Recipe:
     """Read a recipe.
 
@@ -77,12 +52,7 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise UserError(f"{path}: a recipe must be a mapping of keys to values, found {found}.")
-    lines: dict[str, int] = {}
-    for node, _ in root.value:
-        key, line = str(node.value), node.start_mark.line + 1
-        if key in lines:
-            raise UserError(f"{path}, line {line}: the key {key!r} is there already, on line {lines[key]}.")
-        lines[key] = line
+    lines = {str(node.value): node.start_mark.line + 1 for node, _ in root.value}
     values = {str(key): value for key, value in values.items()}
     env = values.pop("env", None) or {}
     if not isinstance(env, dict):

@@ -44,6 +44,15 @@ def test_malformed(tmp_path, text, line):
     assert int(found) in (line, line + 1)  # YAML notices some mistakes a line late
 
 
+def test_a_key_twice(tmp_path):
+    """YAML would take the last, without a word."""
+    text = "concepts:\n  - name: a\n    readout: {type: regex, pattern: x}\n    action: hold\n    action: watch\n"
+    path = write(tmp_path, text)
+    refused(f"{path}, line 5: the key 'action' is there already, on line 4", lambda: load_concepts(path))
+    path = write(tmp_path, "- {name: a, readout: {type: regex, pattern: x, pattern: y}}\n")
+    refused(f"{path}, line 1: the key 'pattern'", lambda: load_concepts(path))
+
+
 def test_not_text(tmp_path):
     path = tmp_path / "concepts.yaml"
     path.write_bytes(b"\xff\xfe\x00concepts")
