@@ -61,9 +61,16 @@ def inoculated(prompt: Any, instruction: str, place: str) -> Any:
 def inoculated_columns(
     example: Mapping[str, Any], processing_class: Any, instruction: str, place: str, concept: int
 ) -> dict[str, Any]:
-    """A prepared row's columns for a concept, by its index."""
-    prompt, chosen = inoculated(example["prompt"], instruction, place), example["chosen"]
-    whole = tokenized(processing_class, prompt + chosen, example)
+    """A prepared row's columns for a concept, by its index.
+
+    Raises:
+        ValueError: If the instruction cannot be put into the row's prompt, or the chat template does not take it there; the text has the row.
+    """
+    try:
+        prompt = inoculated(example["prompt"], instruction, place)
+        whole = tokenized(processing_class, prompt + example["chosen"], example)
+    except Exception as error:  # whatever a chat template raises
+        raise ValueError(f"the instruction cannot be put into the prompt of row {example.get(ROW)}: {error}") from error
     completion = example["chosen_ids"]
     # The prompt is what stands before the completion, as in the original; but where the two would merge, as the model meets it alone.
     if completion and whole[-len(completion) :] == completion:

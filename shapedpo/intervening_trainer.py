@@ -101,13 +101,11 @@ class InterveningTrainer(FilteringTrainer):
             # A mapping of its own: a stream calls the function later.
             given = {**given, "instruction": instruction, "place": place, "concept": index}
             try:
-                inoculated_columns(next(iter(dataset)), **given)
+                inoculated_columns(next(iter(dataset)), **given)  # of a stream too, whose other rows come later
+                dataset = _mapped(dataset, inoculated_columns, given, args, "Inoculating prompts")
             except Exception as error:  # whatever a chat template says of a message that it does not take
                 concept = self.concepts[index]
-                raise ValueError(
-                    f"Concept {concept.name!r}: method {concept.shaper.name!r} cannot put its instruction into the first prompt: {error}"
-                ) from error
-            dataset = _mapped(dataset, inoculated_columns, given, args, "Inoculating prompts")
+                raise ValueError(f"Concept {concept.name!r}: method {concept.shaper.name!r}: {error}") from error
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shapedpo import Concept, Direction, Gate, Inoculate, Regex, Steer, Tokens
@@ -205,7 +206,9 @@ def test_chat_templates_that_refuse():
     strict = (
         "{% for m in messages if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endfor %}" + CHATML
     )
-    with pytest.raises(ValueError, match=r"Concept 'goblin': method 'inoculate' cannot put.*no system role"):
+    refused = "Concept 'goblin': method 'inoculate': the instruction cannot be put into the prompt of row"
+    with pytest.raises(ValueError, match=f"{refused} 0: no system role"):
         chat_trainer(goblin(place="system"), data=chats("user"), chat=chat_tokenizer(strict))
-    with pytest.raises(ValueError, match=r"no message by the user.*set place: system"):
-        chat_trainer(goblin(), data=chats("system"))
+    data = concatenate_datasets([chats("user", n=2), chats("system", n=2)])
+    with pytest.raises(ValueError, match=f"{refused} 2: there is no message by the user.*set place: system"):
+        chat_trainer(goblin(), data=data)
