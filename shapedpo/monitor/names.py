@@ -51,7 +51,9 @@ class FeatureNames:
         new = [column for column in columns if column not in self._known]
         if new:
             tokenizer, statistics = self._run.tokenizer, features.statistics
-            directions = features.reader.directions()[torch.tensor(new)]
+            directions = features.reader.writes(
+                torch.tensor(new)
+            )  # a transcoder's too: into the residual stream, as any MLP
             model = self._run.accelerator.unwrap_model(self._run.reference)
             for column, ids in zip(new, promoted_tokens(directions, model), strict=True):
                 feature = int(statistics.ids[column])

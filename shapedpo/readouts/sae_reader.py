@@ -169,8 +169,15 @@ class SAEReader(ActivationReader):
                 f"a transcoder's features write elsewhere than at {self.hook_name!r}, where they are read, so that they have no direction there. "
                 "Use an SAE, or a Direction"
             )
+        return self.writes()
+
+    def writes(self, which: Tensor | None = None) -> Tensor:
+        """What features write, wherever that is: `(F, d_out)` float32, or those of some, by their places among the features read."""
+        columns = self._columns
+        if which is not None:
+            columns = which.to(self._sae.W_dec.device) if columns is None else columns[which.to(columns.device)]
         rows = self._sae.W_dec.detach()
-        return (rows if self._columns is None else rows[self._columns]).float()
+        return (rows if columns is None else rows[columns]).float()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -146,5 +146,6 @@ def test_narrowed_reader_reads_the_same():
     part = whole.narrowed([3, 17, 40])
     assert part.n_features == 3
     torch.testing.assert_close(part.pooled(x, mask), expected)
+    assert torch.equal(part.writes(torch.tensor([2, 0])), whole.writes()[[40, 3]])
     with pytest.raises(ValueError, match="Only a reader of all features"):
         part.narrowed([0])

@@ -195,7 +195,7 @@ def test_a_large_run_stays_within_the_advised_sizes():
     """65k features watched, a hundred in each table, long texts: bounded rows, cells, values and charts."""
     run, sink = start(), WandbSink()
     folder = run.sync_dir
-    feed(sink, synthetic(concepts=150, steps=4, features=150, samples=120, rows=4, words=160, probes=2))
+    sink.write(synthetic(concepts=150, steps=1, features=150, samples=120, rows=4, words=160, probes=2))
     sink.close()
     wandb.finish()
     result = Written(folder)
