@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 from trl.data_utils import extract_prompt
 
@@ -80,12 +80,15 @@ def check_filters(concepts: Sequence[Concept], dataset: Any) -> None:
         ValueError: If the data is a stream, or an expression fails on its first rows; the text names the concept.
     """
     for index in filtering(concepts):
-        owner = f"Concept {concepts[index].name!r}: method 'filter'"
-        if not isinstance(dataset, Dataset):
+        shaper = concepts[index].shaper
+        assert isinstance(shaper, Filter)  # by filtering()
+        if isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"{owner} reads all rows before training, and a stream (IterableDataset) has no end. Use method 'mask', which leaves pairs "
+                f"Concept {concepts[index].name!r}: method 'filter' reads all rows before training, and a stream (IterableDataset) has no end. Use method 'mask', which leaves pairs "
                 "out as they come, or a Dataset."
             )
+        if shaper.expression is None or not isinstance(dataset, Dataset):  # of what is no data TRL says so
+            continue
         head = dataset.select(range(min(2, len(dataset))))
         head = head if "prompt" in head.column_names else head.map(extract_prompt)  # as the trainer will
         nothing = ConceptSignal(torch.zeros(2 * len(head)), torch.zeros(len(head)), torch.ones(len(head)))
