@@ -51,9 +51,8 @@ class FeatureNames:
         new = [column for column in columns if column not in self._known]
         if new:
             tokenizer, statistics = self._run.tokenizer, features.statistics
-            directions = features.reader.writes(
-                torch.tensor(new)
-            )  # a transcoder's too: into the residual stream, as any MLP
+            # A transcoder's too: they go into the residual stream, as an MLP's output does.
+            directions = features.reader.writes(torch.tensor(new))
             model = self._run.accelerator.unwrap_model(self._run.reference)
             for column, ids in zip(new, promoted_tokens(directions, model), strict=True):
                 feature = int(statistics.ids[column])
