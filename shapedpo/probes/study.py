@@ -21,15 +21,19 @@ from ..readouts.responses import read_batches
 from .contrast import Contrast
 from .fitting import L2, difference_of_means, fit_attention, fit_linear
 from .quality import Confusion, Quality, confusions, judge_scores, steering_effect
+from .steering_vector import fit_steering_vector
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-KINDS = ("direction", "linear_probe", "attention_probe")
-"""What can be fitted, by the readout's `type`: difference of means, and probes."""
+KINDS = ("direction", "linear_probe", "attention_probe", "steering_vector")
+"""What can be fitted: readouts by their `type` (difference of means, and probes), and what methods steer by."""
 STEERED = 64
 """Responses, at most, on which a direction's effect is measured, half of them of either kind."""
+
+
+_OBJECTIVES = {"direction": "difference of means", "steering_vector": "bi-directional preference"}
 
 
 class Options(NamedTuple):
@@ -68,6 +72,7 @@ class Fitted(NamedTuple):
         quality: On held-out responses.
         effect: Of adding its direction (see [`~shapedpo.probes.quality.steering_effect`]), nats a token; nan where it has none.
         confusions: What it takes for the concept, the worst first.
+        length: Of a steering vector as it was learned, in the units of the hidden states.
     """
 
     kind: str
@@ -76,6 +81,12 @@ class Fitted(NamedTuple):
     quality: Quality
     effect: float
     confusions: Sequence[Confusion] = ()
+    length: float | None = None
+
+    @property
+    def merit(self) -> tuple[float, ...]:
+        """What is best of a kind: of a steering vector by what it does, of a readout by how it tells the concept; of equals the earliest layer."""
+        return (self.effect, -self.layer) if self.length else (self.least, self.quality.auroc, -self.layer)
 
     @property
     def least(self) -> float:
@@ -104,12 +115,9 @@ def fit_readouts(
 
 
 def best(fitted: Sequence[Fitted]) -> dict[str, Fitted]:
-    """Of each kind the one with the highest AUROC on held-out responses, against what is hardest; of equals the earliest layer."""
+    """Of each kind the one with the highest AUROC on held-out responses, against what is hardest, or with the largest effect: see [`Fitted.merit`]."""
     kinds = dict.fromkeys(one.kind for one in fitted)
-    return {
-        kind: max((one for one in fitted if one.kind == kind), key=lambda f: (f.least, f.quality.auroc, -f.layer))
-        for kind in kinds
-    }
+    return {kind: max((one for one in fitted if one.kind == kind), key=lambda one: one.merit) for kind in kinds}
 
 
 def save_readout(path: str | Path, fitted: Fitted, model: Any, contrast: Contrast, options: Options) -> None:
@@ -122,7 +130,7 @@ def save_readout(path: str | Path, fitted: Fitted, model: Any, contrast: Contras
         "pooling": "last" if fitted.kind == "attention_probe" else "mean",
         "model_name": Path(name).name if Path(name).exists() else name,
         "model_fingerprint": model_fingerprint(model),
-        "objective": "difference of means" if fitted.kind == "direction" else options.objective,
+        "objective": _OBJECTIVES.get(fitted.kind, options.objective),
         "l2": options.l2,
         "seed": options.seed,
         "positives": int(contrast.labels.sum()),
@@ -134,6 +142,7 @@ def save_readout(path: str | Path, fitted: Fitted, model: Any, contrast: Contras
             else {}
         ),
         "steering_effect": round(fitted.effect, 6),
+        **({"length": round(fitted.length, 6)} if fitted.length else {}),
     }
     save_probe(path, fitted.tensors, metadata)
 
@@ -173,7 +182,7 @@ class _Study:
 
     def fitted(self, kind: str, layer: int, means: Tensor | None) -> Fitted:
         """One readout, of mean states `(N, d)` at its layer, which an attention probe has no use for."""
-        options, effect = self.options, float("nan")
+        options, effect, length = self.options, float("nan"), None
         if kind == "attention_probe" or means is None:
             tensors, scores = self._attention(layer)
         elif kind == "linear_probe":
@@ -183,16 +192,21 @@ class _Study:
             reader = LinearProbeReader(tensors["weight"], tensors["bias"], "mean", residual(layer))
             scores, effect = reader.encode(means)[:, 0], self._effect(layer, tensors["weight"], means)
         else:
-            tensors = {"direction": difference_of_means(means[self.fit], self.labels, self.weights).float()}
+            if kind == "steering_vector":
+                vector = self._steering_vector(layer, means)
+                length = float(vector.norm())
+            else:
+                vector = difference_of_means(means[self.fit], self.labels, self.weights)
+            tensors = {"direction": torch.nn.functional.normalize(vector, dim=0).float()}
             scores = DirectionReader(tensors["direction"], "mean", residual(layer)).encode(means)[:, 0]
-            effect = self._effect(layer, tensors["direction"], means)
+            effect = self._effect(layer, tensors["direction"], means, length)
         found, held = scores.double().numpy(), self.contrast.take(self.held)
         quality = judge_scores(found, self.contrast.labels, self.fit, self.held)
         read = (
             scores.sigmoid().double().numpy() if kind == "attention_probe" else found
         )  # as `shapedpo fit` says to read it
         confused = confusions(read[self.held], held.labels, held.hard())
-        return Fitted(kind, layer, tensors, quality, effect, confused)
+        return Fitted(kind, layer, tensors, quality, effect, confused, length)
 
     def _attention(self, layer: int) -> tuple[dict[str, Tensor], Tensor]:
         """The tensors of an attention probe, and its scores of all responses, `(N,)`."""
@@ -224,11 +238,19 @@ class _Study:
                 found[row] = states[states[:, 0] > 0, 1:].cpu()
         return found
 
-    def _effect(self, layer: int, vector: Tensor, means: Tensor) -> float:
-        """Of adding a direction, on some of the held-out responses."""
+    def _steering_vector(self, layer: int, means: Tensor) -> Tensor:
+        """What brings the concept about, `(d,)`."""
+        size, part = float(means[self.fit].norm(dim=1).mean()), self.contrast.take(self.fit)
+        return fit_steering_vector(
+            self.model, self.tokenizer, part, residual(layer), size, seed=self.options.seed, **self.sizes
+        )
+
+    def _effect(self, layer: int, vector: Tensor, means: Tensor, size: float | None = None) -> float:
+        """Of adding a direction, on some of the held-out responses: by default as much as the two kinds' means are apart along it."""
         unit = torch.nn.functional.normalize(vector.double(), dim=0)
-        along, shown = means[self.fit].double() @ unit, torch.from_numpy(self.labels)
-        size = float(along[shown].mean() - along[~shown].mean())
+        if size is None:
+            along, shown = means[self.fit].double() @ unit, torch.from_numpy(self.labels)
+            size = float(along[shown].mean() - along[~shown].mean())
         few = [self.held[self.contrast.labels[self.held] == kind][: STEERED // 2] for kind in (True, False)]
         some = self.contrast.take(np.concatenate(few))
         return steering_effect(self.model, self.tokenizer, some, residual(layer), unit, size, **self.sizes)

@@ -106,7 +106,7 @@ def add_commands(commands: Any, concepts: Any) -> None:
     )
     fit.add_argument("--out", metavar="DIR", required=True, help="folder for the readouts and the table")
     fit.add_argument("--kinds", nargs="+", default=["direction", "linear_probe"], metavar="KIND",
-        help="direction, linear_probe, attention_probe (the first two)")  # fmt: skip
+        help="direction, linear_probe, attention_probe; steering_vector, learned by what it makes the model say (the first two)")  # fmt: skip
     fit.add_argument("--layers", nargs="+", default=["all"], help="decoder layers, counted from 0 (all)")
     fit.add_argument("--objective", choices=("auto", "pairs", "bce"), default="auto",
         help="of probes: between responses to one prompt, or over all; auto: pairs where each prompt has both")  # fmt: skip

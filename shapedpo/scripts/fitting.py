@@ -70,10 +70,15 @@ def fit(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     for kind, one in kept.items():
         path = out / f"{kind}.safetensors"
         save_readout(path, one, model(), contrast, options)
-        _print_readout({"type": kind, "path": str(path), **READ_AS.get(kind, {})})
+        if one.length:
+            _print_field("method", {"name": "steer", "direction": str(path)})
+            print(f"strength: {one.length:.3g}  # as it was learned")
+        else:
+            _print_field("readout", {"type": kind, "path": str(path), **READ_AS.get(kind, {})})
         if one.effect <= 0:
             print(
-                f"  It reads the concept and does not bring it about (steering {one.effect:+.3f}): not for steer, ablate or residual."
+                f"  It reads the concept and does not bring it about (steering {one.effect:+.3f}): not for steer, ablate or residual. "
+                "Fit a steering_vector for these."
             )
     return 0
 
@@ -124,7 +129,7 @@ def find(args: argparse.Namespace, overrides: Sequence[str]) -> int:
         "sae": str(name),
         "sae_id": args.sae_id or (setting.sae[1] if args.sae is None else None),
     }
-    _print_readout({key: value for key, value in readout.items() if value is not None} | {"features": chosen})
+    _print_field("readout", {key: value for key, value in readout.items() if value is not None} | {"features": chosen})
     return 0
 
 
@@ -204,6 +209,6 @@ def _print_features(pooled: np.ndarray, contrast: Contrast, top: int) -> None:
     Console().print(table)
 
 
-def _print_readout(readout: dict[str, Any]) -> None:
-    """As a concept's YAML takes it."""
-    print("readout: " + yaml.safe_dump(readout, default_flow_style=True, sort_keys=False, width=10_000).strip())
+def _print_field(name: str, value: dict[str, Any]) -> None:
+    """A field of a concept, as its YAML takes it."""
+    print(f"{name}: " + yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip())
