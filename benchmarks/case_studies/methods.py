@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.case_studies.probes import probe
-from benchmarks.case_studies.worlds import GATE, PLANTED, World, direction
+from benchmarks.case_studies.worlds import GATE, PLANTED, World, direction, steering_vector
 from shapedpo.lab.lessons import ALIASES
 
 
@@ -45,6 +45,7 @@ class Method:
         suppresses: Whether it can only suppress.
         restores: Whether it is for what is to be brought back.
         means: Whether it reads, and steers along, the difference of means in place of the SAE's features.
+        learned: Whether it steers by a vector that was learned by what it brings about.
         rollouts: Whether probe rollouts of held-out prompts correct it during the run.
     """
 
@@ -55,6 +56,7 @@ class Method:
     suppresses: bool = False
     restores: bool = False
     means: bool = False
+    learned: bool = False
     rollouts: bool = False
 
     @property
@@ -109,6 +111,12 @@ METHODS = {
         "hidden units",
         means=True,
     ),
+    "steer: learned": Method(
+        lambda strength, share, target: {"method": "steer", "strength": strength},
+        (8.0, 16.0, 32.0),
+        "hidden units",
+        learned=True,
+    ),
     "ablate": Method(
         lambda strength, share, target: {"method": {"name": "ablate", "layers": LAYERS} if strength > 1 else "ablate"},
         (1.0, 4.0),
@@ -127,6 +135,12 @@ METHODS = {
         lambda strength, share, target: {"method": {"name": "residual", "steer": STEER}, "strength": strength},
         (0.03, 0.1, 0.3),
         "per nat",
+    ),
+    "residual: learned": Method(
+        lambda strength, share, target: {"method": {"name": "residual", "steer": 2 * STEER}, "strength": strength},
+        (0.3, 1.0, 3.0),
+        "per nat",
+        learned=True,
     ),
     "project: pair": Method(_project("pair")),  # its sign does not matter
     "project: residual": Method(_project("residual"), gated=False, suppresses=True),
@@ -211,6 +225,9 @@ def shaping(world: World, target: str, name: str, strength: float) -> list[Any]:
     from shapedpo import Concept, lab
 
     how = fields(world, target, name, strength)
+    if method(name).learned:
+        chosen = how["method"] if isinstance(how["method"], dict) else {"name": how["method"]}
+        how["method"] = {**chosen, "direction": steering_vector(target)}
     watched = [lab.concept(trait) for trait in how.get("given", how.get("spare", ()))]
     if method(name).means:
         return [Concept(target, direction(target), **how), *watched]

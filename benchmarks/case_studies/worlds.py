@@ -205,6 +205,16 @@ WORLDS = {
 }
 
 
+def answers(trait: str, n: int) -> list[tuple[Any, Any, bool, str]]:
+    """Answers with a trait and the same answers without, by turns: prompt, answer, whether it shows the trait, and where it is from."""
+    asked = enumerate(draw_questions(n, 5, "train"))
+    return [
+        (as_prompt(q), [{"role": "assistant", "content": render(q, traits, f"direction/{row}")}], bool(traits), "lab")
+        for row, q in asked
+        for traits in ({trait}, set())
+    ]
+
+
 def direction(trait: str, n: int = 256) -> Any:
     """The difference of means of answers with a trait and the same answers without, or what an earlier call kept."""
     from shapedpo import Direction
@@ -212,19 +222,27 @@ def direction(trait: str, n: int = 256) -> Any:
     path = CACHE / f"direction-{trait}-{n}.safetensors"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        asked = draw_questions(n, 5, "train")
-
-        def answers(traits: set[str]) -> list[Any]:
-            return [
-                (as_prompt(q), [{"role": "assistant", "content": render(q, traits, f"direction/{row}")}])
-                for row, q in enumerate(asked)
-            ]
-
+        both = [answer[:2] for answer in answers(trait, n)]
         found = Direction.from_contrast(
-            lab.load_model(), lab.load_tokenizer(), answers({trait}), answers(set()), LAYER, batch_size=32
+            lab.load_model(), lab.load_tokenizer(), both[::2], both[1::2], LAYER, batch_size=32
         )
         found.save(path)
     return Direction(path=str(path))
+
+
+def steering_vector(trait: str, n: int = 256) -> str:
+    """The file of a vector that brings a trait about, learned from the same answers at the layer where it does most, or what an earlier call kept."""
+    from shapedpo.probes.contrast import Contrast
+    from shapedpo.probes.study import Options, best, fit_readouts, save_readout
+
+    path = CACHE / f"steering-{trait}-{n}.safetensors"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        contrast, options = Contrast.of(answers(trait, n)), Options(kinds=["steering_vector"], batch_size=32)
+        model = lab.load_model()
+        (found,) = best(fit_readouts(model, lab.load_tokenizer(), contrast, options)).values()
+        save_readout(path, found, model, contrast, options)
+    return str(path)
 
 
 # --- a base that has something to learn -----------------------------------------------------------------------------------------------

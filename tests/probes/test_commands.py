@@ -13,20 +13,24 @@ from safetensors import safe_open
 
 from shapedpo import cli
 from shapedpo.lab.features import shipped_features
+from shapedpo.probes import steering_vector
 from tests import helpers
 from tests.sae.test_commands import LAB, recipe  # noqa: F401 (a fixture)
 
 
-def test_fit_and_use(recipe, capfd):  # noqa: F811
-    """Each kind, on pairs of a file; what is printed is a concept's readout, and a run takes it."""
+def test_fit_and_use(recipe, capfd, monkeypatch):  # noqa: F811
+    """Each kind, on pairs of a file; what is printed is a concept's readout, or how to steer, and a run takes it."""
+    monkeypatch.setattr(steering_vector, "STEPS", 3)
     folder, pairs = recipe.parent / "fit", recipe.parent / "pairs.jsonl"
     words = ["fit", "--config", recipe, "--contrast", pairs, "--out", folder, "--layers", 0, 2, "--seed", 1]
-    kinds = ["direction", "linear_probe", "attention_probe"]
+    readable = ["direction", "linear_probe", "attention_probe"]
+    kinds = [*readable, "steering_vector"]
     assert cli.main([*map(str, words), "--kinds", *kinds]) == 0, capfd.readouterr().err
     printed = capfd.readouterr().out
     assert "objective pairs" in printed
     readouts = [yaml.safe_load(line)["readout"] for line in re.findall(r"^readout: .*", printed, flags=re.MULTILINE)]
-    assert [readout["type"] for readout in readouts] == kinds
+    assert [readout["type"] for readout in readouts] == readable
+    steer = yaml.safe_load("\n".join(re.findall(r"^(?:method|strength): .*", printed, flags=re.MULTILINE)))
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["kind"], row["layer"]) for row in rows] == [(kind, layer) for layer in "02" for kind in kinds]
@@ -40,7 +44,13 @@ def test_fit_and_use(recipe, capfd):  # noqa: F811
     assert metadata["objective"] == "pairs"
     assert metadata["seed"] == "1"
     assert "/" not in metadata["model_name"]
-    concepts = [{"name": r["type"], "readout": r, "action": "hold"} for r in readouts]
+    vectors = [row for row in rows if row["kind"] == "steering_vector"]
+    best = max(vectors, key=lambda row: float(row["steering_effect"]))
+    with safe_open(folder / "steering_vector.safetensors", framework="pt") as file:
+        assert file.metadata()["hook_name"] == f"blocks.{best['layer']}.hook_resid_post"
+        assert float(file.metadata()["length"]) == pytest.approx(steer["strength"], rel=0.01)
+    concepts = [{"name": r["type"], "readout": r, "action": "suppress", "strength": 1.0} for r in readouts[:2]]
+    concepts.append({"name": "steered", "readout": readouts[2], "action": "suppress", **steer})
     assert cli.main(["train", "--config", str(recipe), "--concepts", json.dumps(concepts)]) == 0
     assert {path.suffix for path in Path(folder).iterdir()} == {".safetensors", ".csv"}
 

@@ -8,9 +8,11 @@ import torch
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
+from shapedpo.probes import steering_vector
 from shapedpo.probes.contrast import Contrast
 from shapedpo.probes.fitting import difference_of_means, fit_attention, fit_linear
 from shapedpo.probes.quality import auroc_interval, confusions, judge_scores, steering_effect
+from shapedpo.probes.steering_vector import fit_steering_vector
 from shapedpo.probes.study import Options, best, fit_readouts
 from shapedpo.readouts import Direction
 from shapedpo.readouts.probe import AttentionProbeReader
@@ -171,11 +173,56 @@ def test_steering_effect_against_a_loop():
     assert abs(found) > 1e-3
 
 
+DOGS = [(f"<bos> the {noun} {verb}", f" {noun} sees the {'goblin' if i else 'apple'}", bool(i), "") for noun in ("cat", "dog", "fox", "heron")
+        for verb in ("sees", "eats") for i in range(2)]  # fmt: skip
+
+
+def test_a_steering_vector_against_a_loop(monkeypatch):
+    """Three steps of Adam on the bi-directional objective, a pair at a time, in float64."""
+    monkeypatch.setattr(steering_vector, "STEPS", 3)
+    monkeypatch.setattr(steering_vector, "PAIRS", 4)
+    contrast, model, size = Contrast.of(DOGS), load_model().double(), 0.5
+    model.lm_head.weight.requires_grad_(False)
+    place = "blocks.1.hook_resid_post"
+    found = fit_steering_vector(model, tokenizer(), contrast, place, size, seed=3, batch_size=6)
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
+
+    def log_likelihood(row, added):
+        prompt, answer = contrast.responses[row]
+        ids = tokenizer()(prompt + answer + "<eos>")["input_ids"]
+        handle = model.model.layers[1].register_forward_hook(lambda module, args, output: output + added)
+        log_p = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+        handle.remove()
+        return sum(log_p[t - 1, ids[t]] for t in range(len(tokenizer()(prompt)["input_ids"]), len(ids)))
+
+    draw, pairs = np.random.default_rng(3), contrast.pairs()
+    v = torch.zeros(len(found), dtype=torch.float64, requires_grad=True)
+    first, second = torch.zeros(2, len(v), dtype=torch.float64)
+    lengths = []
+    for step in range(1, 4):
+        rows, sign, loss = pairs[draw.permutation(len(pairs))[:4]], draw.choice((-1.0, 1.0)), 0.0
+        for shows, lacks in rows:
+            gain = [log_likelihood(row, sign * v) - log_likelihood(row, 0 * v).detach() for row in (shows, lacks)]
+            loss -= torch.nn.functional.logsigmoid(sign * 0.1 * (gain[0] - gain[1])) / 4
+        (slope,) = torch.autograd.grad(loss, v)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        change = 0.02 * size * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        v = (v - change).detach()
+        v = (v * min(1.0, 0.6 * size / float(v.norm()))).requires_grad_(True)
+        lengths.append(float(v.norm()))
+    torch.testing.assert_close(found, v.detach().float(), atol=1e-5, rtol=1e-4)
+    assert lengths[0] < lengths[1]
+
+    before, after = (
+        np.mean([[float(log_likelihood(row, added)) for row in pair] for pair in pairs], axis=0) for added in (0 * v, v)
+    )
+    assert np.subtract(*after) > np.subtract(*before)  # it brings it about
+
+
 def test_a_study_reads_what_the_readers_read(tmp_path):
     """Means, thresholds and the direction are those of `Direction.from_contrast`; the same seed gives the same."""
-    dogs = [(f"<bos> the {noun} {verb}", f" {noun} sees the {'goblin' if i else 'apple'}", bool(i), "") for noun in ("cat", "dog", "fox", "heron")
-            for verb in ("sees", "eats") for i in range(2)]  # fmt: skip
-    contrast = Contrast.of(dogs)
+    contrast = Contrast.of(DOGS)
     options = Options(
         kinds=("direction", "linear_probe", "attention_probe"), layers=[0, 2], objective="pairs", heldout=0.5
     )
