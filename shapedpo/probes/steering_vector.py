@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..capture import resolve_site
-from ..readouts.contrast import ActivationTokens
-from ..readouts.responses import pad_examples, read_batches, tokenize_response
+from ..readouts.responses import pad_examples, tokenize_response
 from ..steering import Steering, make_edit
 from .contrast import Contrast
 
@@ -36,10 +34,10 @@ BETA = 0.1
 STEPS = 100
 PAIRS = 16
 """Of responses in a step."""
-LONGEST = 0.4
-"""The vector's length at most, as a share of the usual state's."""
-STEP = 0.01
-"""Adam's step, as a share of it."""
+LONGEST = 0.6
+"""The vector's length at most, as a share of the states'."""
+STEP = 0.02
+"""Adam's step, as a share of the states' length."""
 
 
 def fit_steering_vector(
@@ -47,6 +45,7 @@ def fit_steering_vector(
     tokenizer: PreTrainedTokenizerBase,
     contrast: Contrast,
     hook_name: str,
+    size: float,
     *,
     seed: int = 0,
     batch_size: int = 8,
@@ -59,6 +58,7 @@ def fit_steering_vector(
         tokenizer: Its tokenizer.
         contrast: Responses that show the concept and others; to one prompt, where there are any such.
         hook_name: Where it is added, on every token.
+        size: Usual length of the states there.
         seed: Of what is drawn.
         batch_size: Responses in a forward pass.
         max_length: Where prompt and response together are cut off, in tokens.
@@ -73,13 +73,8 @@ def fit_steering_vector(
     if not len(pairs):  # any two will do
         kinds = [np.flatnonzero(contrast.labels == kind) for kind in (True, False)]
         pairs = np.stack([draw.choice(kind, max(map(len, kinds))) for kind in kinds], axis=1)
-    width = resolve_site(model, hook_name).width
-    edit = make_edit(model, hook_name, torch.ones(1, width), None, ablate=False)
-    few = [contrast.responses[row] for row in pairs[:PAIRS].ravel()]
-    states = ActivationTokens(hook_name, width)
-    batches = read_batches(model, tokenizer, few, [states], batch_size=batch_size, max_length=max_length)
-    size = torch.cat([found[found[..., 0] > 0, 1:].norm(dim=1).cpu() for _, (found,) in batches]).mean().item()
-    vector = torch.zeros(width, device=model.device, requires_grad=True)
+    edit = make_edit(model, hook_name, torch.ones(1, _width(model, hook_name)), None, ablate=False)
+    vector = torch.zeros(edit.basis.shape[0], device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([vector], lr=STEP * size)
     with _frozen(model):
         for _ in tqdm(range(STEPS), desc="Learning what brings it about"):
@@ -98,6 +93,12 @@ def fit_steering_vector(
             with torch.no_grad():
                 vector *= (LONGEST * size / vector.norm()).clamp(max=1)
     return vector.detach().float().cpu()
+
+
+def _width(model: Any, hook_name: str) -> int:
+    from ..capture import resolve_site
+
+    return resolve_site(model, hook_name).width
 
 
 @contextmanager

@@ -193,10 +193,7 @@ class _Study:
             scores, effect = reader.encode(means)[:, 0], self._effect(layer, tensors["weight"], means)
         else:
             if kind == "steering_vector":
-                part = self.contrast.take(self.fit)
-                vector = fit_steering_vector(
-                    self.model, self.tokenizer, part, residual(layer), seed=options.seed, **self.sizes
-                )
+                vector = self._steering_vector(layer, means)
                 length = float(vector.norm())
             else:
                 vector = difference_of_means(means[self.fit], self.labels, self.weights)
@@ -240,6 +237,13 @@ class _Study:
             for row, states in zip(rows, scores, strict=True):
                 found[row] = states[states[:, 0] > 0, 1:].cpu()
         return found
+
+    def _steering_vector(self, layer: int, means: Tensor) -> Tensor:
+        """What brings the concept about, `(d,)`."""
+        size, part = float(means[self.fit].norm(dim=1).mean()), self.contrast.take(self.fit)
+        return fit_steering_vector(
+            self.model, self.tokenizer, part, residual(layer), size, seed=self.options.seed, **self.sizes
+        )
 
     def _effect(self, layer: int, vector: Tensor, means: Tensor, size: float | None = None) -> float:
         """Of adding a direction, on some of the held-out responses: by default as much as the two kinds' means are apart along it."""

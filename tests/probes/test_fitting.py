@@ -181,10 +181,10 @@ def test_a_steering_vector_against_a_loop(monkeypatch):
     """Three steps of Adam on the bi-directional objective, a pair at a time, in float64."""
     monkeypatch.setattr(steering_vector, "STEPS", 3)
     monkeypatch.setattr(steering_vector, "PAIRS", 4)
-    contrast, model = Contrast.of(DOGS), load_model().double()
+    contrast, model, size = Contrast.of(DOGS), load_model().double(), 0.5
     model.lm_head.weight.requires_grad_(False)
     place = "blocks.1.hook_resid_post"
-    found = fit_steering_vector(model, tokenizer(), contrast, place, seed=3, batch_size=6)
+    found = fit_steering_vector(model, tokenizer(), contrast, place, size, seed=3, batch_size=6)
     assert [p.requires_grad for p in model.parameters()].count(False) == 1
     assert all(p.grad is None for p in model.parameters())
 
@@ -196,14 +196,7 @@ def test_a_steering_vector_against_a_loop(monkeypatch):
         handle.remove()
         return sum(log_p[t - 1, ids[t]] for t in range(len(tokenizer()(prompt)["input_ids"]), len(ids)))
 
-    draw, pairs, states = np.random.default_rng(3), contrast.pairs(), []
-    for prompt, answer in (contrast.responses[row] for pair in pairs[:4] for row in pair):
-        ids = tokenizer()(prompt + answer + "<eos>")["input_ids"]
-        handle = model.model.layers[1].register_forward_hook(lambda module, args, output: states.append(output[0]))
-        model(torch.tensor([ids]))
-        handle.remove()
-        states[-1] = states[-1][len(tokenizer()(prompt)["input_ids"]) :].norm(dim=1)
-    size = float(torch.cat(states).mean())
+    draw, pairs = np.random.default_rng(3), contrast.pairs()
     v = torch.zeros(len(found), dtype=torch.float64, requires_grad=True)
     first, second = torch.zeros(2, len(v), dtype=torch.float64)
     lengths = []
@@ -214,9 +207,9 @@ def test_a_steering_vector_against_a_loop(monkeypatch):
             loss -= torch.nn.functional.logsigmoid(sign * 0.1 * (gain[0] - gain[1])) / 4
         (slope,) = torch.autograd.grad(loss, v)
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
-        change = 0.01 * size * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        change = 0.02 * size * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         v = (v - change).detach()
-        v = (v * min(1.0, 0.4 * size / float(v.norm()))).requires_grad_(True)
+        v = (v * min(1.0, 0.6 * size / float(v.norm()))).requires_grad_(True)
         lengths.append(float(v.norm()))
     torch.testing.assert_close(found, v.detach().float(), atol=1e-5, rtol=1e-4)
     assert lengths[0] < lengths[1]
