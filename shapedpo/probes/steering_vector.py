@@ -35,9 +35,10 @@ STEPS = 100
 PAIRS = 16
 """Of responses in a step."""
 LONGEST = 0.6
-"""The vector's length at most, as a share of the states'."""
+"""The vector's length at most, as a share of the responses' mean states': of the lab, a quarter of a token's state. At twice that, at layer 0, it
+parted the responses best, by making all of them unlikely, and explained nothing away."""
 STEP = 0.02
-"""Adam's step, as a share of the states' length."""
+"""Adam's step, as a share of the same."""
 
 
 def fit_steering_vector(
@@ -58,7 +59,7 @@ def fit_steering_vector(
         tokenizer: Its tokenizer.
         contrast: Responses that show the concept and others; to one prompt, where there are any such.
         hook_name: Where it is added, on every token.
-        size: Usual length of the states there.
+        size: Usual length of a response's mean state there.
         seed: Of what is drawn.
         batch_size: Responses in a forward pass.
         max_length: Where prompt and response together are cut off, in tokens.
