@@ -22,7 +22,10 @@ class TestRegistry:
             ),
             ({"pattern": "a"}, "Unknown readout type None"),
             ("regex", "must be a mapping with a `type`, got 'regex'"),
-            ({"type": "regex", "pattrn": "a"}, "Readout 'regex' has no field 'pattrn'. Did you mean 'pattern'? Its fields are pattern, flags"),
+            (
+                {"type": "regex", "pattrn": "a"},
+                "Readout 'regex' has no field 'pattrn'. Did you mean 'pattern'? Its fields are pattern, flags",
+            ),
             ({"type": "regex"}, "Readout 'regex' needs the field 'pattern'"),
             ({"type": "sae_features", "sae": "x"}, "Readout 'sae_features' needs the field 'features'"),
         ],
