@@ -14,7 +14,8 @@ from tests.distributed import jobs
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
-def test_two_processes_share_the_command(tmp_path):
+def test_two_processes_share_the_command(tmp_path, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # the bars are looked at
     data = helpers.pairs(44, seed=6)
     data.to_json(tmp_path / "data.jsonl")
     expected = harvested(tmp_path / "alone", data, max_length=14, sample=40)
