@@ -130,4 +130,5 @@ multiple of plain DPO's (only as good as the machine was quiet). Sampling noise 
 is in multiples of the share of pairs that teach the target, which nobody knows of real data; that of `tokens` is the share of tokens; `ablate`: at how many
 layers; `inoculate`: of how many rows. `its rows out` trains without the rows that teach the target, as only who wrote the data can: what other lessons bring along
 remains; `hold above`: held at so many sd above its score before. `hold, rollouts`: corrected by probe rollouts. `{NO_GATE.removeprefix(", ")}`: the case's gate is left out; `{GIVEN.removeprefix(", ")}`: the target is read without what it shares with the other
-taught traits; `{SPARING.removeprefix(", ")}`: these are spared; `{PROBE.removeprefix(", ")}`: it is read by an attention probe, fitted on 4,000 answers of the base that a judge labelled, the other traits as hard negatives."""
+taught traits; `{SPARING.removeprefix(", ")}`: these are spared; `{PROBE.removeprefix(", ")}`: it is read by an attention probe, fitted on 4,000 answers of the base that a judge labelled, the other traits as hard negatives. `learned`: it is steered
+by a vector that was learned by what it makes the base say (`shapedpo fit --kinds steering_vector`), from 512 answers with and without the trait."""
