@@ -32,7 +32,7 @@ def test_every_method_fits_its_cases(case: str) -> None:
     for name, strengths in methods(world).items():
         assert world.amplify or method(name).middle in strengths
         for strength in strengths:
-            if method(name).means or name.endswith(PROBE):
+            if method(name).means or method(name).learned or name.endswith(PROBE):
                 continue  # reads the model
             for target in world.targets:
                 concept, *others = shaping(world, target, name, strength)
@@ -41,6 +41,19 @@ def test_every_method_fits_its_cases(case: str) -> None:
                 assert {other.name for other in others} == {*concept.given, *concept.spare}
                 gated = bool(world.topics) and not name.endswith("no gate")
                 assert (concept.gate is not None) == gated
+
+
+def test_a_steering_vector_is_learned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "CACHE", tmp_path)
+    monkeypatch.setattr("shapedpo.probes.steering_vector.STEPS", 1)
+    path = worlds.steering_vector("goblin", n=8)
+    learned = Path(path).stat().st_mtime_ns
+    assert worlds.steering_vector("goblin", n=8) == path
+    assert Path(path).stat().st_mtime_ns == learned
+    monkeypatch.setattr("benchmarks.case_studies.methods.steering_vector", lambda trait: path)
+    for name in ("steer: learned", "residual: learned"):
+        (concept, *_) = shaping(WORLDS["goblin"], "goblin", name, 1.0)
+        assert concept.shaper.direction == path
 
 
 @pytest.mark.parametrize("name", ["formatting", "safeguards"])
