@@ -149,11 +149,11 @@ def steering_effect(
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
             ids, attention, mask = pad_examples([examples[row] for row in rows], model.device)
-            means = []
+            means, tokens = [], mask[:, 1:].sum(dim=1).clamp(min=1)
             for amount in (-size, size):
                 with Steering({0: edit}) as steering:
                     steering.aim({0: torch.full((len(rows),), amount, device=ids.device)}, _predicting(mask))
-                    means.append(_mean_logps(model, ids, attention, mask))
+                    means.append(response_logps(model, ids, attention, mask) / tokens)
             change[rows] = (means[1] - means[0]).double().cpu().numpy() / 2
     finally:
         model.train(was_training)
@@ -167,8 +167,8 @@ def _predicting(mask: Tensor) -> Tensor:
     return torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
 
 
-def _mean_logps(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
-    """`(N,)`, the mean log-probability of a token of the mask."""
+def response_logps(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
+    """`(N,)`, the log-probability of the tokens of the mask, all together."""
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
     logps = torch.gather(torch.log_softmax(logits, dim=-1), 2, ids[:, 1:, None])[..., 0]
-    return (logps * mask[:, 1:]).sum(dim=1) / mask[:, 1:].sum(dim=1).clamp(min=1)
+    return (logps * mask[:, 1:]).sum(dim=1)

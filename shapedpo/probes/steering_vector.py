@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..capture import resolve_site
 from ..readouts.responses import pad_examples, tokenize_response
 from ..steering import Steering, make_edit
 from .contrast import Contrast
+from .quality import response_logps
 
 
 if TYPE_CHECKING:
@@ -74,8 +76,9 @@ def fit_steering_vector(
     if not len(pairs):  # any two will do
         kinds = [np.flatnonzero(contrast.labels == kind) for kind in (True, False)]
         pairs = np.stack([draw.choice(kind, max(map(len, kinds))) for kind in kinds], axis=1)
-    edit = make_edit(model, hook_name, torch.ones(1, _width(model, hook_name)), None, ablate=False)
-    vector = torch.zeros(edit.basis.shape[0], device=model.device, requires_grad=True)
+    width = resolve_site(model, hook_name).width
+    edit = make_edit(model, hook_name, torch.ones(1, width), None, ablate=False)
+    vector = torch.zeros(width, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([vector], lr=STEP * size)
     with _frozen(model):
         for _ in tqdm(range(STEPS), desc="Learning what brings it about"):
@@ -84,22 +87,16 @@ def fit_steering_vector(
             for some in np.array_split(rows, -(-2 * len(rows) // batch_size)):
                 ids, attention, mask = pad_examples([examples[row] for row in some.T.ravel()], model.device)
                 with torch.no_grad():
-                    before = _logps(model, ids, attention, mask)
+                    before = response_logps(model, ids, attention, mask)
                 with Steering({0: edit._replace(basis=vector[:, None])}) as steering:
                     steering.aim({0: torch.full((len(ids),), sign, device=ids.device)}, attention.bool())
-                    shows, lacks = (_logps(model, ids, attention, mask) - before).chunk(2)
+                    shows, lacks = (response_logps(model, ids, attention, mask) - before).chunk(2)
                 (-F.logsigmoid(sign * BETA * (shows - lacks)).sum() / len(rows)).backward()
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 vector *= (LONGEST * size / vector.norm()).clamp(max=1)
     return vector.detach().float().cpu()
-
-
-def _width(model: Any, hook_name: str) -> int:
-    from ..capture import resolve_site
-
-    return resolve_site(model, hook_name).width
 
 
 @contextmanager
@@ -115,10 +112,3 @@ def _frozen(model: Any) -> Iterator[None]:
         for parameter in learned:
             parameter.requires_grad_(True)
         model.train(was_training)
-
-
-def _logps(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
-    """`(N,)`, the log-probability of each response."""
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
-    logps = torch.gather(torch.log_softmax(logits, dim=-1), 2, ids[:, 1:, None])[..., 0]
-    return (logps * mask[:, 1:]).sum(dim=1)
