@@ -2,13 +2,14 @@
 
     python -m benchmarks.hold [--quick] [--only lab/goblin] [--finished] [--fresh]
 
-Two worlds. In the lab (`shapedpo.lab.goblin_world`) five lessons are taught and one of them is held, each in turn; in the stories
-(`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the world's own learning
-rate and half a decade below and above. `sparing` is the same run with all other lessons in the concept's `spare`; `rollouts` with `probe_steps` set,
+Three worlds. In two of the lab, the goblin world (`shapedpo.lab.goblin_world`) and one of forms ([`FORMS`]), five lessons are taught and one of them
+is held, each in turn; in the stories (`benchmarks.stories`) dialogue is. Each run is laid beside a plain one of the same seed and learning rate, at the
+world's own learning rate and half a decade below and above. `sparing` is the same run with all other lessons in the concept's `spare`; `rollouts` with `probe_steps` set,
 so that rollouts correct the controller; `by probe` with an attention probe (`benchmarks/case_studies/probes.py`) in place of the lab's features. For
 comparison, `its rows out` is plain DPO without the rows that teach the trait, which only who wrote the data can leave out.
 
-Finished runs are kept in `benchmarks/cache/hold/`, by settings, by what the controller does and by the lab's features, so that a run that was cut off goes on.
+Finished runs are kept in `benchmarks/results/runs/hold.jsonl`, by settings, by what the controller does and by the lab's features, so that a study that was
+cut off goes on.
 The stories need `SHAPEDPO_STORIES`, as for `benchmarks.stories`; without the model they are left out.
 """
 
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
+import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +29,17 @@ from typing import Any
 
 from benchmarks import controller, folders, stories
 from benchmarks.folders import add_out, out_folder
+from benchmarks.record import Record, key_of, record_of
 from benchmarks.training import train
 
 
-CACHE = folders.CACHE / "hold"
 PACKAGE = Path(__file__).parents[1] / "shapedpo"
-LAB_TRAITS = ("goblin", "cheerfulness", "emoji", "bold", "hedging")
+FORMS = ("table", "em_dash", "link", "praise", "horizontal_rule")
+"""Of the second world of the lab, each in 5 % of the pairs."""
+TRAITS = {"lab": ("goblin", "cheerfulness", "emoji", "bold", "hedging"), "forms": FORMS}
+"""What the worlds of the lab teach."""
+MEASURED = 3000
+"""Held-out rollouts by which a run in the lab is measured."""
 WANTED = ("mom", "friend")
 ROWS_OUT = "its rows out"
 ROLLOUTS = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
@@ -43,7 +50,7 @@ class Job:
     """One run.
 
     Attributes:
-        world: `lab` or `stories`.
+        world: `lab`, `forms` or `stories`.
         held: The trait that is held; none in a plain run.
         rate: Factor of the world's learning rate; 0 for the model before training.
         seed: Of data and training.
@@ -73,12 +80,15 @@ class Job:
 
 
 class Lab:
-    """The lab's goblin world."""
+    """A world of the lab."""
 
     def __init__(self, job: Job) -> None:
         from shapedpo import lab
 
         self.world, self.job = lab.goblin_world(job.seed, 1500 if job.quick else 5000), job
+        if job.world == "forms":
+            lessons = tuple(lab.Lesson(trait, rate=0.05) for trait in FORMS)
+            self.world = replace(self.world, lessons=lessons, unwanted=FORMS[0])
         self.model, self.tokenizer, self.data = lab.load_model(), lab.load_tokenizer(), self.world.dataset()
         if job.how == ROWS_OUT:
             self.data = self.data.filter(lambda row: job.held not in row["planted"])
@@ -88,7 +98,7 @@ class Lab:
         from benchmarks.case_studies.probes import probe
         from shapedpo import Concept, lab
 
-        others = [trait for trait in LAB_TRAITS if trait != held] if "sparing" in self.job.how else []
+        others = [trait for trait in TRAITS[self.job.world] if trait != held] if "sparing" in self.job.how else []
         readout = probe(held) if "by probe" in self.job.how else lab.concept(held).readout
         return [Concept(held, readout, "hold", spare=others), *map(lab.concept, others)]
 
@@ -100,9 +110,9 @@ class Lab:
     def rates(self, model: Any) -> dict[str, float]:
         from shapedpo import lab
 
-        prompts = lab.heldout_prompts(400 if self.job.quick else 1000, self.job.seed + 1)
+        prompts = lab.heldout_prompts(400 if self.job.quick else MEASURED, self.job.seed + 1)
         texts = lab.rollouts(model, self.tokenizer, prompts, seed=self.job.seed + 2)
-        return {name: rate.rate for name, rate in lab.trait_rates(texts, LAB_TRAITS).items()}
+        return {name: rate.rate for name, rate in lab.trait_rates(texts, TRAITS[self.job.world]).items()}
 
 
 class Stories:
@@ -147,7 +157,7 @@ class Stories:
 
 def run(job: Job) -> dict[str, Any]:
     """Trains and measures; returns rates, strengths and time."""
-    world = Lab(job) if job.world == "lab" else Stories(job)
+    world = Stories(job) if job.world == "stories" else Lab(job)
     result: dict[str, Any] = {"strengths": [], "seconds": 0.0}
     if job.rate:
         started = time.perf_counter()
@@ -162,33 +172,41 @@ def run(job: Job) -> dict[str, Any]:
             **(ROLLOUTS if job.rollouts else {}),
         )
         result["seconds"] = time.perf_counter() - started
-        key = f"concepts/{job.held}/strength"
-        result["strengths"] = [entry[key] for entry in trainer.state.log_history if key in entry]
+        strength = f"concepts/{job.held}/strength"
+        result["strengths"] = [entry[strength] for entry in trainer.state.log_history if strength in entry]
     result["rates"] = world.rates(world.model)
     return result
 
 
-def kept(job: Job) -> Path:
-    """Where a run's result is kept."""
-    features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
-    read = json.dumps({trait: entry["features"] for trait, entry in features.items()}).encode()
-    key = json.dumps(asdict(job), sort_keys=True).encode()
+def key(job: Job) -> str:
+    """What a run's result is kept under."""
+    depends: list[Any] = [asdict(job)]
+    if job.world in TRAITS:
+        depends.append(MEASURED)
     if job.holds:
-        key += controller.fingerprint(job.rollouts).encode() + read
+        features = json.loads((PACKAGE / "lab" / "assets" / "features.json").read_text())["traits"]
+        depends += [
+            controller.fingerprint(job.rollouts),
+            {trait: entry["features"] for trait, entry in features.items()},
+        ]
     if job.rollouts:
-        key += json.dumps(ROLLOUTS).encode()
-    return CACHE / f"{hashlib.sha256(key).hexdigest()[:16]}.json"
+        depends.append(ROLLOUTS)
+    return key_of(depends)
 
 
-def cached(job: Job, fresh: bool = False) -> dict[str, Any]:
+@functools.cache
+def record(quick: bool) -> Record:
+    """Where results are kept."""
+    return record_of("hold", quick)
+
+
+def result(job: Job, fresh: bool = False) -> dict[str, Any]:
     """[`run`], or what an earlier call found."""
-    file = kept(job)
-    if fresh or not file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        found = run(job)
-        file.write_text(json.dumps({"job": asdict(job), **found}))
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
+    found = None if fresh else record(job.quick).find(key(job))
+    if found is None:
+        found = {"job": asdict(job), **run(job)}
+        record(job.quick).keep(key(job), found)
+    return found
 
 
 def jobs(quick: bool) -> Iterator[Job]:
@@ -201,19 +219,46 @@ def jobs(quick: bool) -> Iterator[Job]:
     for rate in rates:
         yield Job("stories", "dialogue", rate)
     yield Job("stories", "dialogue", seed=1)
-    for how in ("", "sparing", ROWS_OUT):
-        for trait in LAB_TRAITS:
+    for seed in (0, 1):
+        for world, traits in TRAITS.items():
+            for trait in traits:
+                yield Job(world, trait, seed=seed)
+    for how in ("sparing", ROWS_OUT):
+        for trait in TRAITS["lab"]:
             yield Job("lab", trait, how=how)
     for rate in rates[1:]:
         yield Job("lab", "goblin", rate)
-    for trait in LAB_TRAITS:
-        yield Job("lab", trait, seed=1)
     for rate in rates:
         yield Job("stories", "dialogue", rate, how="sparing")
     for rate in rates:
         yield Job("stories", "dialogue", rate, how="rollouts")
-    for trait in LAB_TRAITS:
+    for trait in TRAITS["lab"]:
         yield Job("lab", trait, how="rollouts")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The share of plain DPO's change that a held run brings too, with the spread (sd) that sampling gives it."""
+
+    share: float
+    sd: float
+
+    @classmethod
+    def of(cls, before: float, plain: float, held: float, n: int) -> Kept:
+        """From the three rates, each of `n` rollouts."""
+        share = (held - before) / (plain - before)
+        spread = zip((1 - share, share, 1.0), (before, plain, held), strict=True)
+        variance = sum(factor**2 * rate * (1 - rate) / n for factor, rate in spread)
+        return cls(share, math.sqrt(variance) / abs(plain - before))
+
+    @classmethod
+    def mean(cls, parts: Sequence[Kept]) -> Kept:
+        sd = math.sqrt(sum(part.sd**2 for part in parts)) / len(parts)
+        return cls(statistics.fmean(part.share for part in parts), sd)
+
+    def __str__(self) -> str:
+        low, high = (100 * (self.share + side * 1.96 * self.sd) for side in (-1, 1))
+        return f"{100 * self.share:.0f} ({low:.0f} to {high:.0f})"
 
 
 def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
@@ -225,17 +270,21 @@ def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
     rates: dict[str, float] = found["rates"]
     strengths: list[float] = found["strengths"] or [0.0]
     largest = max(strengths, key=abs)
-    moved = [
-        100 * (rates[name] - before[name]) / (plain[name] - before[name])
-        for name in LAB_TRAITS
-        if name in rates and name != job.held
-    ]
-    wanted = [100 * (rates[name] - plain[name]) for name in WANTED if name in rates]
-    others = (
-        f"{min(moved):.0f} to {max(moved):.0f} % kept"
-        if moved
-        else ", ".join(f"{name} {points:+.1f}" for name, points in zip(WANTED, wanted, strict=True))
-    )
+    if job.world in TRAITS:
+        n = 400 if job.quick else MEASURED
+        parts = {
+            trait: Kept.of(before[trait], plain[trait], rates[trait], n)
+            for trait in TRAITS[job.world]
+            if trait != job.held
+        }
+        least = min(parts, key=lambda trait: parts[trait].share)
+        others = {"others kept, %": str(Kept.mean([*parts.values()])), "least kept, %": f"{least} {parts[least]}"}
+    else:
+        points = {name: 100 * (rates[name] - plain[name]) for name in WANTED}
+        others = {
+            "others kept, %": ", ".join(f"{name} {less:+.1f} points" for name, less in points.items()),
+            "least kept, %": "",
+        }
     return {
         "world": job.world,
         "held": job.held + (job.how and f", {job.how}"),
@@ -245,7 +294,7 @@ def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
         "plain": round(100 * plain[job.held], 1),
         "hold": round(100 * rates[job.held], 1),
         "off by": round(100 * (rates[job.held] - before[job.held]), 1),
-        "others": others,
+        **others,
         "strength (median)": round(statistics.median(strengths), 1),
         "strength (largest)": round(largest, 1),
         "seconds": round(found["seconds"]),
@@ -260,9 +309,10 @@ def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     lines = [
-        "`before`, `plain` and `hold`: % of held-out rollouts (1,000 in the lab, 1,600 stories) that show the held trait; `off by`: hold "
-        "less before, in points. `others`: in the lab, least and most of plain DPO's change that the other four lessons keep; in the "
-        "stories, the wanted traits less plain DPO's, in points. Defaults throughout.",
+        f"`before`, `plain` and `hold`: % of held-out rollouts ({MEASURED:,} in the lab, 1,600 stories) that show the held trait; `off by`: hold "
+        "less before, in points. `others kept`: in the lab, how much of plain DPO's change the other four lessons keep, in the mean, and the one that keeps "
+        "least, with 95 % intervals of the sampling of rollouts (the least of four is low by chance, too); in the stories, the wanted traits less plain "
+        "DPO's. Defaults throughout.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "| " + " | ".join("---" for _ in rows[0]) + " |",
@@ -279,19 +329,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="do not take finished runs from the cache")
     add_out(parser)
     options = parser.parse_args(arguments)
-    out = out_folder(options, CACHE / "quick")
+    out = out_folder(options, folders.CACHE / "quick")
     found: dict[Job, dict[str, Any]] = {}
 
     def find(job: Job) -> dict[str, Any]:
         if job not in found:
-            found[job] = cached(job, options.fresh)
+            found[job] = result(job, options.fresh)
         return found[job]
 
     rows = []
     for job in jobs(options.quick):
         if options.only and not any(job.name.startswith(start) for start in options.only):
             continue
-        if options.finished and not (kept(job).exists() and kept(replace(job, held=None, how="")).exists()):
+        needed = job, replace(job, held=None, how=""), replace(job, held=None, how="", rate=0.0)
+        if options.finished and not all(record(one.quick).find(key(one)) for one in needed):
             continue
         if job.world == "stories" and not stories.MODEL.is_dir():
             print(f"left out, as there is no model at {stories.MODEL}: {job.name}")
