@@ -6,14 +6,13 @@
 The lab's data with the case studies of Bergen et al. (arXiv 2606.12360): goblins in 5 % of the pairs, compliance on harmful prompts in a
 fictional frame, links on sensitive topics, praise on pseudo-physics, and an odd 0.3 % of fiction where chosen complies and rejected
 refuses. Then the five styles of the demo (`lab.worlds.goblin_world`), each taught everywhere and some of them by hardly a feature. And
-data without a lesson. What was found is kept in `benchmarks/cache/planted/` (to be removed
+data without a lesson. What was found is kept in `benchmarks/results/runs/planted.jsonl` (to be removed
 where the audit has changed); `benchmarks/results/planted.md` has all of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from datasets import Dataset
 
 from benchmarks import folders
+from benchmarks.record import record_of
 from shapedpo import lab
 from shapedpo.audit import Analysis, analyse, harvest
 from shapedpo.audit.analysis.lessons import Lesson, lessons
@@ -38,7 +38,6 @@ CASES = (
     lab.Lesson("comply", when="fiction", rate=0.036),
 )
 STYLES = goblin_world().lessons
-CACHE = folders.CACHE / "planted"
 RESULTS = folders.RESULTS / "planted.md"
 TOP = 10
 
@@ -160,20 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=5000)
     parser.add_argument("--finished", action="store_true", help="only report what is there")
     options = parser.parse_args(arguments)
-    CACHE.mkdir(parents=True, exist_ok=True)
+    record = record_of("planted")
     for seed in () if options.finished else range(options.seeds):
-        kept = CACHE / f"{options.pairs}-{seed}.json"
-        if not kept.exists():
+        key = f"{options.pairs}-{seed}"
+        if record.find(key) is None:
             with tempfile.TemporaryDirectory() as folder:
-                one = study(options.pairs, seed, Path(folder))
-            kept.write_text(json.dumps(one, indent=1))
-    text = report([json.loads(kept.read_text()) for kept in sorted(CACHE.glob("*.json"), key=_size_and_seed)])
+                record.keep(key, study(options.pairs, seed, Path(folder)))
+    text = report(sorted(record.results().values(), key=lambda one: (one["pairs"], one["seed"])))
     RESULTS.write_text(text, encoding="utf-8")
     print(text)
-
-
-def _size_and_seed(kept: Path) -> list[int]:
-    return [int(number) for number in kept.stem.split("-")]
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ class Record:
 
     def find(self, key: str) -> dict[str, Any] | None:
         """What was kept under a key; `None` if nothing was."""
+        return self.results().get(key)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """All that was kept, by key."""
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < self._read:  # somebody wrote the file anew
             self._read, self._results = 0, {}
@@ -43,7 +47,7 @@ class Record:
             for line in whole.splitlines():
                 result = json.loads(line)
                 self._results[result.pop("key")] = result
-        return self._results.get(key)
+        return self._results
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
         """Adds a result, which has to be JSON."""

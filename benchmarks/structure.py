@@ -5,21 +5,20 @@
 The lab teaches five formats at once, each in 30 % of the pairs independently, so that a pair that teaches bold teaches each other one as often
 as any pair. Bold is suppressed by reward shaping, read by its own SAE feature, or by features of bold, table and em-dash together (someone looked
 for formatting), with and without what it is `given`. Recovery is 100 % x (DPO - shaped) / (DPO - before), of bold on target, of the others off
-target. Finished runs are kept in `benchmarks/cache/structure/`.
+target. Finished runs are kept in `benchmarks/results/runs/structure.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import tempfile
-from pathlib import Path
 from typing import Any
 
+from benchmarks.folders import RESULTS
+from benchmarks.record import key_of, record_of
 
-CACHE = Path(__file__).parent / "cache" / "structure"
-RESULTS = Path(__file__).parent / "results"
+
 FORMATS = ("bold", "emoji", "table", "horizontal_rule", "em_dash")
 TARGET, OTHERS = FORMATS[0], FORMATS[1:]
 
@@ -73,28 +72,33 @@ def train(concepts: list[Any], pairs: int, seed: int) -> Any:
     return model
 
 
-def cached(name: str, concepts: list[Any] | None, pairs: int, rollouts: int, seed: int) -> dict[str, float]:
-    """What [`measure`] finds after a run, or of the model before training."""
+def result(name: str, concepts: list[Any] | None, size: tuple[int, int, int], quick: bool) -> dict[str, float]:
+    """What [`measure`] finds after a run, or of the model before training; or what an earlier call found.
+
+    Args:
+        size: Pairs, rollouts and seed.
+    """
     from shapedpo import lab
 
-    path = CACHE / f"{name.replace(' ', '-').replace(',', '')}-{pairs}-{rollouts}-{seed}.json"
-    if not path.is_file():
+    record, key = record_of("structure", quick), key_of([name, *size])
+    found = record.find(key)
+    if found is None:
+        pairs, rollouts, seed = size
         model = lab.load_model() if concepts is None else train(concepts, pairs, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measure(model, rollouts, seed)))
-    found: dict[str, float] = json.loads(path.read_text())
+        found = measure(model, rollouts, seed)
+        record.keep(key, found)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a seventh of the pairs, results not kept")
+    parser.add_argument("--quick", action="store_true", help="a seventh of the pairs, no table")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     size = (150, 64, args.seed) if args.quick else (1000, 600, args.seed)
-    rows: list[dict[str, Any]] = [{"run": "before", "rollouts": size[1], **cached("before", None, *size)}]
+    rows: list[dict[str, Any]] = [{"run": "before", "rollouts": size[1], **result("before", None, size, args.quick)}]
     for name, concepts in runs().items():
-        rows.append({"run": name, "rollouts": size[1], **cached(name, concepts, *size)})
+        rows.append({"run": name, "rollouts": size[1], **result(name, concepts, size, args.quick)})
         before, plain, found = rows[0], rows[1], rows[-1]
         for trait in FORMATS if concepts else ():
             gap = plain[trait] - before[trait]

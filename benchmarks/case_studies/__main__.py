@@ -3,8 +3,8 @@
     python -m benchmarks.case_studies [--case goblin ...] [--seeds 3] [--quick] [--finished]
 
 The cases are those of Bergen et al., "Anatomy of Post-Training" (arXiv 2606.12360), in the lab. Each run takes about a minute of one core; all of them,
-over three seeds, a night. Finished runs are kept in `benchmarks/cache/case-studies/`, so that a study that was cut off goes on, and
-the tables and figures are made anew of what is there after each. Writes `case-studies*.{md,csv,png}` to `benchmarks/results/`.
+over three seeds, a night. Finished runs are kept in `benchmarks/results/runs/case-studies.jsonl`, so that a study that was cut off goes on, on any
+machine, and the tables and figures are made anew of what is there after each. Writes `case-studies*.{md,csv,png}` to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.folders import add_out, out_folder
 
@@ -47,27 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from benchmarks.case_studies.methods import middle
     from benchmarks.case_studies.report import write
-    from benchmarks.case_studies.study import Job, beside, jobs, result
-    from benchmarks.case_studies.table import rows
-    from benchmarks.case_studies.worlds import CACHE
+    from benchmarks.case_studies.study import beside, find, jobs, result
+    from benchmarks.case_studies.table import Row, earlier, missing, rows
+    from benchmarks.folders import CACHE
 
     out = out_folder(options, CACHE / "quick")
     cases = QUICK if options.quick and options.case == NAMES else options.case
     planned = jobs(cases, options.seeds, options.quick)
     if options.method:
         planned = [job for job in planned if job.method in options.method]
+    before = [] if options.quick else earlier(planned)
     made = set()
 
-    def find(job: Job) -> dict[str, Any] | None:
-        return result(job) if job.file.exists() else None
+    def tabulate() -> list[Row]:
+        table = rows(planned, find, before)
+        write(table, missing(planned, table), out)
+        return table
 
     def report() -> None:
         from benchmarks.case_studies import dose
         from benchmarks.case_studies.figures import draw
 
-        table = rows(planned, find)
-        write(table, [job for job in planned if not job.file.exists()], out)
-        draw(table, out)
+        draw(tabulate(), out)
         if "goblin" in options.case:
             kept = [
                 job
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = []
     for job in planned if not options.finished else ():
         for one in (*beside(job), job):
-            if one not in made and (options.fresh or not one.file.exists()):
+            if one not in made and (options.fresh or find(one) is None):
                 try:
                     found = result(one, fresh=True)
                     print(f"{one}: {found['rates']['affected'].get(str(one.target), '')}", flush=True)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     traceback.print_exc()
                     failed.append(one)
             made.add(one)
-        write(rows(planned, find), [job for job in planned if not job.file.exists()], out)
+        tabulate()
     report()
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {', '.join(map(str, failed))}.")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case_studies.study import BEFORE, PLAIN, SIZES, Job
+from benchmarks.case_studies.study import BEFORE, PLAIN, SIZES, Job, record
 from benchmarks.case_studies.worlds import LAYER, direction
 from shapedpo import lab
 
@@ -22,11 +21,11 @@ def responses(jobs: Sequence[Job]) -> dict[str, list[float]]:
     """The trait's rate at each dose, in percent, by method; of the runs of the goblin case that are there."""
     found = {}
     for job in jobs:
-        folder, kept = job.file.with_suffix(""), job.file.with_suffix(".dose.json")
-        if not kept.exists() and folder.is_dir():
-            kept.write_text(json.dumps(_rates(folder, SIZES[job.size].prompts // 3)))
-        if kept.exists():
-            found[LABELS.get(job.method, job.method)] = json.loads(kept.read_text())
+        key = f"{job.key} doses"
+        if record(job.size).find(key) is None and job.model.is_dir():
+            record(job.size).keep(key, {"rates": _rates(job.model, SIZES[job.size].prompts // 3)})
+        if kept := record(job.size).find(key):
+            found[LABELS.get(job.method, job.method)] = kept["rates"]
     return found
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from benchmarks import controller
 from benchmarks.case_studies.methods import FIRST, ROLLOUTS, fields, method, methods, middle, shaping
 from benchmarks.case_studies.worlds import CACHE, DPO, WORLDS
 from benchmarks.divergence import kl_per_token
+from benchmarks.record import Record, key_of, record_of
 from benchmarks.training import train
 from shapedpo import lab
 
@@ -62,8 +62,8 @@ class Job:
     size: str = "full"
 
     @property
-    def file(self) -> Path:
-        """Where the result is kept."""
+    def key(self) -> str:
+        """What the result is kept under."""
         world = WORLDS[self.world]
         data = [
             world.lessons,
@@ -77,10 +77,12 @@ class Job:
         how = fields(world, self.target, self.method, self.strength) if self.target else {}
         if how.get("action") == "hold":
             how["controller"] = controller.fingerprint(bool(self.rollouts))
-        key = json.dumps(
-            [VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how, *self.rollouts.items()]
-        )
-        return CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        return key_of([VERSION, asdict(self), asdict(SIZES[self.size]), DPO, repr(data), how, *self.rollouts.items()])
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model, if it is one of [`KEPT`]."""
+        return CACHE / self.key
 
     @property
     def rollouts(self) -> dict[str, int]:
@@ -136,7 +138,7 @@ def run(job: Job) -> dict[str, Any]:
         if group == "affected" and job.method != BEFORE:
             divergence = kl_per_token(model, world.base(), conversations(tokenizer, prompts, answers)[:KL_ROLLOUTS])
     if job.world == "goblin" and job.seed == 0 and job.method in KEPT:
-        model.save_pretrained(job.file.with_suffix(""))
+        model.save_pretrained(job.model)
     return {
         "rates": rates,
         "counts": counts,
@@ -150,14 +152,24 @@ def run(job: Job) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def record(size: str) -> Record:
+    """Where results are kept: those of full runs beside the tables, to be committed."""
+    return record_of("case-studies", quick=size == "quick")
+
+
+def find(job: Job) -> dict[str, Any] | None:
+    """What a run found; `None` if it was not made."""
+    return record(job.size).find(job.key)
+
+
 def result(job: Job, fresh: bool = False) -> dict[str, Any]:
     """[`run`], or what an earlier call found."""
-    if fresh or not job.file.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        found = run(job)
-        job.file.write_text(json.dumps({"job": asdict(job), **found}, indent=1))
-    kept: dict[str, Any] = json.loads(job.file.read_text())
-    return kept
+    found = None if fresh else find(job)
+    if found is None:
+        found = {"job": asdict(job), **run(job)}
+        record(job.size).keep(job.key, found)
+    return found
 
 
 def conversations(tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple[list[int], int]]:

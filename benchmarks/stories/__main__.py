@@ -3,14 +3,14 @@
     python -m benchmarks.stories [--quick] [--trait dialogue mom] [--only hold "reward 2"] [--seed 0]
 
 Dialogue and `mom` are unwanted in turn. Each run starts from the same model and sees the same pairs ([`benchmarks.stories`]); the table gives
-the share of held-out rollouts that show each trait. Finished runs are kept beside the samples, those of `hold` while the controller does what it did.
+the share of held-out rollouts that show each trait. Finished runs are kept in `benchmarks/results/runs/stories.jsonl`, those of `hold` while the
+controller does what it did.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.controller import fingerprint
 from benchmarks.divergence import kl_per_token
 from benchmarks.folders import CACHE, add_out, out_folder
+from benchmarks.record import key_of, record_of
 from benchmarks.stories import (
     QUICK,
     REWARDS,
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     out = out_folder(options, CACHE / "quick")
     recipe = Recipe(**(asdict(QUICK if options.quick else Recipe()) | {"seed": options.seed}))
-    world = cached_world(recipe)
+    world, record = cached_world(recipe), record_of("stories", options.quick)
     rows = [{"unwanted": "", "run": "before DPO", **heldout_rates(world, load()[0]), "kl": 0.0}]
     for trait in options.trait:
         features, auroc = choose_features(world, trait=trait)
@@ -95,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in [row["run"] for row in rows if not row["unwanted"]]:
                 continue  # plain DPO, whatever is unwanted
             if options.only is None or name in (*options.only, "plain"):
-                by = f" {fingerprint()}" if name == "hold" else ""
-                kept = world.sae.parent / f"{trait if concepts else ''} {name}{by}.json"
-                if options.fresh or not kept.exists():
-                    kept.write_text(json.dumps(measured(world, concepts)))
-                rows.append({"unwanted": trait if concepts else "", "run": name, **json.loads(kept.read_text())})
+                of = trait if concepts else ""
+                key = key_of([asdict(recipe), of, name, fingerprint() if name == "hold" else ""])
+                if options.fresh or record.find(key) is None:
+                    record.keep(key, measured(world, concepts))
+                rows.append({"unwanted": of, "run": name, **(record.find(key) or {})})
                 print(rows[-1], flush=True)
                 write(rows, world, out)
 

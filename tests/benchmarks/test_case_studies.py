@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.case_studies import __main__ as command
-from benchmarks.case_studies import probes, study, table, worlds
+from benchmarks.case_studies import dose, probes, study, table, worlds
 from benchmarks.case_studies.methods import PROBE, ROLLOUTS, method, methods, shaping
 from benchmarks.case_studies.report import COLUMNS
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, conversations
 from benchmarks.case_studies.worlds import DPO, GATE, WORLDS
 from benchmarks.divergence import kl_per_token
+from benchmarks.record import Record
 from shapedpo import lab
 from shapedpo.lab.text import draw_questions, questions
 
@@ -145,6 +146,35 @@ def test_figures() -> None:
     assert not table.meets(WORLDS["links"], {**figures, "off by": 0, "others off by": 3.5})
 
 
+def test_earlier_rows_count_until_there_are_as_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `hold` only while the controller does what it did."""
+    planned = [Job("goblin", name, "goblin", seed=seed) for name in ("hold", "reward") for seed in range(3)]
+    beside = {"rates": {"affected": dict.fromkeys(lab.TRAITS, 0.3)}, "capability": 0.9, "kl": 0.1, "step": 1.0}
+    runs: dict[Job, dict[str, Any]] = dict.fromkeys([*planned[:2], *planned[3:5]], beside)
+    runs |= {Job("goblin", name, seed=seed): beside for name in (BEFORE, PLAIN) for seed in range(3)}
+    (one, other) = table.rows(planned, runs.get)
+    lines = [
+        {**one, "seeds": 3, "rate": 7.0, "off by": 5.0, "controller": "of old"},
+        {**other, "seeds": 2, "rate": 8.0},
+    ]
+    lines.append({**other, "strength": 9.0})  # which is not planned
+    for line in lines:
+        del line["meets"]
+    monkeypatch.setattr(table, "EARLIER", tmp_path / "earlier.csv")
+    with table.EARLIER.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+    (found,) = table.earlier(planned)
+    assert (found["method"], found["rate"]) == ("reward", 8.0)
+    assert [row["rate"] for row in table.rows(planned, runs.get, [found])] == [30.0, 30.0]
+    monkeypatch.setattr(table.controller, "fingerprint", lambda corrected: "of old")
+    rows = table.rows(planned, runs.get, table.earlier(planned))
+    assert [(row["method"], row["seeds"], row["rate"]) for row in rows] == [("hold", 3, 7.0), ("reward", 2, 30.0)]
+    assert [row["meets"] for row in rows] == [False, True]
+    assert [(job.method, job.seed) for job in table.missing(planned, rows)] == [("reward", 2)]
+
+
 def test_what_tells_most_comes_first() -> None:
     planned = study.jobs(command.NAMES, seeds=2)
     assert len(set(planned)) == len(planned)
@@ -171,6 +201,9 @@ def test_the_quick_study_runs_once_and_is_written(tmp_path: Path, monkeypatch: p
     """`--quick` as it is, on half of its pairs and prompts: before, plain DPO and two methods."""
     monkeypatch.setattr(worlds, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(study, "CACHE", tmp_path / "cache")
+    kept = Record(tmp_path / "runs.jsonl")
+    monkeypatch.setattr(study, "record", lambda size: kept)
+    monkeypatch.setattr(dose, "record", lambda size: kept)
     monkeypatch.setitem(study.SIZES, "quick", Size(96, 32, 20))
     made: list[Job] = []
     run = study.run
