@@ -55,7 +55,7 @@ class Concept:
     """Something that completions can show, what reads it, and what is to be done about it.
 
     Args:
-        name: Letters, digits, spaces and `_ - .`. Metrics are logged under `concepts/<name>/`.
+        name: Up to 100 letters, digits, spaces and `_ - .`. Metrics are logged under `concepts/<name>/`.
         readout: What reads it: [`SAEFeatures`], [`Direction`], [`Regex`], or any function from text to number.
         action: `"watch"` reads and logs only; `"suppress"` and `"amplify"` shape the training signal by a given strength; `"hold"`
             finds the strength by itself, step by step, at which the concept stays where the reference has it (see below).
@@ -106,12 +106,12 @@ class Concept:
     spare: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w .-]{,99}", self.name):
             name: Any = self.name
             yaml_word = isinstance(name, bool)
             hint = " (YAML takes yes, no, on and off for true and false: quote them)" if yaml_word else ""
             raise ValueError(
-                f"A concept's name must be letters, digits, spaces or any of `_-.`; got {self.name!r}{hint}."
+                f"A concept's name must be up to 100 letters, digits, spaces or any of `_-.`; got {_short(self.name)}{hint}."
             )
         with _Blame(f"Concept {self.name!r}"):
             if not isinstance(self.readout, Readout):
@@ -247,6 +247,11 @@ class Concept:
             if not isinstance(fields["readout"], Readout):
                 fields["readout"] = readout_from_dict(fields["readout"])
         return _from_mapping(cls, fields, f"Concept {fields.get('name')!r}")
+
+
+def _short(name: Any) -> str:
+    text = repr(name)
+    return text if len(text) <= 120 else f"{text[:120]}... ({len(text)} characters)"
 
 
 class _Blame:

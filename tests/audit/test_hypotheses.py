@@ -11,9 +11,10 @@ from scipy import sparse, stats
 
 from shapedpo.audit.analysis.hypotheses import Analysis
 from shapedpo.audit.analysis.lessons import attribute, lessons
-from shapedpo.audit.analysis.run import _Passes, analyse
+from shapedpo.audit.analysis.run import analyse
 from shapedpo.audit.analysis.settings import AuditSettings
 from shapedpo.audit.analysis.shadows import Beside
+from shapedpo.audit.harvesting.passes import Passes
 from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.prediction.conditions import Things
 
@@ -103,7 +104,7 @@ def test_hypotheses_without_rows_of_their_own_do_not_keep_a_lesson_from_being_fo
         hypotheses=[*shadows, *analysis.hypotheses],
         settings=dataclasses.replace(analysis.settings, max_lessons=3),
     )
-    passes = _Passes(Harvest.open(folder / "harvest"), progress=False)
+    passes = Passes(Harvest.open(folder / "harvest"), progress=False)
     things = Things.of(crowded)
     beside = Beside(crowded, things.feature_view, things.prompt_view)
     with_rows = [one for one in attribute(crowded, passes, beside) if len(one.rows)]

@@ -17,6 +17,12 @@ def test_name(name):
     refused(f"name...{name!r}", lambda: Concept(name, Regex("x")))
 
 
+def test_a_long_name():
+    assert Concept("x" * 100, Regex("x")).name == "x" * 100
+    text = refused("up to 100 letters...(5002 characters)", lambda: Concept("x" * 5000, Regex("x")))
+    assert len(text) < 400
+
+
 def test_action():
     refused(
         "Concept 'goblin': ...'supress'. Did you mean 'suppress'?...watch, suppress, amplify",

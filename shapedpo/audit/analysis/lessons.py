@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...progress import progress_bar
-from ..harvesting.store import Shard
+from ..harvesting.passes import Passes
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
 from .sampling import sample
@@ -67,7 +67,7 @@ def lessons(analysis: Analysis) -> list[Lesson]:
 
 def attribute(
     analysis: Analysis,
-    passes: Callable[..., Iterator[tuple[slice, Shard]]],
+    passes: Passes,
     beside: Beside,
     progress: bool = False,
 ) -> list[Attribution]:
@@ -115,9 +115,7 @@ def _sampled(analysis: Analysis, order: Sequence[int]) -> NDArray[np.bool_]:
     return chosen
 
 
-def _sample_shown(
-    analysis: Analysis, order: Sequence[int], passes: Callable[..., Iterator[tuple[slice, Shard]]]
-) -> Shown:
+def _sample_shown(analysis: Analysis, order: Sequence[int], passes: Passes) -> Shown:
     """What the sampled rows show; of half of them, a quarter, ..., where they show too much."""
     settings = analysis.settings
     sampled = _sampled(analysis, order)
@@ -195,7 +193,7 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
 def _finished(
     analysis: Analysis,
     drafts: Sequence[_Draft],
-    passes: Callable[..., Iterator[tuple[slice, Shard]]],
+    passes: Passes,
     beside: Beside,
 ) -> list[Attribution]:
     """The lessons with their rows in all of the data, and without what only seems taught where others are."""

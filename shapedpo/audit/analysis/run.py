@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ...progress import progress_bar
-from ..harvesting.shards import SPANS
-from ..harvesting.store import Harvest, Shard
+from ..harvesting.passes import Passes
+from ..harvesting.shards import COMPLETIONS
+from ..harvesting.store import Harvest
 from .clusters import embedded_clusters, spherical_kmeans, unit
 from .graph import feature_clusters
 from .hypotheses import Analysis, Hypothesis, ranked
@@ -26,7 +25,6 @@ from .statistics import Moments
 from .views import FeatureView, PromptView, difference, one_of, sizes
 
 
-COMPLETIONS = ("chosen", "rejected")
 _LARGEST_SAMPLE = 2**28  # numbers of activity that k-means is fitted on: 1 GB
 
 
@@ -53,7 +51,7 @@ def analyse(
     if harvest.n_rows < 2:
         raise ValueError(f"The harvest has {harvest.n_rows} pair(s); an audit compares pairs and needs two at least.")
     settings = settings or AuditSettings.for_data(harvest.n_rows, harvest.d_sae)
-    passes = _Passes(harvest, progress)
+    passes = Passes(harvest, progress)
     survey = _survey(passes, settings)
     features = feature_clusters(survey.completions, settings, progress)
     prompt_view = _prompt_view(survey, settings)
@@ -68,21 +66,6 @@ def analyse(
     if out is not None:
         analysis.save(out)
     return analysis
-
-
-class _Passes:
-    """The shards, several times over, with where each begins."""
-
-    def __init__(self, harvest: Harvest, progress: bool) -> None:
-        self.harvest, self.progress = harvest, progress
-
-    def __call__(self, what: str, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
-        begin = 0
-        with progress_bar(total=self.harvest.n_rows, desc=what, unit=" pairs", show=self.progress) as bar:
-            for shard in self.harvest.shards(("freq",), spans):
-                yield slice(begin, begin + len(shard.rows)), shard
-                begin += len(shard.rows)
-                bar.update(len(shard.rows))
 
 
 class _Survey(NamedTuple):
@@ -104,7 +87,7 @@ class _Survey(NamedTuple):
     deltas: sparse.csr_matrix
 
 
-def _survey(passes: _Passes, settings: AuditSettings) -> _Survey:
+def _survey(passes: Passes, settings: AuditSettings) -> _Survey:
     n, d = passes.harvest.n_rows, passes.harvest.d_sae
     clustered = sample(n, max(1, settings.cluster_sample // 2), settings.seed)
     embedded = sample(n, settings.embedding_sample, settings.seed + 1)
@@ -171,7 +154,7 @@ def _prompt_view(survey: _Survey, settings: AuditSettings) -> PromptView:
 
 
 def _conditions(
-    passes: _Passes, features: NDArray[np.int32], prompt_view: PromptView, settings: AuditSettings
+    passes: Passes, features: NDArray[np.int32], prompt_view: PromptView, settings: AuditSettings
 ) -> tuple[FeatureView, Leading]:
     """The second pass: data clusters, and the prompts that express each cluster of prompt features most."""
     n, n_clusters = passes.harvest.n_rows, len(sizes(features))
@@ -199,7 +182,7 @@ def _conditions(
 
 
 def _compare(
-    passes: _Passes, feature_view: FeatureView, prompt_view: PromptView, leading: Leading, settings: AuditSettings
+    passes: Passes, feature_view: FeatureView, prompt_view: PromptView, leading: Leading, settings: AuditSettings
 ) -> Analysis:
     """The third pass: every condition against the rest, in every response."""
     n, k = passes.harvest.n_rows, len(feature_view.centroids)
@@ -258,7 +241,7 @@ def _compare(
 
 
 def _responsible(
-    passes: _Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
+    passes: Passes, analysis: Analysis, feature_view: FeatureView, prompt_view: PromptView, leading: Leading
 ) -> list[Hypothesis]:
     """The fourth pass: the rows of each hypothesis whose response goes its way, and how many of them it names."""
     asked: dict[tuple[str, int], list[int]] = {}  # by view and condition, so that each condition's rows are taken once

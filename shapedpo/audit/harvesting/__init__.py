@@ -2,5 +2,6 @@
 
 [`run`] is where to begin: settings, and [`~run.harvest`], which divides the rows among processes. [`pairs`] tokenises them as training does,
 [`layout`] puts pairs that share a prompt into one row of a batch, [`harvester`] runs the model over a shard of them, [`pooling`] takes each
-feature's maximum and frequency, [`shards`] writes the files, and [`store`] reads them: all that comes later starts from a [`~store.Harvest`].
+feature's maximum and frequency, [`shards`] writes the files, and [`store`] reads them: all that comes later starts
+from a [`~store.Harvest`] and goes over it by [`passes`].
 """

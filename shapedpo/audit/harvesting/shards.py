@@ -34,7 +34,8 @@ import pyarrow.parquet as pq
 from ...files import replacing
 
 
-SPANS = ("prompt", "chosen", "rejected")
+COMPLETIONS = ("chosen", "rejected")
+SPANS = ("prompt", *COMPLETIONS)
 
 MANIFEST = "harvest.json"
 FORMAT = 1

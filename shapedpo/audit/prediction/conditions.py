@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ...progress import progress_bar
 from ..analysis.hypotheses import Analysis
 from ..analysis.leading import Leading
 from ..analysis.views import FeatureView, PromptView, numbered, on, one_of, pooled
-from ..harvesting.shards import SPANS
-from ..harvesting.store import Harvest, Shard
+from ..harvesting.store import Shard
 
 
 Array = NDArray[np.float64]
 
-COMPLETIONS = ("chosen", "rejected")
 VIEWS = (
     ("feature", "global"),
     ("feature_cluster", "global"),
@@ -109,13 +105,3 @@ class Conditions:
         # ties were broken by less than a millionth
         prompt = sparse.csr_matrix((expressed > 0) & (expressed >= self.least - 1e-6))
         return {"global": sparse.csr_matrix(np.ones((len(shard.rows), 1))), "prompt": prompt.astype(np.float64)}
-
-
-def passes(harvest: Harvest, what: str, progress: bool, spans: Sequence[str] = SPANS) -> Iterator[tuple[slice, Shard]]:
-    """The shards with the frequencies of some spans, and where each begins and ends."""
-    begin = 0
-    with progress_bar(total=harvest.n_rows, desc=what, unit=" pairs", show=progress) as bar:
-        for shard in harvest.shards(("freq",), spans):
-            yield slice(begin, begin + len(shard.rows)), shard
-            begin += len(shard.rows)
-            bar.update(len(shard.rows))

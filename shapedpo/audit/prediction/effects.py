@@ -11,8 +11,10 @@ from scipy import sparse
 
 from ..analysis.sampling import sample, thinned
 from ..analysis.settings import AuditSettings
+from ..harvesting.passes import Passes
+from ..harvesting.shards import COMPLETIONS
 from ..harvesting.store import Harvest
-from .conditions import COMPLETIONS, VIEWS, Conditions, passes
+from .conditions import VIEWS, Conditions
 
 
 Array = NDArray[np.float64]
@@ -139,7 +141,7 @@ def measure(
     sampled = []
     tallies: dict[tuple[str, str], _Tally] = {}
     spreads: dict[str, _Spread] = {}
-    for place, shard in passes(harvest, "Effects", progress, COMPLETIONS):
+    for place, shard in Passes(harvest, progress)("Effects", COMPLETIONS):
         sides = [conditions.things.scores(shard.chosen.freq), conditions.things.scores(shard.rejected.freq)]
         groups = conditions.of_pairs(place, shard)
         for kind in sides[0]:

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import LinearOperator, cg
 
+from ..harvesting.passes import Passes
+from ..harvesting.shards import COMPLETIONS
 from ..harvesting.store import Harvest
-from .conditions import COMPLETIONS, VIEWS, Conditions, passes
+from .conditions import VIEWS, Conditions
 from .effects import squared, summed
 
 
@@ -70,7 +72,7 @@ class Within:
 
 def answer_pairs(rollouts: Rollouts, progress: bool = True) -> Iterator[tuple[Any, tuple[Any, Any]]]:
     """Each shard of some rollouts, and the frequencies, `(pairs, d_sae)` each, of two of the reference's answers to the same prompt."""
-    for _, shard in passes(rollouts.harvest, "Answers", progress):
+    for _, shard in Passes(rollouts.harvest, progress)("Answers"):
         if rollouts.both:  # a row has one of its answers, and two rows follow each other
             yield shard, (shard.rejected.freq[::2], shard.rejected.freq[1::2])
         else:
@@ -166,7 +168,7 @@ def changes(
             groups = {view: members[::2] if answers.both else members for view, members in groups.items()}
             for collected in (everything, own):
                 collected.add(reward, conditions, groups, pair)
-    for place, shard in passes(harvest, "Predicting", progress, COMPLETIONS):
+    for place, shard in Passes(harvest, progress)("Predicting", COMPLETIONS):
         kept = sparse.diags(counting[place].astype(float))
         groups = {view: kept @ members for view, members in conditions.of_pairs(place, shard).items()}
         everything.add(reward, conditions, groups, (shard.chosen.freq, shard.rejected.freq))

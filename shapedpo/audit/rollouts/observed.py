@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
-from ..prediction.conditions import OBSERVED, Conditions, passes
+from ..harvesting.passes import Passes
+from ..prediction.conditions import OBSERVED, Conditions
 from ..prediction.effects import squared, summed
 from .run import Rollouts
 
@@ -101,7 +102,7 @@ def observe(
     """
     weights = rollouts.weights if bridge else np.broadcast_to([2.0, -2.0], rollouts.log_ratios.shape)
     sums: dict[tuple[str, str], tuple[_Sums, _Sums]] = {}
-    for place, shard in passes(rollouts.harvest, "Observing", progress):
+    for place, shard in Passes(rollouts.harvest, progress)("Observing"):
         sides = [conditions.things.scores(span.freq) for span in (shard.chosen, shard.rejected)]
         groups = conditions.of_answers(shard)
         even = sparse.diags((shard.rows // 2 % 2 == 0).astype(float))  # of prompts: both models answer each twice
