@@ -1,12 +1,13 @@
 """Does the audit's prediction come true? Predicted against observed change of features and clusters, in worlds of known lessons.
 
-    python -m benchmarks.prediction [--worlds design | held-out] [--finished] [--quick]
+    python -m benchmarks.prediction [--worlds design | held-out] [--runs violent ...] [--prompts 256] [--finished] [--quick]
 
 Each run is DPO with TRL's own trainer on a lab dataset or on planted preferences on stories260k, violent (learning rate 2e-4, beta 0.1), gentle (2e-5, 1)
 and violent on a quarter of the pairs. The truth: the model before and after answers 256 held-out prompts twice, the model before reads the answers,
 and they count by how much likelier they have become (`shapedpo verify`). The runs are kept in `benchmarks/cache/prediction`
 (`benchmarks/prediction_runs.py`, which says which worlds were held out); `--finished` takes those that are there. `--quick` makes one small run, to see
-that all of it works. Writes `prediction.{md,csv,png}` in `benchmarks/results` (`--out`).
+that all of it works. Writes `prediction.{md,csv,png}` in `benchmarks/results` (`--out`); with another number of `--prompts`, by which the truth and the
+predictions have less noise, it is in the files' names.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from benchmarks.prediction_runs import (
     DESIGN,
     FOLDER,
     HELD_OUT,
+    KINDS,
     PILOTS,
+    PROMPTS,
     QUICK,
     again,
     answers,
@@ -116,6 +119,10 @@ def study(runs: Sequence[Setting], folder: Path) -> tuple[list[dict[str, Any]], 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", choices=("design", "held-out", "all"), default="all")
+    parser.add_argument("--runs", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
+    parser.add_argument(
+        "--prompts", type=int, default=PROMPTS, help="held-out prompts that show the change (%(default)s)"
+    )
     parser.add_argument("--finished", action="store_true", help="only the runs that are there")
     parser.add_argument("--quick", action="store_true", help="one small run, in seconds: to see that it works")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: in the cache)")
@@ -123,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.folder or (FOLDER / "quick" if options.quick else FOLDER)
     out = out_folder(options, folder)
-    planned = settings({"design": DESIGN, "held-out": HELD_OUT, "all": (*DESIGN, *HELD_OUT)}[options.worlds])
+    worlds = {"design": DESIGN, "held-out": HELD_OUT, "all": (*DESIGN, *HELD_OUT)}[options.worlds]
+    planned = settings(worlds, options.runs, options.prompts)
+    name = "prediction" if options.prompts == PROMPTS else f"prediction-{options.prompts}"
     planned = [QUICK] if options.quick else planned
     runs = planned
     if options.finished:
@@ -132,11 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         make(runs, folder)
     rows, shown = study(runs, folder)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "prediction.csv").open("w", newline="") as file:
+    with (out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(report(rows, shown, planned, runs, out))
+    print(report(rows, shown, planned, runs, out / name))
 
 
 if __name__ == "__main__":

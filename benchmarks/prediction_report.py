@@ -18,7 +18,7 @@ COVERED = (0.85, 0.95)
 
 INTRODUCTION = """\
 How true the audit's predictions are: R² (squared correlation) of predicted and observed change of the mean score, over features, over clusters, and over
-clusters of response features under each cluster of prompt features. The change is that of two answers by either model to each of 256 held-out prompts, which
+clusters of response features under each cluster of prompt features. The change is that of two answers by either model to each of {prompts:,} held-out prompts, which
 count by how much likelier they have become. *Ceiling*: what a perfect prediction would get, since the answers are noisy too (from halves of the prompts).
 *Another run*: R² with a second run that saw the same pairs in another order, had answers no noise; what the order decides nobody can predict, so that no
 prediction is expected to get more than its square root times the ceiling: *within reach* (a pilot in the run's own order may, as it has seen a part of it). *Slope*: of observed on predicted change, 1 where the scale is right. *In 90 %*: share of the
@@ -26,10 +26,10 @@ prediction is expected to get more than its square root times the ceiling: *with
 resampled things; things vary together, so it is too narrow. *Less everywhere*: what a condition adds.
 
 The estimators build on each other: the plain mean delta; the reward that explains it, and what that moves in the data's own completions (`shapedpo audit`);
-in answers of the reference, of which there are 1,024 (`--answers`); put together with the log-ratios of a pilot on them, which is the run itself after a part of its steps and
+in answers of the reference, of which there are {answers:,} (`--answers {asked}`); put together with the log-ratios of a pilot on them, which is the run itself after a part of its steps and
 also gives the scale (`--pilot`; where warm-up is most of it, it has learnt little: see below). In forward passes over a completion, of which DPO on 1,000 pairs takes 8,000 (two a pair, the reference's and the policy's, and
-twice as much for its gradient), the answers cost about 2,000 (writing and reading them), a pilot of 1/8 another 1,000 for its steps and 1,000 to weigh the answers, one of
-1/4 2,000 and 1,000. Answers cost the same for a million pairs. One seed a world. The estimators and their constants were settled on the worlds of the
+twice as much for its gradient), the answers cost about {written:,} (writing and reading them), a pilot of 1/8 another 1,000 for its steps and {answers:,} to weigh the answers, one of
+1/4 2,000 and {answers:,}. Answers cost the same for a million pairs. One seed a world. The estimators and their constants were settled on the worlds of the
 design (`benchmarks/prediction_runs.py` says what else was seen).
 """
 
@@ -41,8 +41,11 @@ def report(
     runs: Sequence[Setting],
     out: Path,
 ) -> str:
-    """Write `prediction.md` and `prediction.png`; returns the page."""
-    lines = [INTRODUCTION, made(planned, runs), ""]
+    """Write `out`'s page (`.md`) and picture (`.png`); returns the page."""
+    prompts = runs[0].evaluation
+    answers = 4 * prompts
+    introduction = INTRODUCTION.format(prompts=prompts, answers=answers, asked=2 * prompts, written=2 * answers)
+    lines = [introduction, made(planned, runs), ""]
     last = rows[-1]["estimator"]
     for title, held in (("Worlds held out", True), ("Worlds of the design", False)):
         if not (some := [row for row in rows if row["held out"] == held]):
@@ -53,8 +56,8 @@ def report(
         if apart := between_runs(some, last):
             lines += ["What a second run says, and what the last prediction gets:", "", *apart, ""]
         lines += [f"Every run, {last}:", "", *table(some, last), ""]
-    (out / "prediction.md").write_text("\n".join(lines))
-    picture(shown, out / "prediction.png")
+    out.with_suffix(".md").write_text("\n".join(lines))
+    picture(shown, out.with_suffix(".png"))
     return "\n".join(lines)
 
 

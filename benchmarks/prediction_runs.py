@@ -73,12 +73,20 @@ QUICK = Setting(DESIGN[0], *VIOLENT, pairs=192, evaluation=32, probe=0)
 """A run that takes seconds, to see that all of it works."""
 
 
-def settings(worlds: Sequence[str]) -> list[Setting]:
+KINDS = {"violent": (VIOLENT, 1000), "gentle": (GENTLE, 1000), "small": (VIOLENT, 250)}
+"""What is varied: how hard DPO pulls, and the number of pairs."""
+PROMPTS = 256
+"""Held-out prompts by whose answers the change is seen."""
+
+
+def settings(worlds: Sequence[str], kinds: Sequence[str] = tuple(KINDS), prompts: int = PROMPTS) -> list[Setting]:
     """The runs: each world violent and gentle, and violent on a quarter of the pairs."""
-    runs = []
-    for force, pairs in ((VIOLENT, 1000), (GENTLE, 1000), (VIOLENT, 250)):
-        runs += [Setting(world, *force, pairs, evaluation=256, probe=0, seed=SEEDS[world]) for world in worlds]
-    return runs
+    forces = [KINDS[kind] for kind in kinds]
+    return [
+        Setting(world, *force, pairs, evaluation=prompts, probe=0, seed=SEEDS[world])
+        for force, pairs in forces
+        for world in worlds
+    ]
 
 
 def repeated(setting: Setting) -> bool:
@@ -164,8 +172,8 @@ def rollouts(setting: Setting, folder: Path) -> Rollouts:
 
 
 def answers(setting: Setting, folder: Path) -> Rollouts:
-    """Answers of the model before training to prompts of the kind that it is trained on, the same for all runs of a model."""
-    kept = folder / f"answers-{setting.world.split(':')[0]}"
+    """Answers of the model before training to prompts of the kind that it is trained on: four for each held-out prompt, the same for all runs of a model."""
+    kept = folder / f"answers-{setting.world.split(':')[0]}-{setting.evaluation}"
     try:
         return Rollouts.open(kept)
     except FileNotFoundError:

@@ -81,9 +81,10 @@ def test_the_page_says_what_the_rows_hold(tmp_path) -> None:
         for run in runs
         for group, found in figures(outcome).items()
     ]
-    page = prediction_report.report(rows, {"lab: topics": outcome}, planned, runs, tmp_path)
+    page = prediction_report.report(rows, {"lab: topics": outcome}, planned, runs, tmp_path / "prediction")
     assert page == (tmp_path / "prediction.md").read_text()
     assert (tmp_path / "prediction.png").stat().st_size > 1000
+    assert "1,024 (`--answers 512`)" in page
     assert f"{len(DESIGN) + len(HELD_OUT)} of {len(planned)} runs" in page
     assert "lab: goblin world gentle" in page
     assert "lab: topics violent, 250 pairs" in page
