@@ -43,8 +43,10 @@ class InterveningTrainer(FilteringTrainer):
         _residual_edits: How the reference is steered for those of them that steer it.
         _instructed: The instruction and its place of the concepts that have one, by index.
         _needs_turns: Whether final user turns must be found.
+        _training_data: The training data, as `DPOTrainer.__init__` is given it. The subclass sets it.
     """
 
+    _training_data: Any
     _reads_first: bool
     _steering_readers: list[LoadedReadout]
     _tokens: TokenFilter
@@ -86,8 +88,11 @@ class InterveningTrainer(FilteringTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
+        trained_on = (
+            dataset is self._training_data
+        )  # not by its name: a part of the evaluation data may be called "train" too
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if dataset_name != "train":  # evaluation is plain DPO's
+        if not trained_on:  # evaluation is plain DPO's
             return dataset
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(

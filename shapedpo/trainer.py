@@ -145,6 +145,7 @@ class ShapedDPOTrainer(InterveningTrainer):
             )
         self._shaping = Shaping.of(self.concepts, args)
         self._prepare_interventions(args)
+        self._training_data = train_dataset
         self._calibration: Calibration | None = None
         self._reading_ready = False
         self._precomputing = False
@@ -209,7 +210,7 @@ class ShapedDPOTrainer(InterveningTrainer):
         if not self.concepts:
             return super().training_step(*args, **kwargs)
         # Around the backward pass too: gradient checkpointing runs the layers again there.
-        with self._residual_projection, self._steering:
+        with self._residual_projection, self._steering, self._parameter_projection:
             loss = super().training_step(*args, **kwargs)
         if self._parameter_projection and self.accelerator.sync_gradients:
             for index, share in self._parameter_projection.apply(self._sum).items():
