@@ -16,6 +16,8 @@ from .shaping import projects
 class ParameterProjection:
     """Gathers concepts' own gradients over a step's batches, and takes them out of the step's gradient.
 
+    A context manager, too: a batch that fails inside, as for want of memory, ends its step, and nothing of that is left for the next.
+
     Args:
         model: The policy, unwrapped.
         concepts: All concepts; those of other methods are passed over.
@@ -28,6 +30,13 @@ class ParameterProjection:
 
     def __bool__(self) -> bool:
         return bool(self.concepts)
+
+    def __enter__(self) -> ParameterProjection:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None:
+            self._gradients = {}
 
     def add(self, signals: Sequence[ConceptSignal], chosen: Tensor, rejected: Tensor) -> None:
         r"""Add a batch's gradients, \( \nabla \sum_i d_i g_i (\log\pi(y_i^+) - \log\pi(y_i^-))/2 \), before its loss is propagated back.

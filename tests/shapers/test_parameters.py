@@ -91,6 +91,19 @@ def test_batches_of_a_step_count_together():
         torch.testing.assert_close(runs[1].parameters[name], value, rtol=0, atol=1e-4, msg=name)
 
 
+def test_nothing_is_left_of_a_batch_that_failed(monkeypatch):
+    """As where `auto_find_batch_size` goes on with smaller ones."""
+    slow = Slow(trainer_of(way(1)))
+
+    def short_of_memory(loss, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(slow.trainer.accelerator, "backward", short_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        slow.step()
+    assert slow.trainer._parameter_projection.apply(lambda tensor: tensor) == {}
+
+
 def test_where_the_whole_gradient_is_not_there():
     args = SimpleNamespace(gradient_checkpointing=False, fp16=False)
     with pytest.raises(ValueError, match=r"Concept 'way1': method 'project' in parameter space needs each process"):
