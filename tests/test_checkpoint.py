@@ -196,6 +196,12 @@ class TestHold:
         assert {"hold.log_ratios", "hold.deltas", "hold.strengths", "hold.bias"} < one.keys()
         assert one["hold.deltas"].shape[1] == 2
 
+    def test_saved_before_the_first_step(self, tmp_path):
+        trainer = build(ShapedDPOTrainer, arguments(concepts=holding()), train_dataset=pairs(**COLUMNS))
+        trainer.evaluate(pairs(4))
+        trainer.save_model(str(tmp_path))
+        assert load_file(tmp_path / FILE)["hold.margins"].count_nonzero() == 0
+
     def test_without_its_state_it_starts_anew(self, tmp_path):
         """From a checkpoint with other concepts, where that is allowed."""
         whole = tmp_path / "whole", run(tmp_path / "whole", holding())

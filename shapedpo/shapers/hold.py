@@ -155,8 +155,8 @@ class HoldController:
         # The sample may be in the data's order: what stays of it in the window while it fills must not be one end of the data.
         order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(0))[: self.window]
         deltas = deltas * gates
-        untrained = deltas.new_zeros(len(order), 1)
-        self._pairs = PairWindow(untrained, untrained, deltas[order], gates[order], others[order])
+        log_ratios, margins = deltas.new_zeros(2, len(order), 1)  # two, for a file of tensors takes none twice
+        self._pairs = PairWindow(log_ratios, margins, deltas[order], gates[order], others[order])
         self._share = gates.double().mean(dim=0).clamp(min=1e-6)
         self._size, self._spared_size = typical_size(deltas), typical_size(others)
         # With this scale, amplification is right where log-ratios are proportional to deltas (an instrumental variable's estimate).
