@@ -61,4 +61,5 @@ class TurnStart:
             return {}
         turns = torch.tensor([example[TURN_COLUMN] for example in examples]).repeat(2)
         kept = (batch["attention_mask"] - batch["completion_mask"]).sum(dim=1)  # of the prompt
-        return {TURN: (kept - turns).clamp(min=0).to(torch.int32)}
+        padding = batch["attention_mask"].argmax(dim=1)  # a user's collator may have it on the left
+        return {TURN: (padding + (kept - turns).clamp(min=0)).to(torch.int32)}

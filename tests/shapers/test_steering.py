@@ -282,18 +282,22 @@ class TestFinalUserTurn:
         assert turn_tokens({"prompt": "<bos> a cat", "prompt_ids": [1, 5, 6]}, tokenizer()) == 3
 
     @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-    def test_start_after_truncation(self, mode):
+    @pytest.mark.parametrize("padding", ["right", "left"])
+    def test_start_after_truncation(self, mode, padding):
         rows = [
             {"prompt_ids": [5, 6, 7, 8, 9], "chosen_ids": [10] * n, "rejected_ids": [11], TURN_COLUMN: 2}
             for n in (1, 3, 9)
         ]
         batch = DataCollatorForPreference(pad_token_id=0, max_length=7, truncation_mode=mode)(rows)
+        if padding == "left":  # as a user's collator may do
+            shifts = (batch["attention_mask"] == 0).sum(dim=1).tolist()
+            batch = {
+                name: torch.stack([row.roll(n) for row, n in zip(tensor, shifts, strict=True)])
+                for name, tensor in batch.items()
+            }
         starts = TurnStart()(rows, batch)[TURN].tolist()
         for start, ids in zip(starts, batch["input_ids"].tolist(), strict=True):
-            if 8 in ids:
-                assert ids[start] == 8
-            else:
-                assert start == 0
+            assert ids[start] == 8 if 8 in ids else start == next(i for i, token in enumerate(ids) if token)
 
     def test_a_chat_is_steered_from_the_turn_on(self):
         chat = chat_tokenizer()
