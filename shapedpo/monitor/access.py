@@ -93,7 +93,11 @@ class TrainerAccess:
 
     def policy(self) -> AbstractContextManager[Any]:
         """A context with the policy unwrapped and whole, for sampling."""
-        return unwrap_model_for_generation(self._trainer.model_wrapped, self.accelerator)
+        return unwrap_model_for_generation(
+            self._trainer.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # with which it is turned on again
+        )
 
     @property
     def calibration(self) -> Any:

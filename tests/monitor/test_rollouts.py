@@ -26,5 +26,13 @@ def test_rollouts_are_of_the_models_own_distribution() -> None:
         repetition_penalty=5.0,
         no_repeat_ngram_size=1,
         suppress_tokens=[common],
+        num_beams=2,
+        top_h=0.3,
+        guidance_scale=3.0,
+        min_length=1000,
+        min_new_tokens=16,
+        forced_eos_token_id=common - 1,
+        stop_strings=["a"],
+        return_dict_in_generate=True,
     )
     assert probe.sample(model, 0, range(4)) == rollouts

@@ -21,9 +21,11 @@ DRAWS_BEFORE = 4
 """Draws before training: once, so more are worth having. The first has the random numbers of every later probe."""
 FULL_DISTRIBUTION: dict[str, Any] = {
     "do_sample": True,
+    "num_beams": 1,
     "temperature": 1.0,
     "top_k": 0,
     "top_p": 1.0,
+    "top_h": None,
     "min_p": None,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
@@ -35,6 +37,13 @@ FULL_DISTRIBUTION: dict[str, Any] = {
     "bad_words_ids": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "stop_strings": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
 }
 """What samples the model as it is, whatever its own generation config would have instead, such as Qwen's repetition penalty."""
 
@@ -140,6 +149,7 @@ class Probe:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.pad_token_id,
             use_cache=True,
+            return_dict_in_generate=False,
             # Each step gathers the shards of all processes: they go on together until the last has ended.
             synced_gpus=isinstance(model, FSDPModule) or None,
         )
