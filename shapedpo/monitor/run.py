@@ -64,10 +64,8 @@ class RunMonitor(TrainerCallback):
         self.settings = settings
         self.concepts = run.concepts
         self.accelerator = run.accelerator
-        device, window = self.accelerator.device, self.settings.window
-        self.window = Window(len(self.concepts), window, device)
-        self.pairs = TopPairs(len(self.concepts), TOP_PAIRS, window, device)
-        self.watch = FeatureWatch(reader, settings.n_features, window, self.accelerator)
+        self._forget()
+        self.watch = FeatureWatch(reader, settings.n_features, settings.window, self.accelerator)
         self._names = FeatureNames(run, settings.labels, reader.n_features if reader is not None else 0)
         self._recorder = StepRecorder(run, self._names, settings.sae, settings.texts)
         self._asked_features = repr((settings.sae, settings.n_features))
@@ -82,6 +80,11 @@ class RunMonitor(TrainerCallback):
         self._logged = self._drawn = -1  # the last step whose estimates were written, and were drawn
         self._probed = -1  # and that was probed
         self._records: int | None = None  # how many there were at the checkpoint that is resumed from
+
+    def _forget(self) -> None:
+        """Begin with no pair seen."""
+        n, size, device = len(self.concepts), self.settings.window, self.accelerator.device
+        self.window, self.pairs = Window(n, size, device), TopPairs(n, TOP_PAIRS, size, device)
 
     @property
     def features(self) -> FeatureMonitor | None:
@@ -121,6 +124,9 @@ class RunMonitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.calibrate()
         self.load_probe()
+        self._probed = -1
+        if state.global_step == 0:  # of a run that this trainer made before
+            self._logged = self._drawn = -1
         if self.accelerator.is_main_process:
             kept = self._file.start(state.global_step, self._records)
             for sink in self._sinks:
@@ -278,6 +284,7 @@ class RunMonitor(TrainerCallback):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._told = file.metadata() or {}
         device = self.accelerator.device
+        self._forget()  # a run that was stopped in this process may have come further
         main = self.accelerator.is_main_process  # the others start from nothing: their sums are added up
         if tensors["window"].shape[1] == len(self.concepts) + 1 and main:
             self.window.load_state(tensors["window"])
@@ -285,15 +292,19 @@ class RunMonitor(TrainerCallback):
         if "written" in tensors:
             self._logged, self._drawn, self._records = tensors["written"].tolist()
         self._loaded = {name: tensor for name, tensor in tensors.items() if name.startswith("probe.")}
+        if self._loaded:
+            self._probe = None  # built anew, on what is loaded
         if self._told.get("features") != self._asked_features:  # nothing that is known of features is of these
             self._loaded.pop("probe.features", None)
             past = self._loaded.pop("probe.past", None)
             if past is not None and self.concepts:
                 self._loaded["probe.past"] = past[:, -len(self.concepts) :]  # the concepts come last
             return None
-        if self.watch.reader is None or "features.ids" not in tensors or self.features is not None:
+        if self.watch.reader is None or "features.ids" not in tensors:
             return None
         part = {name.removeprefix("features."): tensor.to(device) for name, tensor in tensors.items()}
+        if self.features is not None and not torch.equal(self.features.statistics.ids, part["ids"]):
+            return None  # calibrated in this process already, on other data
         features = self.watch.watch(FeatureStatistics.of(part))
         if main:
             features.window.load_state(tensors["features.window"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def test_the_last_step_is_recorded_once(tmp_path):
         for kind in ("step", "pairs"):
             assert [record["step"] for record in records(tmp_path / str(every), kind)].count(3) == 1
         assert read_records(tmp_path / str(every))[-1] == {"type": "end", "step": 3}
+
+
+def test_a_trainer_that_trains_again(tmp_path):
+    """Its records are those of a run of its own, though no step of it is logged before the last."""
+    trainer = shaped(*watching(), logging_steps=10, output_dir=str(tmp_path))
+    for _ in range(2):
+        trainer.train()
+        assert [record["type"] for record in read_records(tmp_path)] == ["run", "step", "pairs", "end"]
 
 
 def test_rows_of_a_stream_have_their_texts(tmp_path):
@@ -350,14 +359,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
         return shaped(*concepts, max_steps=7, output_dir=str(out), **fields, **options)
 
     whole = train(trainer(tmp_path / "whole"))
+    stopped = trainer(tmp_path / "same", trainer={"callbacks": [Stop(5)]})
     with pytest.raises(KeyboardInterrupt):
-        train(trainer(tmp_path / "parts", trainer={"callbacks": [Stop(5)]}))
-    assert read_records(tmp_path / "parts")[-1]["step"] > 3
-    resumed = train(trainer(tmp_path / "parts"), resume_from_checkpoint=True)
-    for name, parameter in whole.parameters.items():
-        assert torch.equal(parameter, resumed.parameters[name]), name
-    one, other = ((tmp_path / part / "concepts.jsonl").read_bytes() for part in ("whole", "parts"))
-    assert one == other
+        train(stopped)
+    assert read_records(tmp_path / "same")[-1]["step"] > 3
+    stopped.remove_callback(Stop)
+    shutil.copytree(tmp_path / "same", tmp_path / "new")
+    for process, resuming in (("same", stopped), ("new", trainer(tmp_path / "new"))):
+        resumed = train(resuming, resume_from_checkpoint=True)
+        for name, parameter in whole.parameters.items():
+            assert torch.equal(parameter, resumed.parameters[name]), name
+        one, other = ((tmp_path / part / "concepts.jsonl").read_bytes() for part in ("whole", process))
+        assert one == other, f"in the {process} process"
 
 
 def test_a_checkpoint_of_plain_dpo_resumes_under_the_monitor(tmp_path):
@@ -493,8 +506,14 @@ def test_a_batch_that_overflows_is_left_out(tmp_path):
 def test_records_without_texts(tmp_path):
     """Nothing that the run shows quotes a pair, a prompt or a rollout."""
     fields = {"monitor": "5", "output_dir": str(tmp_path), **PROBE, "probe_prompts": 2, "max_steps": 2}
+    fields |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = shaped(*watching(), monitor_texts=False, **fields)
+    layer, kinds = trainer.model.model.layers[0], []
+    layer.register_forward_pre_hook(
+        lambda module, args: kinds.append(module._gradient_checkpointing_func.keywords) if module.training else None
+    )
     trainer.train()
+    assert kinds[0] == {"use_reentrant": True}  # as it was before the probe
     rows = records(tmp_path, "pairs")[-1]["concepts"]["way"]
     texts = [
         pairs()[row["row"]][side].removeprefix("<bos>").strip()
