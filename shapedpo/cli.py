@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status: 0, or 2 where the user's input is at fault (one message, no traceback).
+        The exit status: 0; 2 where the user's input, a file or the disk is at fault (one message, no traceback); 130 after Ctrl-C.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -164,13 +164,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse(parser, args, rest[0])
     try:
         return _run(args, rest)
-    except UserError as error:
-        if os.environ.get("SHAPEDPO_TRACEBACK", "0") not in ("", "0"):
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("shapedpo: interrupted", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as error:
+        # An error without a number is no system call's (a full disk, a folder that cannot be written), but a library's.
+        if os.environ.get("SHAPEDPO_TRACEBACK", "0") not in ("", "0") or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             raise
         # Every process of a distributed run meets the same error: one of them says it.
         if os.environ.get("RANK", "0") == "0":
             print(f"shapedpo: error: {error}", file=sys.stderr)
-            if error.__cause__ is not None:
+            if error.__cause__ is not None or isinstance(error, OSError):
                 print("(SHAPEDPO_TRACEBACK=1 shows where it was raised)", file=sys.stderr)
         return 2
 

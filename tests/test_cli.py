@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -267,6 +268,26 @@ def test_traceback_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("SHAPEDPO_TRACEBACK", "1")
     with pytest.raises(UserError, match="There is no file"):
         run("train", "--config", tmp_path / "nowhere.yaml")
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr("shapedpo.scripts.suggest.main", lambda args: signal.raise_signal(signal.SIGINT))
+    assert run("suggest", "audit", "--spec", "a") == 130
+    assert capsys.readouterr().err == "shapedpo: interrupted\n"
+
+
+def test_a_file_that_cannot_be_written_is_named(recipe, monkeypatch, capsys):
+    """What the system refuses is said; a library's error that only calls itself one of the system's keeps its traceback."""
+    monkeypatch.setattr("shapedpo.scripts.suggest.main", lambda args: Path("/dev/null/x").write_text(""))
+    assert run("suggest", "audit", "--spec", "a") == 2
+    assert capsys.readouterr().err.startswith("shapedpo: error: [Errno 20] Not a directory: '/dev/null/x'\n")
+
+    def fails(args: object) -> None:
+        raise OSError("a library's")
+
+    monkeypatch.setattr("shapedpo.scripts.suggest.main", fails)
+    with pytest.raises(OSError, match="a library's"):
+        run("suggest", "audit", "--spec", "a")
 
 
 BAD_ARGUMENTS = {
