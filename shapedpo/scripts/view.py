@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sqlite3
 import webbrowser
 from typing import Any
 
@@ -54,7 +55,8 @@ def server(folder: str, port: int = 0, *, progress: bool = True) -> Any:
     from ..audit.page.source import Audit
 
     audit = Audit.open(folder)
-    rows = RowStore.open(audit, progress=progress)
+    with as_user_error(sqlite3.OperationalError, prefix=f"The rows cannot be copied into '{folder}': "):
+        rows = RowStore.open(audit, progress=progress)
     page = render(audit.overview(), served=True)
     try:
         return ViewServer(page, audit.analysis, rows, port)

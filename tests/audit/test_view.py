@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import resource
 import shutil
 import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,29 @@ def test_command_says_where_and_ends_with_an_interrupt(
     assert opened == []
     assert main(["view", str(folder)]) == 0
     assert capsys.readouterr().out.split()[0] == opened[0]
+
+
+def test_a_browser_that_leaves_prints_nothing(served: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    address = ("127.0.0.1", served.server_port)
+    for _ in range(5):
+        with socket.create_connection(address) as left:
+            left.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{served.server_port}\r\n\r\n".encode())
+            left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not ended
+    assert ask(served, "/")[0] == 200
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_full_disk_is_said(finished: Audit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished.folder, tmp_path / "audit", ignore=shutil.ignore_patterns("*.sqlite"))
+    least, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        status = main(["view", str(tmp_path / "audit"), "--no-browser"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert status == 2
+    assert "The rows cannot be copied into" in capsys.readouterr().err
 
 
 def test_what_cannot_be_viewed_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
