@@ -69,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
     model = args.labeller if place is None else place[1]
     with as_user_error(FileNotFoundError, ValueError):
         audit = Audit.open(args.audit)
+    if not audit.analysis.hypotheses:
+        raise UserError(f"The audit in '{args.audit}' found nothing that could be named.")
     if not audit.labels.features:
         raise UserError(
             f"'{args.audit}' has no labels.json of its analysis. Run the same `shapedpo audit` again: it writes one."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import shutil
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from shapedpo.audit.analysis.lessons import lessons
+from shapedpo.audit.labels.labellers import Endpoint, LocalModel
 from shapedpo.audit.labels.names import Label, Labels, cluster_tokens, hypothesis_key
 from shapedpo.audit.labels.titles import CACHE, Answer, read_cache, tasks
 from shapedpo.audit.page.source import Audit
@@ -61,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         with self.server.lock:
             self.server.now -= 1
-        content = json.dumps(answer).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -187,6 +190,48 @@ def test_bad_answers_are_asked_again_and_then_left(
     tries = [request for request in server.requests if "a group of rows whose" in request["messages"][1]["content"]]
     assert len(tries) % 3 == 0
     assert "not as asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"choices": [',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": {"a": 1}}',
+        b'{"choices": [{"message": {"content": [{"type": "text"}]}}]}',
+        b"[]",
+    ],
+)
+def test_what_is_no_completion_is_no_answer(body: bytes, serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, asked: (200, body, {}))
+
+    async def asked() -> str:
+        endpoint = Endpoint(server.url, "m")
+        try:
+            return await endpoint.answer([{"role": "user", "content": "a"}])
+        finally:
+            await endpoint.close()
+
+    assert asyncio.run(asked()) == ""
+
+
+def test_a_local_model_without_system_messages_has_them_with_the_users() -> None:
+    model = LocalModel("lab")
+    model._tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
+    assert model._rendered(messages) == "<user>s\n\nu<assistant>a<user>u"
+
+
+def test_an_audit_that_found_nothing_has_nothing_to_be_named(
+    folder: Path, finished: Audit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = dataclasses.replace(finished.analysis, hypotheses=[], attributions=[])
+    nothing.save(folder / "analysis")
+    assert main(["label", str(folder), "--labeller", "m"]) == 2
+    assert "found nothing that could be named" in capsys.readouterr().err
 
 
 def test_a_refusal_ends_it_at_once_and_keeps_what_was_answered(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any, Protocol
 
 
@@ -76,7 +77,7 @@ class Endpoint:
         )
 
     async def answer(self, messages: list[Message]) -> str:
-        """The model's answer.
+        """The model's answer; empty if what came is no text of a completion.
 
         Raises:
             LabellerError: If the server refuses, or still does not answer after the last retry.
@@ -85,8 +86,12 @@ class Endpoint:
             found = await self._completion(messages)
         except self._errors as error:
             raise LabellerError(f"{self.url}, model {self.name}: {type(error).__name__}: {error}") from error
-        choices = getattr(found, "choices", None)
-        return (choices[0].message.content or "") if choices else ""
+        except json.JSONDecodeError:  # the client leaves it as it is
+            return ""
+        choices = getattr(found, "choices", None)  # which the client does not check
+        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+        content = getattr(message, "content", None)
+        return content if isinstance(content, str) else ""
 
     async def _completion(self, messages: list[Message]) -> Any:
         while True:
@@ -135,7 +140,7 @@ class LocalModel:
         from ...monitor.probe.rollouts import context_length
 
         if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._rendered(messages)
         else:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
         room = context_length(self._model) - MAX_TOKENS
@@ -150,6 +155,19 @@ class LocalModel:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
             )
         return str(self._tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _rendered(self, messages: list[Message]) -> str:
+        """A conversation in the model's chat template; for one that knows no system message (Gemma 2), that goes before the user's."""
+        import jinja2
+
+        def render(conversation: list[Message]) -> str:
+            return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+
+        try:
+            return render(messages)
+        except jinja2.TemplateError:
+            system, user, *rest = messages
+            return render([{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest])
 
     async def close(self) -> None:
         """Nothing to close."""
