@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.rows not in HOW:
         raise UserError(f"--rows {args.rows}: choose one of {', '.join(HOW)}.")
+    if not 0 <= args.weight < math.inf:
+        raise UserError(f"--weight {args.weight}: must be a finite number of 0 or more.")
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError):
         if args.recipe_out:
@@ -152,9 +155,12 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
 def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> dict[str, Any]:
     from ..audit.fixes.targets import concepts, recipe
     from ..concept import resolve_concepts
+    from ..sources import concepts_from
     from .recipe import read_recipe
 
     base = read_recipe(args.config) if args.config else None
+    if base and "concepts" in base.values:  # which may be the path of a file
+        base.values["concepts"] = [concept.to_dict() for concept in concepts_from(base.values["concepts"])]
     gated = columns if args.dataset_out and args.rows == "flag" else None
     shaped = concepts(harvest, targets, action=args.action, strength=args.strength, columns=gated)
     dataset = str(Path(args.dataset_out).resolve()) if args.dataset_out else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -64,11 +65,26 @@ def test_concepts_have_action_and_gate(finished, praise) -> None:
     assert (gated["gate"], gated["strength"]) == ({"column": "f"}, 2)
 
 
+@pytest.mark.parametrize("new", [None, "clean.parquet"])
+def test_a_recipe_trains_on_what_was_audited(finished, new) -> None:
+    """Not on the mixture, the split or the configuration of the recipe that it starts from."""
+    named = {"model": "m", "dataset": "pairs.jsonl", "max_length": 9, "truncation_mode": "keep_end", "sae": {}}
+    harvest = Harvest(finished.harvest.folder, {**vars(finished.harvest), "settings": named})
+    of_data = {"datasets": [{"path": "other"}], "dataset_config": "c", "dataset_train_split": "train_prefs"}
+    found = targets.recipe(harvest, [], {**of_data, "dataset_name": "other", "beta": 2}, new)
+    assert (found.pop("dataset_name"), found.pop("beta"), found.pop("concepts")) == (new or "pairs.jsonl", 2, [])
+    assert found == {"model_name_or_path": "m", "max_length": 9, "truncation_mode": "keep_end"}
+    harvest.settings["dataset"] = None  # audited from Python: the recipe alone says what
+    assert targets.recipe(harvest, [], of_data).items() >= of_data.items()
+
+
 def test_numbers_that_are_not_there_are_refused(finished) -> None:
     with pytest.raises(ValueError, match="no finding 99"):
         targets.finding(finished.analysis, 99)
     with pytest.raises(ValueError, match="hypotheses 0 to"):
         targets.hypothesis(finished.analysis, -1)
+    with pytest.raises(ValueError, match=r"no hypothesis 0\. The audit found nothing"):
+        targets.hypothesis(dataclasses.replace(finished.analysis, hypotheses=[]), 0)
     one = targets.hypothesis(finished.analysis, 0)
     np.testing.assert_array_equal(one.rows, finished.analysis.hypotheses[0].evidence)
 
@@ -77,6 +93,11 @@ def test_rows_are_dropped_weighted_or_flagged(tmp_path) -> None:
     data = Dataset.from_dict({"chosen": list("abcdef"), "rejected": list("ghijkl"), "weight": [1.0, 2, 1, 1, 1, 1]})
     rows = {"finding_1": np.array([1, 3]), "finding_2": np.array([3, 5])}
     assert changed(data, rows, "drop")["chosen"] == list("ace")
+    with pytest.raises(ValueError, match="All 6 rows would be dropped"):
+        changed(data, {"finding_1": np.arange(6)}, "drop")
+    unknown = data.remove_columns("weight").add_column("weight", [1.0, None, 1, 1, 1, 1])
+    with pytest.raises(ValueError, match="Row 1 of the dataset has the `weight` None"):
+        changed(unknown, rows, "weight")
     assert changed(data, rows, "weight", 0.25)["weight"] == [1, 0.5, 1, 0.25, 1, 0.25]
     flagged = changed(data, rows, "flag")
     assert flagged["finding_1"] == [False, True, False, True, False, False]
@@ -135,7 +156,10 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
         "report_to": "none",
     }
     bold = {"name": "bold", "readout": {"type": "regex", "pattern": "[*]{2}"}}
-    (folder / "base.yaml").write_text(yaml.safe_dump({**base, "save_strategy": "no", "concepts": [bold]}))
+    (folder / "bold.yaml").write_text(yaml.safe_dump([bold]))
+    (folder / "base.yaml").write_text(
+        yaml.safe_dump({**base, "save_strategy": "no", "concepts": str(folder / "bold.yaml")})
+    )
     assert main([*asked, "--recipe-out", str(recipe), "--config", str(folder / "base.yaml")]) == 0
     shown = capsys.readouterr().out
     assert "goblin" in shown
@@ -149,6 +173,8 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     assert (held["action"], "gate" in held) == ("hold", False)  # goblins come with any prompt
     assert main(["train", "--config", str(recipe), "--output_dir", str(folder / "run")]) == 0
 
+    assert main([*asked, "--dataset-out", str(folder / "inf.jsonl"), "--rows", "weight", "--weight", "inf"]) == 2
+    assert "--weight inf: must be a finite number" in capsys.readouterr().err
     suppressed = str(folder / "suppressed.yaml")
     assert main([*asked, "--recipe-out", suppressed, "--action", "suppress", "--strength", "2"]) == 0
     assert "What this changes is not predicted" in capsys.readouterr().out

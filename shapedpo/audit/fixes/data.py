@@ -37,7 +37,8 @@ def changed(
         weight: That of the rows, for `weight`; the others have 1.
 
     Raises:
-        ValueError: If a row is not there, a flag's column is there already, or `how` or `weight` do not fit.
+        ValueError: If a row is not there, none would be left, a flag's column is there already, or `how`, `weight` or the weights that are
+            there do not fit.
     """
     if how not in HOW:
         raise ValueError(f"Unknown way {how!r} to fix rows. Choose one of {', '.join(HOW)}.")
@@ -47,6 +48,10 @@ def changed(
     marks = {name: _marks(numbers, n) for name, numbers in rows.items()}
     any_of = np.any(list(marks.values()), axis=0)
     if how == "drop":
+        if any_of.all():
+            raise ValueError(
+                f"All {n} rows would be dropped. Give them a weight, or shape what they teach with a recipe."
+            )
         return dataset.select(np.flatnonzero(~any_of))
     if how == "flag":
         if there := [name for name in marks if name in dataset.column_names]:
@@ -59,6 +64,11 @@ def changed(
     weights = np.where(any_of, weight, 1.0)
     if "weight" in dataset.column_names:
         weights = weights * np.asarray(dataset["weight"], np.float64)
+        if not np.isfinite(weights).all():
+            place = int(np.flatnonzero(~np.isfinite(weights))[0])
+            raise ValueError(
+                f"Row {place} of the dataset has the `weight` {dataset[place]['weight']}. Expected a number."
+            )
         dataset = dataset.remove_columns("weight")
     return dataset.add_column("weight", weights.tolist(), feature=Value("float64"))
 

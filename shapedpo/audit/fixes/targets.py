@@ -81,9 +81,9 @@ def hypothesis(analysis: Analysis, number: int) -> Lesson:
         ValueError: If there is none.
     """
     if not 0 <= number < len(analysis.hypotheses):
-        raise ValueError(
-            f"There is no hypothesis {number}. The audit has hypotheses 0 to {len(analysis.hypotheses) - 1}."
-        )
+        n = len(analysis.hypotheses)
+        there = f"The audit has hypotheses 0 to {n - 1}." if n else "The audit found nothing."
+        raise ValueError(f"There is no hypothesis {number}. {there}")
     one = analysis.hypotheses[number]
     return Lesson([one], one.evidence, np.abs(one.contributions[: len(one.evidence)]))
 
@@ -223,7 +223,7 @@ def recipe(
     Args:
         harvest: The harvest, whose settings say what was audited.
         shaped: The concepts: see [`concepts`].
-        base: A recipe to start from, whose other keys stay; its concepts too.
+        base: A recipe to start from, whose other keys stay; its concepts too. What it says of data is left out where the audit says it.
         dataset: Another dataset than the audited one, a file.
     """
     settings = harvest.settings
@@ -237,8 +237,8 @@ def recipe(
             found["dataset_train_split"] = settings["split"]
     found |= {"max_length": settings["max_length"], "truncation_mode": settings["truncation_mode"]}
     values = dict(base or {"output_dir": "runs/fixed"})
-    if dataset is not None:
-        values.pop("dataset_config", None)
-        values.pop("dataset_train_split", None)
+    if "dataset_name" in found:
+        for key in ("datasets", "dataset_config", "dataset_train_split"):  # a mixture would be trained on in its place
+            values.pop(key, None)
     there = values.pop("concepts", None) or []
     return {**found, **{k: v for k, v in values.items() if k not in found}, "concepts": [*there, *shaped]}
