@@ -16,6 +16,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from trl import DPOTrainer
@@ -66,10 +67,18 @@ def tokenised(dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
         tokenizer: The model's.
         args: Has `max_length`, `truncation_mode` and `dataset_num_proc`; a row whose prompt fills `max_length` is dropped.
         name: What to call the dataset in progress bars.
+
+    Raises:
+        ValueError: If the tokenizer's chat template refuses a row.
     """
     check_trl()
     trainer: Any = SimpleNamespace(_tokenizer=tokenizer)
-    return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, name)
+    try:
+        return DPOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, name)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"The model's chat template refuses a row: {error}. Every message needs `role` and `content`, and a role that the template knows."
+        ) from error
 
 
 def token_weights(mask: Tensor, ld_alpha: float | None) -> Tensor:

@@ -103,10 +103,7 @@ def main(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     constants = _constants(args.set)
-    if args.pilot_share and not args.pilot:
-        raise UserError("--pilot-share is of a pilot: name it with --pilot M2.")
-    if args.pilot and not args.answers:
-        raise UserError("--pilot weighs the reference's answers: say how many prompts with --answers N (256, say).")
+    _check_answers(args)  # before the pass, which takes hours
     harvest = run_harvest(args)
     size = sum(path.stat().st_size for path in harvest.folder.glob("*.parquet"))
     state = PartialState()
@@ -114,6 +111,25 @@ def main(args: argparse.Namespace) -> int:
     if state.is_main_process and not args.harvest_only:
         run_analysis(args, harvest, constants)
     return 0
+
+
+def _check_answers(args: argparse.Namespace) -> None:
+    """See that what is asked of answers and pilot fits."""
+    from ..audit.prediction.run import PredictionSettings
+    from ..sources import model_source
+
+    if args.pilot_share and not args.pilot:
+        raise UserError("--pilot-share is of a pilot: name it with --pilot M2.")
+    if args.pilot and not args.answers:
+        raise UserError("--pilot weighs the reference's answers: say how many prompts with --answers N (256, say).")
+    if args.answers < 0:
+        raise UserError(f"--answers must be 0 or more, got {args.answers}.")
+    if args.answers and args.streaming:
+        raise UserError("--answers: the prompts of a streamed dataset cannot be drawn from. Leave out --streaming.")
+    with as_user_error(ValueError):
+        PredictionSettings(pilot_share=args.pilot_share)
+    if args.pilot:
+        model_source(args.pilot)
 
 
 def _constants(given: list[str]) -> dict[str, Any]:
@@ -185,8 +201,6 @@ def _answers(args: argparse.Namespace, harvest: Any) -> Any:
     from ..readouts import SAEFeatures
     from ..sources import model_source
 
-    if args.streaming:
-        raise UserError("--answers: the prompts of a streamed dataset cannot be drawn from. Leave out --streaming.")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     source = model_source(args.model)
     base: Any = load_model(source, args.model, args.dtype, device)

@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.prediction.run import Prediction
     from ..audit.suggestions import embedder, suggest
 
+    if args.top < 1:
+        raise UserError("--top must be 1 or more.")
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError):
         harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)

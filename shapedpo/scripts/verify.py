@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
     from ..readouts import SAEFeatures
     from ..sources import model_source
 
+    if args.n_prompts < 1 or args.misses < 0:
+        raise UserError("--n-prompts must be 1 or more, and --misses 0 or more.")
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError, TypeError):
         harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)

@@ -24,7 +24,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from shapedpo import SAEFeatures
+from shapedpo import SAEFeatures, lab
 from shapedpo.audit import Harvest, HarvestSettings, harvest
 from shapedpo.audit.harvesting import run as harvesting
 from shapedpo.audit.harvesting import shards
@@ -333,6 +333,27 @@ def test_a_text_as_prompt_of_messages_without_it_is_refused(tmp_path):
         load_pairs(str(tmp_path / "pairs.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("rejected", "message"),
+    [
+        ([], "Row 1 of the dataset has no message in `rejected`"),
+        ([{"role": "assistant", "content": None}], r"chat template refuses a row: .*needs `role` and `content`"),
+        ([{"role": "system", "content": "a"}], r"chat template refuses a row: System role not supported\."),
+    ],
+    ids=["no message", "null", "role"],
+)
+def test_messages_that_cannot_be_rendered_are_refused(rejected, message):
+    tokenizer = lab.load_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        "{{ m.content + '' }}{% endfor %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "a"}]}
+    data = Dataset.from_list([{**row, "rejected": row["chosen"]}, {**row, "rejected": rejected}])
+    with pytest.raises(ValueError, match=message):
+        Pairs(data, tokenizer, max_length=None, truncation_mode="keep_start")
+
+
 def test_repeats_and_pairs_of_one_completion_are_counted(tmp_path, caplog):
     rows = [
         {"prompt": "", "chosen": f" {chosen}", "rejected": f" {rejected}"}
@@ -394,6 +415,7 @@ def test_lengths_are_those_of_the_rows_that_are_computed():
         ({"shard_rows": 0}, "`shard_rows` must be 1 or more, got 0"),
         ({"truncation_mode": "middle"}, "Unknown truncation_mode 'middle'. Choose one of keep_start, keep_end"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'"),
+        ({"seed": -1}, "`seed` must be 0 or more, got -1"),
         ({"min_freq": 1.0}, "`min_freq` must be at least 0 and less than 1"),
         ({"sae": "features"}, "pass features='all', not"),
         ({"sae": "narrow"}, r"The SAE: its readout is 16 wide, but .* is 32 wide"),
@@ -468,14 +490,14 @@ def test_what_is_there_is_used_and_what_differs_is_refused(tmp_path, monkeypatch
     other_model.save_pretrained(helpers.folder("other-model"))
     helpers.tokenizer().save_pretrained(helpers.folder("other-model"))
     for change, name in (
-        ({"data": helpers.pairs(seed=1)}, "data"),
-        ({"sample": 20}, "data"),
-        ({"max_length": 20}, "max_length"),
+        ({"data": helpers.pairs(seed=1)}, r"data differ \(dataset is None as before, with other content\)"),
+        ({"sample": 20, "seed": 3}, r"data differ \(sample was None, now 20, seed was 0, now 3\)"),
+        ({"max_length": 20}, r"max_length differ \(max_length was 1024, now 20\)"),
         ({"sae": str(helpers.save_sae("other-sae", d_sae=40))}, "SAE"),
         ({"sae": SAEFeatures(str(helpers.sae_path()), "all", hook_name="blocks.0.hook_resid_post")}, "SAE"),
         ({"model": str(helpers.folder("other-model"))}, "model"),
     ):
-        with pytest.raises(ValueError, match=f"holds a harvest of something else: {name} "):
+        with pytest.raises(ValueError, match=f"holds a harvest of something else: {name}"):
             harvested(tmp_path, **change)
 
 
@@ -522,10 +544,13 @@ def test_a_killed_harvest_goes_on_where_it_was(tmp_path):
         ({"--sae": "./nowhere"}, r"There is no SAE folder 'nowhere'"),
         ({"--dataset": "./nowhere.jsonl"}, r"There is no file or folder './nowhere.jsonl'"),
         ({"--split": "test"}, r"has no split 'test'; it has train"),
+        ({"--answers": "-1"}, r"--answers must be 0 or more, got -1"),
+        ({"--answers": "4", "--pilot": "lab", "--pilot-share": "30"}, r"`pilot_share` must be a share of the run"),
+        ({"--answers": "4", "--pilot": "./nowhere"}, r"there is no folder './nowhere'"),
         ({"--batch-tokens": "0"}, r"`batch_tokens` must be 1 or more, got 0"),
         ({"--hook-name": "blocks.7.hook_resid_post"}, r"The SAE: .*names layer 7, but the model has 3 layers"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: list(value)[-1] if isinstance(value, dict) else "",
 )
 def test_the_command_says_what_is_wrong(tmp_path, capsys, change, message):
     helpers.pairs(4).to_json(tmp_path / "data.jsonl")
@@ -541,3 +566,5 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, change, message):
     error = capsys.readouterr().err
     assert "shapedpo: error: " in error
     assert re.search(message, error), error
+    if "--answers" in change:
+        assert not (tmp_path / "out").exists()  # said before the pass

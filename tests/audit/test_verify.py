@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 
 from shapedpo import lab
 from shapedpo.audit import analyse, predict
@@ -180,6 +181,22 @@ def test_prompts_that_leave_no_room_are_refused_by_the_commands_option() -> None
     data = lab.goblin_world(n=8).dataset()
     with pytest.raises(UserError, match=r"and 2 leave room for `--max-new-tokens` .*Lower `--max-new-tokens`"):
         prompt_tokens(data, lab.load_tokenizer(), n=4, longest=2, seed=0)
+
+
+def test_prompts_are_rendered_with_the_tools_that_training_has() -> None:
+    tokenizer = lab.load_tokenizer()
+    tokenizer.chat_template = "{% if tools %}tools {{ tools | length }} {{ more }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    turn = [{"role": "user", "content": "tell me"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+    row = {"prompt": turn, "tools": json.dumps([tool, tool]), "chat_template_kwargs": {"more": "more"}}
+    (prompt,) = prompt_tokens(Dataset.from_list([row, row]), tokenizer, n=4, longest=99, seed=0)
+    assert tokenizer.decode(prompt) == "tools 2 moretell me"
+
+
+def test_prompts_that_are_not_there_are_said() -> None:
+    for prompts, said in (([], "no prompts"), (["a", None], "Row 1 of the prompts is null")):
+        with pytest.raises(UserError, match=said):
+            prompt_tokens(Dataset.from_dict({"prompt": prompts}), lab.load_tokenizer(), n=4, longest=99, seed=0)
 
 
 def test_held_out_prompts_are_of_the_split_that_was_audited() -> None:

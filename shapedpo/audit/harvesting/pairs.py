@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -203,6 +204,12 @@ def _check_complete(dataset: Dataset) -> None:
                 raise ValueError(
                     f"Row {batch[ROW][place]} of the dataset has no `{name}`: it is null. Leave such rows out first, or write an empty text."
                 )
+            if name in batch.column_names and pa.types.is_list(batch[name].type):
+                none = pc.equal(pc.list_value_length(batch[name]), 0)
+                if (place := pc.index(none, True).as_py()) >= 0:
+                    raise ValueError(
+                        f"Row {batch[ROW][place]} of the dataset has no message in `{name}`. Leave such rows out first."
+                    )
 
 
 def _on_disk(stream: IterableDataset) -> Dataset:

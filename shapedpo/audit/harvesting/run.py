@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRUNCATION_MODES = ("keep_start", "keep_end")
+_NAMED = {"data": ("dataset", "split", "config", "limit", "sample", "seed"), "SAE": ("sae",)}
+"""The settings that say what a fingerprint is of, where they are not called like it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class HarvestSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must be 0 or more, got {self.seed!r}.")
         for name, known in (("truncation_mode", TRUNCATION_MODES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}. Choose one of {', '.join(known)}.")
@@ -214,12 +218,15 @@ def _check_same(folder: Path, manifest: Mapping[str, Any], given: Mapping[str, A
     there, settings = manifest["fingerprint"], manifest["settings"]
     changed = [name for name in prints if there.get(name) != prints[name]]
     if changed:
-        named = {"data": "dataset", "SAE": "sae"}  # what the fingerprints are of, in the settings
-        both = "; ".join(
-            f"{name} was {settings.get(named.get(name, name))!r}, now {given[named.get(name, name)]!r}"
-            for name in changed
-        )
+        both = "; ".join(_change(settings, given, _NAMED.get(name, (name,))) for name in changed)
         raise ValueError(
             f"The folder '{folder}' holds a harvest of something else: {' and '.join(changed)} differ ({both}). Choose another "
             "folder, or delete that one."
         )
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """What has changed of some settings; the content of what the first names, where they are the same."""
+    if apart := [name for name in names if before.get(name) != now[name]]:
+        return ", ".join(f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in apart)
+    return f"{names[0]} is {now[names[0]]!r} as before, with other content"

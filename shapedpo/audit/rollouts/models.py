@@ -64,12 +64,19 @@ def prompt_tokens(data: Any, tokenizer: Any, n: int, longest: int, seed: int) ->
         UserError: If there are none.
     """
     if "prompt" in data.column_names:
-        # only the prompt matters: what follows it is made up
-        talk = not isinstance(data[0]["prompt"], str)
-        answer: Any = [{"role": "assistant", "content": "."}] if talk else "."
-        prompts = data["prompt"][: 50 * n]
-        made_up = [answer] * len(prompts)
-        data = type(data).from_dict({"prompt": prompts, "chosen": made_up, "rejected": made_up})
+        # only the prompt matters, and what it is rendered with: what follows it is made up
+        read = [name for name in ("prompt", "tools", "chat_template_kwargs") if name in data.column_names]
+        data = data.select_columns(read).select(range(min(50 * n, len(data))))
+        prompts = data["prompt"][:]
+        if not prompts or None in prompts:
+            raise UserError(
+                f"Row {prompts.index(None)} of the prompts is null. Leave it out."
+                if prompts
+                else "There are no prompts."
+            )
+        answer: Any = "." if isinstance(prompts[0], str) else [{"role": "assistant", "content": "."}]
+        for side in ("chosen", "rejected"):
+            data = data.add_column(side, [answer] * len(prompts))
     args = SimpleNamespace(max_length=None, truncation_mode="keep_start", dataset_num_proc=None)
     with as_user_error(ValueError):
         return choose_prompts(tokenised(data, tokenizer, args, "prompts"), n, longest, seed, "--max-new-tokens")
