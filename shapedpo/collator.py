@@ -69,7 +69,7 @@ class ConceptCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows, cached = split_cached(examples)
-        batch = self.inner(rows)
+        batch = self.inner([dict(row) for row in rows])  # it may take from them, as TRL's of images does
         # Evaluation data may lack the columns: it is neither weighted nor gated.
         if self.weight_column is not None and self.weight_column in examples[0]:
             batch[WEIGHT] = pack([[check_weight(example, self.weight_column)] for example in examples])

@@ -93,7 +93,8 @@ class InterveningTrainer(FilteringTrainer):
         )  # not by its name: a part of the evaluation data may be called "train" too
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not trained_on:  # evaluation is plain DPO's
-            return dataset
+            weighted = self._weight_column is not None and self._weight_column in next(iter(dataset), {})
+            return dataset.remove_columns(self._weight_column) if weighted else dataset
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(
                 f"No row of the training data is left: every prompt alone fills `max_length={args.max_length}`. Raise it, or set "

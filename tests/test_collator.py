@@ -144,17 +144,27 @@ class TestInTheTrainer:
         run = train(build(ShapedDPOTrainer, arguments(False), train_dataset=data))
         assert run.metric("loss")[0] == pytest.approx(0.693147, rel=1e-5)
 
+    def test_evaluation_is_not_weighted(self):
+        losses = []
+        for held in (pairs(4, seed=1), pairs(4, seed=1, weight=[None, 1.0, None, 2.0])):
+            losses.append(shaped(data=pairs(weight=[2.0] * 24), trainer={"eval_dataset": held}).evaluate()["eval_loss"])
+        assert losses[0] == losses[1]
+
     def test_our_collator_around_the_users(self):
         seen = []
 
         class Collator(DataCollatorForPreference):
             def torch_call(self, examples):
-                seen.append(examples)
-                return super().torch_call(examples)
+                seen.append(len(examples))
+                batch = super().torch_call(examples)
+                for example in examples:
+                    example.clear()  # rows of the calibration are read again where it fills its last batch up
+                return batch
 
-        trainer = shaped(Concept("goblin", Regex("goblin")), trainer={"data_collator": Collator(pad_token_id=0)})
+        options = {"data": pairs(10), "trainer": {"data_collator": Collator(pad_token_id=0)}}
+        trainer = shaped(Concept("goblin", Regex("goblin")), **options)
         trainer.train()
-        assert len(seen) >= 3 + 24 // 4  # the steps and the calibration, and what is fetched ahead
+        assert len(seen) >= 3 + 3  # the steps and the calibration, and what is fetched ahead
         assert "concepts/goblin/delta" in trainer.state.log_history[0]
 
     @pytest.mark.parametrize("workers", [0, 2])
