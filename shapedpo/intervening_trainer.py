@@ -150,13 +150,14 @@ class InterveningTrainer(FilteringTrainer):
         return table
 
     def _calibrate(self) -> None:
+        self._tokens.begin_sample()
         super()._calibrate()
         assert self._calibration is not None
         if self._tokens and self._calibration.tokens is None:
             found = self._tokens.thresholds(
                 self._calibration.statistics,
                 self.accelerator,
-                self.args.per_device_train_batch_size,
+                self._train_batch_size,
                 self._tokenizer,
                 lambda rows: super(InterveningTrainer, self)._read_rows(rows, torch.ones(len(rows), dtype=torch.bool)),
             )

@@ -206,7 +206,8 @@ class ReadingTrainer(ResumableTrainer):
             examples = self._calibration_examples(getattr(self.args, "calibration_size", 512))
             looking = self._monitor.watch.calibration_reader() if self._monitor is not None else None
             reader.monitored = looking or reader.monitored
-            table = read_sample(examples, self.args.per_device_train_batch_size, self._read_rows, self.accelerator)
+            # Not the arguments' batch size, which may be the one that `auto_find_batch_size` found too large.
+            table = read_sample(examples, self._train_batch_size, self._read_rows, self.accelerator)
             if looking is not None and self._monitor is not None:
                 reader.monitored = self._monitor.watch.calibrated()
         calibration, warnings = calibrate(reader, *self._columns(table))

@@ -121,6 +121,11 @@ class TokenFilter:
 
     # ------------------------------------------------------------------------------------------------------ thresholds
 
+    def begin_sample(self) -> None:
+        """Keep nothing of a calibration pass that failed, as for want of memory."""
+        for kept in self._samples.values():
+            kept.clear()
+
     def sample(self, fresh: Tensor) -> None:
         """Keep the tokens of the last pass for the quantiles.
 

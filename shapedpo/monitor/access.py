@@ -109,6 +109,11 @@ class TrainerAccess:
         self._trainer._make_ready()
 
     @property
+    def step_pairs(self) -> int:
+        """Pairs of an optimiser step, over all processes. `auto_find_batch_size` makes batches smaller than the arguments say."""
+        return self._trainer._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
     def context_length(self) -> int:
         """Most tokens of a prompt and its completion: of the run's `max_length` and the model's positions, the smaller."""
         positions = context_length(self.accelerator.unwrap_model(self.reference))

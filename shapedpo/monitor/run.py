@@ -91,12 +91,6 @@ class RunMonitor(TrainerCallback):
         """The monitored features, once they are calibrated."""
         return self.watch.monitor
 
-    @property
-    def _batch(self) -> int:
-        """Pairs of an optimiser step."""
-        args = self.run.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
-
     # ------------------------------------------------------------------ the step
 
     def update(
@@ -132,7 +126,7 @@ class RunMonitor(TrainerCallback):
             for sink in self._sinks:
                 sink.open(kept)
             if not any(record["type"] == "run" for record in kept):
-                self._write([run_record(self.run, self.settings, self.watch.reader, state, self._batch)])
+                self._write([run_record(self.run, self.settings, self.watch.reader, state, self.run.step_pairs)])
         if self._probe is not None and (state.global_step == 0 or not self._probe.begun):
             if state.global_step > 0:
                 logger.warning(
@@ -190,7 +184,7 @@ class RunMonitor(TrainerCallback):
         estimates = self._recorder.estimates(self.window)
         amplification, se = estimates.amplification()
         best = self._probe.between(amplification, se) if self._probe is not None else unprobed(amplification, se)
-        records = [self._recorder.step(state, step * self._batch, estimates, best, self._strengths)]
+        records = [self._recorder.step(state, step * self.run.step_pairs, estimates, best, self._strengths)]
         if not draws:
             return records
         self._drawn = step

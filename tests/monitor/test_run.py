@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
-from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOTrainer
+from shapedpo import Concept, Direction, Regex, SAEFeatures, ShapedDPOTrainer, Tokens
 from shapedpo.collator import ROW
 from shapedpo.monitor.access import numbered
 from shapedpo.monitor.recent import RecentRows
@@ -152,6 +152,24 @@ def test_a_trainer_that_trains_again(tmp_path):
     for _ in range(2):
         trainer.train()
         assert [record["type"] for record in read_records(tmp_path)] == ["run", "step", "pairs", "end"]
+
+
+def test_a_batch_size_that_is_found(tmp_path):
+    """Too large a one may be found to be so while the concepts are calibrated, of which nothing is left then."""
+    tokens = Concept("tokens", Direction(vector(), layer=1), "suppress", Tokens(quantile=0.9))
+    trainer = shaped(tokens, auto_find_batch_size=True, per_device_train_batch_size=8, output_dir=str(tmp_path))
+    batches = []
+
+    def short_of_memory(module, args, kwargs):
+        batches.append(len(kwargs["input_ids"]))
+        if len(batches) > 1 and batches[-1] > 10:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer.ref_model.register_forward_pre_hook(short_of_memory, with_kwargs=True)
+    trainer.train()
+    assert [record["pairs"] for record in records(tmp_path, "step")] == [5, 10, 15]
+    expected = train(shaped(tokens)).trainer._calibration.tokens
+    torch.testing.assert_close(trainer._calibration.tokens, expected)
 
 
 def test_rows_of_a_stream_have_their_texts(tmp_path):
