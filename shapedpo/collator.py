@@ -74,7 +74,7 @@ class ConceptCollator:
         if self.weight_column is not None and self.weight_column in examples[0]:
             batch[WEIGHT] = pack([[check_weight(example, self.weight_column)] for example in examples])
         if self.gate_columns and all(column in examples[0] for column in self.gate_columns):
-            batch[GATES] = pack([[check_gate(example, column) for column in self.gate_columns] for example in examples])
+            batch[GATES] = pack([[_gate(example, column) for column in self.gate_columns] for example in examples])
         if ROW in examples[0]:
             batch[ROW] = torch.tensor([example[ROW] for example in examples])
         for add in self.further:
@@ -188,6 +188,11 @@ def check_gate(example: dict[str, Any], column: str) -> float:
     if not 0 <= gate <= 1:
         raise ValueError(f"Column {column!r}: a gate must be boolean or between 0 and 1, got {example[column]!r:.80}.")
     return gate
+
+
+def _gate(example: dict[str, Any], column: str) -> float:
+    """A row's gate; nan where evaluation data leaves it open, which says nothing."""
+    return float("nan") if example[column] is None and ROW not in example else check_gate(example, column)
 
 
 def _number(value: Any) -> float:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from shapedpo import Concept, Gate, Regex, ShapedDPOTrainer, TextFunction
-from shapedpo.collator import CACHED, GATES, KEYS, PROMPT_TEXT, TEXT, WEIGHT, ConceptCollator, pack, unpack
+from shapedpo.collator import CACHED, GATES, KEYS, PROMPT_TEXT, ROW, TEXT, WEIGHT, ConceptCollator, pack, unpack
 from tests.helpers import ANIMALS, FRUITS, arguments, build, pairs, shaped, tokenizer, train
 
 
@@ -108,7 +108,7 @@ class TestCollator:
 
     @pytest.mark.parametrize("gate", [-0.1, 1.5, float("nan"), None, "yes"])
     def test_bad_gates(self, gate):
-        rows = [{**row, "creative": gate} for row in ROWS]
+        rows = [{**row, "creative": gate, ROW: number} for number, row in enumerate(ROWS)]
         with pytest.raises(ValueError, match=rf"Column 'creative': .*between 0 and 1, got {gate!r}"):
             collate(rows, gate_columns=["creative"])
 
@@ -144,11 +144,15 @@ class TestInTheTrainer:
         run = train(build(ShapedDPOTrainer, arguments(False), train_dataset=data))
         assert run.metric("loss")[0] == pytest.approx(0.693147, rel=1e-5)
 
-    def test_evaluation_is_not_weighted(self):
-        losses = []
-        for held in (pairs(4, seed=1), pairs(4, seed=1, weight=[None, 1.0, None, 2.0])):
-            losses.append(shaped(data=pairs(weight=[2.0] * 24), trainer={"eval_dataset": held}).evaluate()["eval_loss"])
-        assert losses[0] == losses[1]
+    def test_evaluation_is_neither_weighted_nor_gated(self):
+        """So that its columns may be empty."""
+        goblin = Concept("goblin", Regex("goblin"), "suppress", strength=1.0, gate=Gate(column="creative"))
+        data, metrics = pairs(weight=[2.0] * 24, creative=[True, False] * 12), []
+        for columns in ({}, {"weight": [None, 1.0, None, 2.0], "creative": [None, True, None, False]}):
+            trainer = shaped(goblin, data=data, trainer={"eval_dataset": pairs(4, seed=1, **columns)})
+            metrics.append(trainer.evaluate())
+        for name in ("eval_loss", "eval_concepts/goblin/pressure"):
+            assert metrics[0][name] == metrics[1][name]
 
     def test_our_collator_around_the_users(self):
         seen = []

@@ -120,6 +120,11 @@ class TrainerAccess:
         return min(self.args.max_length or positions, positions)
 
     @property
+    def has_images(self) -> bool:
+        """Whether it is a vision data set, which TRL prepares in the collator only."""
+        return bool(self._trainer._is_vision_dataset)
+
+    @property
     def prompts(self) -> Any:
         """Prepared data to take prompts from: the evaluation data where there is some, else the training data."""
         dataset: Any = self._trainer.eval_dataset

@@ -54,12 +54,17 @@ class RunMonitor(TrainerCallback):
         sinks: Who shows the records.
 
     Raises:
-        FileNotFoundError, ValueError: If the file of feature labels cannot be read, or no prompt fits a probe.
+        FileNotFoundError, ValueError: If the file of feature labels cannot be read, or rollouts are asked for of a vision data set.
     """
 
     def __init__(
         self, run: TrainerAccess, settings: MonitorSettings, reader: SAEReader | None, sinks: Sequence[Sink]
     ) -> None:
+        if settings.probe_steps and run.has_images:
+            raise ValueError(
+                f"`probe_steps={settings.probe_steps}` samples answers to the prompts of prepared data, and the tokens of a vision data set are made "
+                "in the collator only. Set `probe_steps=0`."
+            )
         self.run = run
         self.settings = settings
         self.concepts = run.concepts
