@@ -293,6 +293,7 @@ def test_a_file_that_cannot_be_written_is_named(recipe, monkeypatch, capsys):
 BAD_ARGUMENTS = {
     "unknown": (["--learning_rat", "1"], ["'--learning_rat'", "'--learning_rate'"]),
     "model": (["--model_name_or_path", "./nowhere"], ["model_name_or_path", "'./nowhere'"]),
+    "no such model": (["--model_name_or_path", "nobody/nothing"], ["couldn't connect"]),
     "no such file": (["--dataset_name", "nowhere.jsonl"], ["'nowhere.jsonl'"]),
     "no such world": (["--dataset_name", "lab:gobin_world"], ["'gobin_world'", "'goblin_world'"]),
     "world's argument": (["--dataset_name", "lab:goblin_world?m=3"], ["lab:goblin_world?m=3", "'m'"]),

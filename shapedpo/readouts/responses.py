@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jinja2
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -136,7 +137,10 @@ def response_text(response: str | Messages) -> str:
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **kwargs: Any) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"The model's chat template refuses {str(messages)[:200]!r}: {error}.") from error
     return list(encoded["input_ids"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def train_sae(
         **model_kwargs: For the model's `from_pretrained`, such as `dtype`.
 
     Raises:
-        ValueError: If the model has no such layer, or there are fewer tokens than make a few steps.
+        ValueError: If the model has no such layer, `k` is more than there are features, or there are fewer tokens than make a few steps.
 
     Source: BatchTopK, Bussmann et al. (arXiv 2412.06410), as in Bergen et al. (arXiv 2606.12360); learning rate, Gao et al. (arXiv
     2406.04093, Appendix A.3).
@@ -79,9 +80,12 @@ def train_sae(
         LanguageModelSAETrainingRunner,
         LoggingConfig,
     )
+    from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.load_model import HookedProxyLM
     from transformers import AutoModel
 
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"`k` is {k}: of {d_sae} features, 1 to {d_sae} can be active.")
     steps = training_tokens // batch_tokens
     if steps < 8:
         raise ValueError(f"{training_tokens} tokens are {steps} batches of {batch_tokens}: too few. Train on more.")
@@ -126,7 +130,15 @@ def train_sae(
     )
     torch.manual_seed(seed)
     proxy = HookedProxyLM(backbone, tokenizer, hook_names=[hook_name])
-    LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=proxy).run()
+    runner = LanguageModelSAETrainingRunner(config, override_dataset=data, override_model=proxy)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        runner.run()
+    except InterruptedException as error:  # what sae-lens makes of Ctrl-C, then and afterwards
+        raise KeyboardInterrupt from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     _finish(Path(out), f"{backbone.base_model_prefix}.{hook_name}")
 
 

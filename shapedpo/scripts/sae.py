@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error
+from .fit import number
 
 
 CHANGES = "Further --KEY VALUE change the recipe."
@@ -18,7 +19,11 @@ def add_commands(commands: Any) -> None:
     recipe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipe.add_argument("--config", metavar="RECIPE", required=True, help="the recipe that names model and data")
     recipe.add_argument(
-        "--sample", type=int, default=500, metavar="N", help="held-out pairs to check on, at random (%(default)s)"
+        "--sample",
+        type=number(int, 1),
+        default=500,
+        metavar="N",
+        help="held-out pairs to check on, at random (%(default)s)",
     )
 
     sae = commands.add_parser("sae", help="train and check a sparse autoencoder", allow_abbrev=False)
@@ -31,13 +36,19 @@ def add_commands(commands: Any) -> None:
         f"docs/sae.md). {CHANGES}",
         allow_abbrev=False,
     )
-    train.add_argument("--layer", type=int, required=True, help="decoder layer, counted from 0, whose output is read")
+    train.add_argument(
+        "--layer", type=number(int, 0), required=True, help="decoder layer, counted from 0, whose output is read"
+    )
     train.add_argument("--out", metavar="DIR", required=True, help="folder for the SAE")
-    train.add_argument("--features", type=int, required=True, help="how many; 16 times the model's width in the paper")
-    train.add_argument("--k", type=int, required=True, help="active features a token, on average")
-    train.add_argument("--tokens", type=float, required=True, help="tokens to train on, such as 3e6")
-    train.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step (%(default)s)")
-    train.add_argument("--sae-learning-rate", type=float, help="the peak (2e-4 / sqrt(features / 2^14))")
+    train.add_argument(
+        "--features", type=number(int, 1), required=True, help="how many; 16 times the model's width in the paper"
+    )
+    train.add_argument("--k", type=number(int, 1), required=True, help="active features a token, on average")
+    train.add_argument("--tokens", type=number(float, 1), required=True, help="tokens to train on, such as 3e6")
+    train.add_argument("--batch-tokens", type=number(int, 1), default=4096, help="tokens of a step (%(default)s)")
+    train.add_argument(
+        "--sae-learning-rate", type=number(float, 0, above=True), help="the peak (2e-4 / sqrt(features / 2^14))"
+    )
     check = actions.add_parser(
         "check",
         parents=[recipe],
@@ -80,6 +91,8 @@ def train(config: str, overrides: Sequence[str], *, layer: int, out: str, pairs:
         pairs: Pairs to check on.
         **sizes: Of [`train_sae`](../sae/train.py).
     """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out: {out!r} is a file. Name a folder.")
     import torch
 
     from ..readouts.responses import pair_responses, tokenize_response
@@ -95,15 +108,15 @@ def train(config: str, overrides: Sequence[str], *, layer: int, out: str, pairs:
         ids = (tokenize_response(tokenizer, *response)[0] for response in pair_responses(rows))
         return {"input_ids": [fixed_length(row, length, tokenizer.pad_token_id) for row in ids]}
 
-    data = setting.train.shuffle(seed=setting.args.seed).map(
-        tokens,
-        batched=True,
-        batch_size=100,
-        remove_columns=setting.train.column_names,
-        num_proc=setting.args.dataset_num_proc,
-        desc="Tokenizing",
-    )
     with as_user_error(ValueError):
+        data = setting.train.shuffle(seed=setting.args.seed).map(
+            tokens,
+            batched=True,
+            batch_size=100,
+            remove_columns=setting.train.column_names,
+            num_proc=setting.args.dataset_num_proc,
+            desc="Tokenizing",
+        )
         train_sae(
             setting.model,
             tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,13 +68,15 @@ class Setting(NamedTuple):
         """How many decoder layers the model has, by its configuration."""
         from transformers import AutoConfig
 
-        return int(AutoConfig.from_pretrained(self.model).get_text_config().num_hidden_layers)
+        with self._loading():
+            return int(AutoConfig.from_pretrained(self.model).get_text_config().num_hidden_layers)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer, with padding as TRL sets it."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        with self._loading():
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
 
@@ -82,7 +85,11 @@ class Setting(NamedTuple):
         from transformers import AutoModelForCausalLM
 
         where = "auto" if torch.cuda.is_available() else "cpu"
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=where)
+        with self._loading():
+            return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, device_map=where)
+
+    def _loading(self) -> AbstractContextManager[None]:
+        return as_user_error(OSError, ValueError, prefix=f"The model {self.model!r} cannot be loaded: ")
 
     def load_sae(self, name: str | None, sae_id: str | None) -> SAE[Any]:
         """The SAE of that name, or the one that the recipe watches."""

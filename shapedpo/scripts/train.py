@@ -136,7 +136,7 @@ def train(
     _start_processes(training_args)
     splits = load_preferences(script_args, dataset_args)
     evaluates = str(training_args.eval_strategy) not in ("no", "IntervalStrategy.NO")
-    with as_user_error(ValueError, FileNotFoundError, ImportError):
+    with as_user_error(ValueError, OSError, ImportError):  # the hub's errors are of the second kind
         trainer = ShapedDPOTrainer(
             model=model,
             args=training_args,

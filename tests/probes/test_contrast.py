@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 import torch
 
+from shapedpo import lab
 from shapedpo.probes.contrast import Contrast, Row, check_labels, read_contrast
 from shapedpo.probes.instructed import instructed_rows
 from shapedpo.probes.judge import judge_from
+from shapedpo.readouts.responses import tokenize_response
 from tests.helpers import load_model, tokenizer
 
 
@@ -136,6 +138,13 @@ def test_line_ends_in_strings_and_a_mark_at_the_start(tmp_path):
     path = Path(write(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b", "label": True}]))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b'"b"', '"b\u2028c"'.encode()))
     assert [row.response for row in read_contrast([str(path)])] == ["b\u2028c"]
+
+
+def test_messages_that_the_chat_template_refuses():
+    """A message without text, for one."""
+    prompt = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match=r"chat template refuses .*'role': 'assistant'}\]"):
+        tokenize_response(lab.load_tokenizer(), prompt, [{"role": "assistant"}])
 
 
 def test_a_response_of_both_kinds():

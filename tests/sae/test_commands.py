@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from sae_lens.training.sae_trainer import SAETrainer
 
 from shapedpo import SAEFeatures, cli
 from shapedpo.capture import resolve_site
@@ -51,6 +53,39 @@ def sae(*words: object) -> int:
 def figure(printed: str, name: str) -> float:
     """A figure of the printed table."""
     return float(re.search(rf"{re.escape(name)}\W+([\d.,]+)", printed)[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--features", 0, "--features: must be at least 1, got 0"),
+        ("--k", 0, "--k: must be at least 1, got 0"),
+        ("--tokens", "nan", "--tokens: must be at least 1, got nan"),
+        ("--batch-tokens", 0, "--batch-tokens: must be at least 1, got 0"),
+        ("--sample", 0, "--sample: must be at least 1, got 0"),
+        ("--k", 49, "`k` is 49: of 48 features, 1 to 48 can be active"),
+        ("--out", __file__, "is a file. Name a folder"),
+        ("--model_name_or_path", "nobody/nothing", "The model 'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(recipe, option, value, said, capsys):
+    words = {"--layer": 1, "--out": recipe.parent / "no", "--features": 48, "--k": 4, "--tokens": 1e4, option: value}
+    try:
+        status = sae("train", "--config", recipe, *(word for pair in words.items() for word in pair))
+    except SystemExit as refused:  # by argparse
+        status = refused.code
+    assert status == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_interrupted_training_is_interrupted(recipe, monkeypatch, capsys):
+    """sae-lens takes the signal for its own, and keeps its handler."""
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(SAETrainer, "fit", lambda trainer: signal.raise_signal(signal.SIGINT))
+    sizes = ["--features", 48, "--k", 4, "--tokens", 20_000, "--batch-tokens", 100]
+    assert sae("train", "--config", recipe, "--layer", 1, "--out", recipe.parent / "no", *sizes) == 130
+    assert capsys.readouterr().err.endswith("shapedpo: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_train_check_use(recipe, capfd):
