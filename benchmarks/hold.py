@@ -40,6 +40,9 @@ TRAITS = {"lab": ("goblin", "cheerfulness", "emoji", "bold", "hedging"), "forms"
 """What the worlds of the lab teach."""
 MEASURED = 3000
 """Held-out rollouts by which a run in the lab is measured."""
+EARLIER = folders.RESULTS / "runs" / "hold-earlier.csv"
+"""Lines of runs that were made before single runs were kept, in the lab with 1,000 rollouts, with the controller that is [`EARLIER_CONTROLLER`]."""
+EARLIER_CONTROLLER = ("3f0ca075", "e9f7bfa3")
 WANTED = ("mom", "friend")
 ROWS_OUT = "its rows out"
 ROLLOUTS = {"probe_steps": 50, "probe_prompts": 200, "probe_max_new_tokens": 64}
@@ -301,6 +304,16 @@ def row(job: Job, find: Callable[[Job], dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def earlier(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of [`EARLIER`] that no run has replaced, while the controller does what it did."""
+    if (controller.fingerprint(), controller.fingerprint(corrected=True)) != EARLIER_CONTROLLER:
+        return []
+    of = ("world", "held", "learning rate", "seed")
+    there = {tuple(str(row[name]) for name in of) for row in rows}
+    with EARLIER.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if tuple(row[name] for name in of) not in there]
+
+
 def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
     """The table, as CSV and Markdown."""
     out.mkdir(parents=True, exist_ok=True)
@@ -311,8 +324,8 @@ def write(rows: Sequence[dict[str, Any]], out: Path) -> None:
     lines = [
         f"`before`, `plain` and `hold`: % of held-out rollouts ({MEASURED:,} in the lab, 1,600 stories) that show the held trait; `off by`: hold "
         "less before, in points. `others kept`: in the lab, how much of plain DPO's change the other four lessons keep, in the mean, and the one that keeps "
-        "least, with 95 % intervals of the sampling of rollouts (the least of four is low by chance, too); in the stories, the wanted traits less plain "
-        "DPO's. Defaults throughout.",
+        "least, with 95 % intervals of the sampling of rollouts (the least of four is low by chance, too), or, of lines that were made earlier and by 1,000 "
+        "rollouts, the range of the four; in the stories, the wanted traits less plain DPO's. Defaults throughout.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "| " + " | ".join("---" for _ in rows[0]) + " |",
@@ -349,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         rows.append(row(job, find))
         print(rows[-1], flush=True)
-        write(rows, out)
+        write([*rows, *([] if options.quick else earlier(rows))], out)
 
 
 if __name__ == "__main__":
