@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from shapedpo.audit.harvesting import shards
 from shapedpo.audit.harvesting.shards import SPANS, Active
 from shapedpo.audit.harvesting.store import Harvest
+from shapedpo.audit.page.source import Audit
 
 
 D_SAE, N_ROWS, SHARD_ROWS = 40, 11, 4
@@ -138,3 +140,26 @@ def test_a_write_that_fails_leaves_nothing(written, monkeypatch):
         shards.write_shard(folder, 0, np.arange(4), dict.fromkeys(SPANS, span), lists, texts)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert shards.shard_path(folder, 0).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("harvest/harvest.json", b"{", r"harvest\.json' is damaged: .*harvest anew"),
+        ("harvest/shard-00000.parquet", b"PAR1", r"shard-00000\.parquet' is damaged: .*run the same audit again"),
+        (
+            "analysis/rows.parquet",
+            b"PAR1",
+            r"analysis' is damaged \(ArrowInvalid: .*Run the same `shapedpo audit` again",
+        ),
+        ("analysis/hypotheses.json", b"{}", r"analysis' is damaged \(KeyError: "),
+        ("analysis/conditions.safetensors", b"", r"analysis' is damaged \(SafetensorError: "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "/" in value else "",
+)
+def test_a_damaged_file_is_named(finished, tmp_path, name, content, what):
+    """Of a folder that was copied in part, for one."""
+    shutil.copytree(finished.folder, tmp_path / "audit", ignore=shutil.ignore_patterns("*.sqlite", "*.html"))
+    (tmp_path / "audit" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=what):
+        Audit.open(tmp_path / "audit")

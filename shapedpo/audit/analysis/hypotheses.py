@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from ...files import replacing
 from .files import joined, numbered, parts, write_json, write_table
@@ -264,16 +265,27 @@ class Analysis:
 
         Raises:
             FileNotFoundError: If a file is missing; the text names it.
+            ValueError: If one is damaged.
         """
-        import pyarrow.parquet as pq
-        from safetensors.numpy import load_file
-
         folder = Path(folder)
         if missing := [name for name in FILES if not (folder / name).is_file()]:
             what = "" if len(missing) == len(FILES) else f": {', '.join(missing)} missing"
             raise FileNotFoundError(
                 f"'{folder}' holds no analysis{what}. Run the same `shapedpo audit` (again): what it has read is kept."
             )
+        try:
+            return cls._read(folder)
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            raise ValueError(
+                f"The analysis in '{folder}' is damaged ({type(error).__name__}: {error}). Run the same `shapedpo audit` again: what it has read "
+                "is kept."
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> Analysis:
+        import pyarrow.parquet as pq
+        from safetensors.numpy import load_file
+
         found = json.loads((folder / "hypotheses.json").read_text(encoding="utf-8"))
         responsible = parts(folder / "rows.parquet", len(found["hypotheses"]))
         hypotheses = [

@@ -61,14 +61,17 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the folder holds no harvest.
-        ValueError: If another version of shapedpo wrote it in another format.
+        ValueError: If it is damaged, or another version of shapedpo wrote it in another format.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no harvest in '{folder}': it has no {MANIFEST}. `shapedpo audit` makes one, in the folder of its --out."
         )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}. Delete '{folder}', and harvest anew.") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"The harvest in '{folder}' has format {manifest.get('format')!r}; this version of shapedpo reads {FORMAT}. Harvest anew."

@@ -183,8 +183,13 @@ class Harvest:
 
 
 def _read(folder: Path, index: int, columns: list[str]) -> pa.Table:
-    # One file, not a dataset: pyarrow would look for a schema in the names of the folders above.
-    return pq.ParquetFile(shard_path(folder, index)).read(columns=columns).combine_chunks()
+    path = shard_path(folder, index)
+    try:  # one file, not a dataset: pyarrow would look for a schema in the names of the folders above
+        return pq.ParquetFile(path).read(columns=columns).combine_chunks()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"'{path}' is damaged: {error}. Delete it, and run the same audit again: it reads these pairs anew."
+        ) from error
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
