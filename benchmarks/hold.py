@@ -226,9 +226,12 @@ def jobs(quick: bool) -> Iterator[Job]:
         for world, traits in TRAITS.items():
             for trait in traits:
                 yield Job(world, trait, seed=seed)
-    for how in ("sparing", ROWS_OUT):
-        for trait in TRAITS["lab"]:
-            yield Job("lab", trait, how=how)
+    for world, traits in TRAITS.items():
+        for trait in traits:
+            yield Job(world, trait, how=ROWS_OUT)
+    yield Job("forms", "praise", how="by probe")
+    for trait in TRAITS["lab"]:
+        yield Job("lab", trait, how="sparing")
     for rate in rates[1:]:
         yield Job("lab", "goblin", rate)
     for rate in rates:

@@ -21,7 +21,9 @@ def make_sinks(args: Any) -> list[Sink]:
             f"`push_to_hub` uploads {FILE_NAME} and report.html with the model, and they quote pairs of the training data and rollouts. "
             "Set `monitor_texts=False` to keep these texts out of them, or `hub_private_repo=True`."
         )
-    elif args.push_to_hub and getattr(args, "probe_steps", 0) and args.hub_strategy in ("checkpoint", "all_checkpoints"):
+    elif (
+        args.push_to_hub and getattr(args, "probe_steps", 0) and args.hub_strategy in ("checkpoint", "all_checkpoints")
+    ):
         logger.warning(
             f"`hub_strategy={args.hub_strategy.value!r}` uploads checkpoints, and they hold the token ids of the probe's rollouts, with which a "
             "resumed run goes on. Choose another strategy, or `hub_private_repo=True`, to keep these texts private."
