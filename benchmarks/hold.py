@@ -205,11 +205,7 @@ def record(quick: bool) -> Record:
 
 def result(job: Job, fresh: bool = False) -> dict[str, Any]:
     """[`run`], or what an earlier call found."""
-    found = None if fresh else record(job.quick).find(key(job))
-    if found is None:
-        found = {"job": asdict(job), **run(job)}
-        record(job.quick).keep(key(job), found)
-    return found
+    return record(job.quick).made(key(job), lambda: {"job": asdict(job), **run(job)}, fresh)
 
 
 def jobs(quick: bool) -> Iterator[Job]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ class Record:
         line = json.dumps({"key": key, **result}, ensure_ascii=False).encode() + b"\n"
         with self.path.open("ab", buffering=0) as file:
             file.write(line)
+
+    def made(self, key: str, make: Callable[[], dict[str, Any]], fresh: bool = False) -> dict[str, Any]:
+        """What was kept under a key, or else, or if `fresh`, what `make` returns, which is kept."""
+        found = None if fresh else self.find(key)
+        if found is None:
+            found = make()
+            self.keep(key, found)
+        return found
 
 
 def record_of(study: str, quick: bool = False) -> Record:

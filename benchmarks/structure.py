@@ -80,14 +80,12 @@ def result(name: str, concepts: list[Any] | None, size: tuple[int, int, int], qu
     """
     from shapedpo import lab
 
-    record, key = record_of("structure", quick), key_of([name, *size])
-    found = record.find(key)
-    if found is None:
-        pairs, rollouts, seed = size
-        model = lab.load_model() if concepts is None else train(concepts, pairs, seed)
-        found = measure(model, rollouts, seed)
-        record.keep(key, found)
-    return found
+    pairs, rollouts, seed = size
+
+    def make() -> dict[str, float]:
+        return measure(lab.load_model() if concepts is None else train(concepts, pairs, seed), rollouts, seed)
+
+    return record_of("structure", quick).made(key_of([name, *size]), make)
 
 
 def main() -> None:

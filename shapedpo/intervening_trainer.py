@@ -88,9 +88,8 @@ class InterveningTrainer(FilteringTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
     ) -> Dataset | IterableDataset:
-        trained_on = (
-            dataset is self._training_data
-        )  # not by its name: a part of the evaluation data may be called "train" too
+        # Not by its name: a part of the evaluation data may be called "train" too
+        trained_on = dataset is self._training_data
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not trained_on:  # evaluation is plain DPO's
             weighted = self._weight_column is not None and self._weight_column in next(iter(dataset), {})

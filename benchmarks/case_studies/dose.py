@@ -22,9 +22,11 @@ def responses(jobs: Sequence[Job]) -> dict[str, list[float]]:
     found = {}
     for job in jobs:
         key = f"{job.key} doses"
-        if record(job.size).find(key) is None and job.model.is_dir():
-            record(job.size).keep(key, {"rates": _rates(job.model, SIZES[job.size].prompts // 3)})
-        if kept := record(job.size).find(key):
+        kept = record(job.size).find(key)
+        if kept is None and job.model.is_dir():
+            kept = {"rates": _rates(job.model, SIZES[job.size].prompts // 3)}
+            record(job.size).keep(key, kept)
+        if kept is not None:
             found[LABELS.get(job.method, job.method)] = kept["rates"]
     return found
 

@@ -165,11 +165,7 @@ def find(job: Job) -> dict[str, Any] | None:
 
 def result(job: Job, fresh: bool = False) -> dict[str, Any]:
     """[`run`], or what an earlier call found."""
-    found = None if fresh else find(job)
-    if found is None:
-        found = {"job": asdict(job), **run(job)}
-        record(job.size).keep(job.key, found)
-    return found
+    return record(job.size).made(job.key, lambda: {"job": asdict(job), **run(job)}, fresh)
 
 
 def conversations(tokenizer: Any, prompts: Sequence[Any], answers: Sequence[str]) -> list[tuple[list[int], int]]:

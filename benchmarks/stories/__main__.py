@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -98,9 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.only is None or name in (*options.only, "plain"):
                 of = trait if concepts else ""
                 key = key_of([asdict(recipe), of, name, fingerprint() if name == "hold" else ""])
-                if options.fresh or record.find(key) is None:
-                    record.keep(key, measured(world, concepts))
-                rows.append({"unwanted": of, "run": name, **(record.find(key) or {})})
+                found = record.made(key, functools.partial(measured, world, concepts), options.fresh)
+                rows.append({"unwanted": of, "run": name, **found})
                 print(rows[-1], flush=True)
                 write(rows, world, out)
 

@@ -20,6 +20,18 @@ def test_two_processes_keep_their_runs_in_one_file(tmp_path: Path) -> None:
     assert [json.loads(line)["key"] for line in one.path.read_text().splitlines()] == ["a", "b", "a"]
 
 
+def test_a_run_is_made_once(tmp_path: Path) -> None:
+    record, made = Record(tmp_path / "study.jsonl"), []
+
+    def make() -> dict[str, int]:
+        made.append(len(made))
+        return {"run": len(made)}
+
+    assert [record.made("a", make)["run"] for _ in range(2)] == [1, 1]
+    assert record.made("a", make, fresh=True) == {"run": 2} == record.made("a", make)
+    assert made == [0, 1]
+
+
 def test_a_line_that_is_being_written_waits(tmp_path: Path) -> None:
     record = Record(tmp_path / "study.jsonl")
     record.keep("a", {"rate": 1})

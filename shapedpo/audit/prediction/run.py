@@ -22,7 +22,7 @@ prediction can get that does not know the order in which a run sees its pairs (o
 | within reach | 0.90 | 0.93 | 0.70 |
 
 With a quarter of the answers (24 runs of 8 worlds, gentle and small ones too) the pilot's medians are 0.54, 0.67 and 0.27: noise on both sides, in what is seen and in
-what the pilot was read off. The mean of both rewards and the ridge were settled with those; on the worlds of the design with four times the answers, a pilot that counts 0.6 or
+what the pilot was read off. The mean of both rewards and the ridge were settled with those; on the worlds of the design with four times the answers (by hand), a pilot that counts 0.6 or
 0.7, a ridge of 1, or what the pilot shows of each thing itself mixed in, take from one world what they give to another.
 
 The reference's answers alone are little gain on the worlds held out, and a pilot of an eighth of the run is a larger one; both helped on the worlds of the
