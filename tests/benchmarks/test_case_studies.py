@@ -18,6 +18,7 @@ from benchmarks.case_studies.report import COLUMNS
 from benchmarks.case_studies.study import BEFORE, PLAIN, Job, Size, conversations
 from benchmarks.case_studies.worlds import DPO, GATE, WORLDS
 from benchmarks.divergence import kl_per_token
+from benchmarks.folders import RESULTS
 from benchmarks.record import Record
 from shapedpo import lab
 from shapedpo.lab.text import draw_questions, questions
@@ -194,6 +195,12 @@ def test_what_corrects_hold() -> None:
     assert all(probed[GATE])
     assert len(probed) == 40
     assert probed["prompt"] != WORLDS["links"].probed(40, seed=1)["prompt"]
+
+
+def test_a_table_keeps_the_cases_that_are_not_asked_for(tmp_path: Path) -> None:
+    command.main(["--finished", "--case", "links", "--method", "hold", "--seeds", "1", "--out", str(tmp_path)])
+    with (tmp_path / "case-studies.csv").open() as file, (RESULTS / "case-studies.csv").open() as committed:
+        assert file.read() == committed.read()
 
 
 @pytest.mark.slow
