@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .analysis.hypotheses import Analysis
-from .analysis.shadows import MAX_Q
 from .harvesting.store import Harvest
 from .labels.names import Label, Labels, hypothesis_key
 from .prediction.run import Prediction
@@ -183,7 +182,9 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
     seen: dict[str, int] = {}
     for number, one in enumerate(analysis.hypotheses):
         seen[one.view] = seen.get(one.view, 0) + 1
-        if one.conditional and one.q <= MAX_Q and seen[one.view] <= _HYPOTHESES:  # else the cluster says it
+        if (
+            one.conditional and one.q <= analysis.settings.max_q and seen[one.view] <= _HYPOTHESES
+        ):  # else the cluster says it
             response = _words(labels.cluster(*one.response_cluster))
             condition = _words(labels.cluster(*one.condition_cluster)) if one.condition_cluster else ""
             own = _words(labels.hypotheses.get(hypothesis_key(one), Label()))

@@ -75,9 +75,10 @@ class Summary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
         analysis = self.analysis
         tested = sum(analysis.tested.values())
-        significant = sum(hypothesis.q < 0.05 for hypothesis in analysis.hypotheses)
+        significant = sum(hypothesis.q <= analysis.settings.max_q for hypothesis in analysis.hypotheses)
         parts: list[Any] = [
-            f"{analysis.n_rows:,} pairs. Of {tested:,} hypotheses tested, {significant:,} hold (q < 0.05, d {analysis.settings.min_effect:g} or more)."
+            f"{analysis.n_rows:,} pairs. Of {tested:,} hypotheses tested, {significant:,} hold (q {analysis.settings.max_q:g} or less, "
+            f"d {analysis.settings.min_effect:g} or more)."
         ]
         if not tested:
             parts.append("Nothing could be tested: the pairs are too few, or too alike. What they teach is not known.")
@@ -96,7 +97,9 @@ class Summary:
                 "Predicted changes: compare them with each other. How far a run goes is not in the data; a short run of it says (--pilot)."
             )
         if not significant:
-            parts.append("Chosen and rejected completions differ no more than chance would make them.")
+            parts.append(
+                "No difference between chosen and rejected completions stands out from what chance would make."
+            )
         yield from parts
 
     def _table(self, title: str, findings: Sequence[Finding], wide: bool) -> Any:

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from ..audit.folder import ANALYSIS, HARVEST
+from ..audit.folder import ANALYSIS, ANSWERS, HARVEST
 from ..errors import UserError, as_user_error
 
 
@@ -214,4 +214,11 @@ def _preview(
             return "What this changes is not predicted: that takes --action hold, or rows that are dropped or weighted."
         ways = {"fixed": (weights, held if holds else ())}
     now = Prediction.load_if_made(folder / ANALYSIS)
+    if now and (
+        (folder / ANSWERS).exists() or now.scaled.any()
+    ):  # a pilot of the data as it is says nothing of what is fixed
+        print(
+            "Predicted from the data alone, without the audit's answers and pilot: compare the columns with each other."
+        )
+        now = None
     return preview(harvest, analysis, targets, ways, labels, now)

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a data file with a column `prompt` (default: rows of the audit's dataset that were not read, else its test split)",
+        help="a data file with a column `prompt` (default: the test split of the audit's dataset, else rows that were not read)",
     )
     prompts.add_argument("--n-prompts", type=int, default=512, metavar="N", help="how many (%(default)s)")
     prompts.add_argument(
@@ -189,24 +189,30 @@ def held_out_prompts(
 
 
 def _unread(harvest: Any, load_pairs: Any) -> Any:
-    """The rows of the harvest's dataset that it has not read."""
+    """The test split of the harvest's dataset, or else its rows that the harvest has not read, which the run may have trained on."""
     import numpy as np
 
     name, audited, config = (harvest.settings.get(key) for key in ("dataset", "split", "config"))
     if name is None:
         raise UserError("The audit does not say which dataset it read: give held-out prompts with --prompts FILE.")
-    data = load_pairs(name, audited or "train", config)
-    rest = np.setdiff1d(np.arange(len(data)), harvest.rows)
-    # rows that the harvest dropped since their prompts are too long are of no use here either
-    if len(rest) >= max(1, len(data) // 100):
-        return data.select(rest)
-    others = [split for split in HELD_OUT_SPLITS if split != audited]
+    audited = audited or "train"
+    data = load_pairs(name, audited, config)
+    others = [audited.replace("train", word) if "train" in audited else word for word in HELD_OUT_SPLITS]
+    others = [split for split in others if split != audited]
     for split in others:
         try:
             return load_pairs(name, split, config)
         except UserError:
             continue
+    rest = np.setdiff1d(np.arange(len(data)), harvest.rows)
+    # rows that the harvest dropped since their prompts are too long are of no use here either
+    if len(rest) >= max(1, len(data) // 100):
+        print(
+            f"Prompts: {len(rest):,} rows of {name!r} that the audit did not read. If the run trained on them, they are not held out: give others "
+            "with --prompts FILE."
+        )
+        return data.select(rest)
     raise UserError(
-        f"The audit read every row of {name!r}, and it has no split {' or '.join(others)}: give held-out prompts with "
-        "--prompts FILE, or audit a part of the rows (--sample N)."
+        f"The audit read every row of {name!r}, and it has no split {' or '.join(others)}: give prompts that the run did not train on "
+        "with --prompts FILE, a data file with a column `prompt`."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from shapedpo.audit.fixes import targets
 from shapedpo.audit.fixes.data import changed, write
 from shapedpo.audit.fixes.preview import preview
 from shapedpo.audit.harvesting.store import Harvest
+from shapedpo.audit.prediction.run import Prediction
 from shapedpo.audit.suggestions import parts
 from shapedpo.cli import main
 from shapedpo.concept import resolve_concepts
@@ -235,6 +237,24 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
         assert asks in capsys.readouterr().err
     assert not list(folder.glob("nameless*"))
     manifest.write_text(whole)
+
+
+def test_a_preview_compares_predictions_of_one_scale(goblins, tmp_path, capsys) -> None:
+    """The audit's own may be of a pilot, which knows how far a run goes and nothing of the data as they are fixed."""
+    asked = "fix", str(tmp_path / "audit"), "--finding", "1"
+    shutil.copytree(goblins[0] / "audit", tmp_path / "audit")
+    capsys.readouterr()
+    assert main([*asked]) == 0
+    plain = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "audit" / "analysis"
+    data_alone = Prediction.load(folder)
+    piloted = dataclasses.replace(data_alone, score=7 * data_alone.score, scaled=np.ones_like(data_alone.scaled))
+    piloted.save(folder)
+    assert main([*asked]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line not in plain] == [
+        "Predicted from the data alone, without the audit's answers and pilot: compare the columns with each other."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,8 @@ def test_what_a_single_feature_shows_in_no_cluster_is_a_lesson(tmp_path) -> None
     assert analysis.tested["single"] == (differ >= 10).sum()
     assert all(one.q <= 0.05 for one in analysis.of("single"))
     assert len(lessons(analysis)) == 2  # other features of the condition's are shadows of its lesson
+    strict = dataclasses.replace(settings, max_q=1e-300)
+    assert not lessons(analyse(write_harvest(tmp_path, counts), strict, progress=False))
 
 
 def test_data_clusters_do_not_depend_on_which_side_is_chosen(tmp_path) -> None:

@@ -261,7 +261,7 @@ def test_a_world_that_teaches_nothing_says_so(opened: Open, tmp_path: Path) -> N
     assert audit.tokenizer() is None  # the harvest does not say which model
     page = opened(write_page(audit, None), width=400)
     assert page.page.inner_text("#lesson-groups").count("Nothing found.") == 3
-    assert "none differs more than chance" in page.page.inner_text("#facts")
+    assert "none stands out from what chance" in page.page.inner_text("#facts")
     assert page.page.locator("#map-condition circle").count() == len(cluster_maps(analysis, harvest)["data"].rows)
     page.page.click("[data-view=prompt]")
     page.page.fill("#search", "chosen 7")

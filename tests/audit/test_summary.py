@@ -107,7 +107,7 @@ def test_summary_of_a_clean_world_says_so(tmp_path) -> None:
     assert (summary.everywhere, summary.conditional, summary.rare) == ([], [], [])
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(summary)
-    assert "no more than chance" in console.export_text()
+    assert "stands out from what chance" in console.export_text()
     few = World(12).harvest(tmp_path / "few")
     console.print(summarise(analyse(few, progress=False), few))
     assert "Nothing could be tested" in console.export_text()

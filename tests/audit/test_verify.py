@@ -17,14 +17,14 @@ from shapedpo.audit import analyse, predict
 from shapedpo.audit.harvesting.pairs import load_pairs
 from shapedpo.audit.prediction.conditions import Conditions
 from shapedpo.audit.prediction.run import Prediction
-from shapedpo.audit.rollouts.models import prompt_tokens
+from shapedpo.audit.rollouts.models import load_model, prompt_tokens
 from shapedpo.audit.rollouts.observed import observe
 from shapedpo.audit.rollouts.run import Rollouts, RolloutSettings, roll_out
 from shapedpo.audit.verify.comparison import Figures, Outcome, compare
 from shapedpo.cli import main
 from shapedpo.errors import UserError
 from shapedpo.readouts import SAEFeatures
-from shapedpo.scripts.verify import _check_tokens, held_out_prompts
+from shapedpo.scripts.verify import _check_tokens, _unread, held_out_prompts
 from tests import helpers
 
 from .worlds import TOKENS, Planted, World
@@ -199,14 +199,72 @@ def test_prompts_that_are_not_there_are_said() -> None:
             prompt_tokens(Dataset.from_dict({"prompt": prompts}), lab.load_tokenizer(), n=4, longest=99, seed=0)
 
 
-def test_held_out_prompts_are_of_the_split_that_was_audited() -> None:
-    """All but two rows of the test split were read: these two are left, and no row of the training split."""
-    settings = {"dataset": "lab:goblin_world?n=60", "split": "test", "config": None}
-    harvest, tokenizer = SimpleNamespace(settings=settings, rows=np.arange(4)), lab.load_tokenizer()
+@pytest.mark.parametrize(("split", "read"), [("test", 4), ("train", 30)])
+def test_held_out_prompts_are_no_rows_that_a_run_trains_on(split, read, capsys) -> None:
+    """Of the test split, all but two rows of which were audited, these two; of the training split none, although half of it was not read."""
+    settings = {"dataset": "lab:goblin_world?n=60", "split": split, "config": None}
+    harvest, tokenizer = SimpleNamespace(settings=settings, rows=np.arange(read)), lab.load_tokenizer()
     prompts = held_out_prompts(harvest, tokenizer, None, 9, 200, 0)
-    rows = load_pairs(settings["dataset"], "test")["prompt"][4:]
+    rows = load_pairs(settings["dataset"], "test")["prompt"][4 if split == "test" else 0 :]
     expected = [tokenizer.apply_chat_template(row, add_generation_prompt=True)["input_ids"] for row in rows]
-    assert sorted(prompts) == sorted(expected)
+    assert sorted(prompts) == sorted(map(list, {tuple(ids) for ids in expected}))
+    assert ("If the run trained on them" in capsys.readouterr().out) == (split == "test")
+
+
+def test_held_out_splits_go_by_the_name_of_the_one_that_was_audited() -> None:
+    asked = []
+
+    def load(name, split, config):
+        asked.append(split)
+        if split == "validation_prefs":
+            return "held out"
+        if split == "train_prefs":
+            return range(9)
+        raise UserError("no such split")
+
+    harvest = SimpleNamespace(settings={"dataset": "d", "split": "train_prefs", "config": None}, rows=np.arange(9))
+    assert _unread(harvest, load) == "held out"
+    assert asked == ["train_prefs", "test_prefs", "validation_prefs"]
+
+
+def test_prompts_are_drawn_from_all_of_the_data() -> None:
+    data = Dataset.from_dict({"prompt": [f"{number}" for number in range(600)]})
+    tokenizer = lab.load_tokenizer()
+    drawn = [int(tokenizer.decode(ids)) for ids in prompt_tokens(data, tokenizer, n=4, longest=99, seed=0)]
+    assert max(drawn) >= 300  # not of the first 200, which may be of one kind
+
+
+def test_answers_of_both_models_end_at_the_same_tokens(tmp_path) -> None:
+    """One that was trained elsewhere may have a generation config that does not say where an answer ends."""
+    base, other, tokenizer = lab.load_model(), lab.load_model(), lab.load_tokenizer()
+    before, other.generation_config.eos_token_id = base.generation_config.eos_token_id, None
+    prompts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"] for p in lab.heldout_prompts(4, 0)
+    ]
+    reader = SAEFeatures(str(lab.sae_path()), "all").load()
+    found = roll_out(base, other, tokenizer, prompts, reader, tmp_path, RolloutSettings(max_new_tokens=48))
+    answers = found.harvest.ids(range(8))
+    assert [one["chosen"] for one in answers] == [one["rejected"] for one in answers]
+    assert (base.generation_config.eos_token_id, other.generation_config.eos_token_id) == (before, None)
+
+
+def test_an_adapter_says_what_it_was_trained_from(tmp_path, capsys) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapter = get_peft_model(lab.load_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "same")
+    load_model(str(tmp_path / "same"), "lab", "float32", "cpu")
+    assert not capsys.readouterr().out
+    config = tmp_path / "same" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "another/model"}))
+    load_model(str(tmp_path / "same"), "lab", "float32", "cpu")
+    assert "was trained from 'another/model'" in capsys.readouterr().out
+    wide = lab.load_model()
+    wide.resize_token_embeddings(wide.config.vocab_size + 8)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(wide, config).save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match=r"(?s)wide' cannot be loaded: .*size mismatch"):
+        load_model(str(tmp_path / "wide"), "lab", "float32", "cpu")
 
 
 def test_a_model_with_other_tokens_is_refused_before_anything_is_loaded() -> None:

@@ -14,7 +14,7 @@ from ..harvesting.passes import Passes
 from .attribution import Model, Shown, attributed
 from .hypotheses import Analysis, Attribution, Hypothesis, View
 from .sampling import sample
-from .shadows import MAX_Q, Beside
+from .shadows import Beside
 
 
 _OVERLAP = 0.5
@@ -92,7 +92,10 @@ def attribute(
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     views: tuple[View, ...] = ("feature", "prompt", "global")
     # one without rows lacks what rows elsewhere teach, and none of its own teaches the opposite
-    tried = {view: [h for h in analysis.of(view) if h.q <= MAX_Q and len(h.evidence)] for view in (*views, "single")}
+    tried = {
+        view: [h for h in analysis.of(view) if h.q <= analysis.settings.max_q and len(h.evidence)]
+        for view in (*views, "single")
+    }
     in_turn = [h for turn in zip_longest(*(tried[view] for view in views)) for h in turn if h is not None]
     named = [h for h in in_turn if h.n_named]
     order = [numbers[id(h)] for h in (*named, *tried["single"], *(h for h in in_turn if not h.n_named))]

@@ -20,7 +20,7 @@ from .leading import Leading, Responsible, beyond_chance
 from .lessons import attribute
 from .sampling import sample, thinned
 from .settings import AuditSettings
-from .shadows import MAX_Q, Beside
+from .shadows import Beside
 from .statistics import Moments
 from .views import FeatureView, PromptView, difference, one_of, sizes
 
@@ -202,7 +202,7 @@ def _compare(
     everywhere, everywhere_tested = ranked("global", of_features.overall(), settings, responses=large)
     differ = of_singles.square.sum(axis=(0, 1)) >= settings.min_rows  # the sides do, in so many rows
     singles, singles_tested = ranked("single", of_singles.overall(), settings, responses=differ)
-    singles = [one for one in singles if one.q <= MAX_Q]
+    singles = [one for one in singles if one.q <= settings.max_q]
     conditional, conditional_tested = ranked("feature", of_features.compare(), settings, responses=large)
     prompted, prompted_tested = ranked("prompt", of_prompts.compare(), settings)
     named = {

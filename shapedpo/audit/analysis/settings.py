@@ -53,6 +53,7 @@ class AuditSettings:
         min_hypothesis_features: Features of a cluster that hypotheses are made of.
         min_rows: Rows of a data cluster that hypotheses are made of.
         min_effect: Cohen's d that a hypothesis must reach: half of what is called a small effect.
+        max_q: Largest q value of a hypothesis that findings are made of.
         max_hypotheses: Kept of each view, the strongest.
         max_rows: Rows that are kept of each hypothesis, those with the largest scores.
         max_chance: Share of the rows named as responsible that may be so by chance.
@@ -74,7 +75,7 @@ class AuditSettings:
         prompt_rows: How many of the prompts that express `A_k` most are compared with the rest, at most.
 
     Source: "Anatomy of Post-Training" (arXiv 2606.12360), the pipelines of its predictive data debugging. Sizes of samples, `edge_p`,
-    `resolution`, `min_effect`, `max_chance`, `prompt_clusters`, `response_clusters`, `prompt_rows` and those of lessons are ours: the paper leaves them open.
+    `resolution`, `min_effect`, `max_q`, `max_chance`, `prompt_clusters`, `response_clusters`, `prompt_rows` and those of lessons are ours: the paper leaves them open.
     """
 
     seed: int = 0
@@ -97,6 +98,7 @@ class AuditSettings:
     min_hypothesis_features: int = _constant(10, features=1)
     min_rows: int = _constant(25, rows=10)
     min_effect: float = 0.1
+    max_q: float = 0.05
     max_hypotheses: int = 2_000
     max_rows: int = 10_000
     max_chance: float = 0.1
@@ -123,7 +125,7 @@ class AuditSettings:
                 continue
             if not value > 0:
                 raise ValueError(f"`{f.name}` must be above 0, got {value!r}.")
-            if f.name in ("edge_share", "edge_p", "tau", "max_chance") and value > 1:
+            if f.name in ("edge_share", "edge_p", "tau", "max_chance", "max_q") and value > 1:
                 raise ValueError(f"`{f.name}` must be a share of at most 1, got {value!r}.")
         if self.silent_percentile >= 100:
             raise ValueError(f"`silent_percentile` must be below 100, got {self.silent_percentile!r}.")

@@ -13,10 +13,6 @@ from .statistics import Comparison, Moments, corrected
 from .views import FeatureView, PromptView, one_of, sizes
 
 
-MAX_Q = 0.05
-"""Largest q value of a hypothesis that lessons are made of."""
-
-
 class Beside:
     """The comparisons of an analysis, among the rows that no lesson has.
 
@@ -49,7 +45,7 @@ class Beside:
         """Whether a hypothesis holds among these rows, too."""
         found, q = self._found[hypothesis.view]
         place = max(hypothesis.condition, 0), hypothesis.response
-        return bool(found.delta[place] * hypothesis.delta > 0 and q[place] <= MAX_Q)
+        return bool(found.delta[place] * hypothesis.delta > 0 and q[place] <= self.analysis.settings.max_q)
 
     @cached_property
     def _found(self) -> dict[str, tuple[Comparison, NDArray[np.float64]]]:

@@ -58,6 +58,7 @@ def overview(
         "tested": analysis.tested,
         "rare": RARE,
         "max_rows": analysis.settings.max_rows,
+        "max_q": analysis.settings.max_q,
         "labelled_by": clean(labels.by, 200),
         "lessons": {
             kind: [_lesson(finding, analysis, number_of) for finding in found] for kind, found in groups.items()

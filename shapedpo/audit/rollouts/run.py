@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...collator import ROW
 from ...files import replacing
@@ -110,8 +110,8 @@ class _Answers(Pairs):
 
 
 def roll_out(
-    base: nn.Module,
-    trained: nn.Module,
+    base: Any,
+    trained: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     reader: SAEReader,
@@ -152,6 +152,7 @@ def roll_out(
     modes = base.training, trained.training
     base.eval()
     trained.eval()
+    ends = _ends_alike(base, trained, tokenizer)
     answers = probe.run(base, read, settings.draws)
     sides = _sides(answers) if not both else (_flat(probe.run(trained, read, settings.draws)), _flat(answers))
     order = np.arange(len(prompts)).repeat(2 if both else 1)
@@ -174,11 +175,23 @@ def roll_out(
     harvester.write(folder, list(range(shards.n_shards(len(pairs), harvesting.shard_rows))))
     base.train(modes[0])
     trained.train(modes[1])
+    base.generation_config.eos_token_id, trained.generation_config.eos_token_id = ends
     with replacing(folder / FILE) as partial:
         pq.write_table(
             pa.table({name: ratios for name, (_, ratios) in zip(("chosen", "rejected"), sides, strict=True)}), partial
         )
     return Rollouts.open(folder)
+
+
+def _ends_alike(base: Any, trained: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Have both models end their answers at the tokens that end one for either or for the tokenizer: a generation config is saved by some trainers
+    and not by others, and a model that goes on where the other stops would differ in what follows. Returns what each had."""
+    before = base.generation_config.eos_token_id, trained.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id}
+    for own in before:
+        ends |= set(own if isinstance(own, list) else [own])
+    base.generation_config.eos_token_id = trained.generation_config.eos_token_id = sorted(ends - {None}) or None
+    return before
 
 
 _Side = tuple[list[list[int]], NDArray[np.float64]]

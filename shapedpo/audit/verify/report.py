@@ -64,6 +64,8 @@ def report(
         parts.append(_concepts(lines))
     if missed:
         parts.append(_misses(outcome, missed, analysis, labels))
+    elif misses:
+        parts.append("No prediction misses by more than the noise of the answers.")
     Console().print(Group(*parts))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "verify.txt") as partial, partial.open("w", encoding="utf-8") as file:
@@ -150,7 +152,7 @@ def _figures(found: Mapping[str, Figures], pairs: int) -> Any:
             f"{f.ceiling:.2f}",
             f"{f.slope:.2f}",
             f"{f.covered:.0%}",
-            f"{f.sign:.0%}",
+            "-" if np.isnan(f.sign) else f"{f.sign:.0%}",  # where no change is clear
         )
     table.caption = (
         "R² is the squared correlation; ceiling: that of a perfect prediction, as the answers are noisy; slope: of observed on predicted "

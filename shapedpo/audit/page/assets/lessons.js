@@ -107,11 +107,11 @@ function drawLessons() {
     }
     holder.append(part);
   }
-  const kept = H.q.filter((q) => q !== null && q < 0.05).length;
+  const kept = H.q.filter((q) => q !== null && q <= data.max_q).length;
   byId("facts").append(
     element("b", "", `${whole(data.n_rows)} pairs`),
     ` · ${whole(Object.values(data.tested).reduce((a, b) => a + b, 0))} hypotheses tested · `,
-    kept ? `${whole(kept)} of those kept have q < 0.05` : "none differs more than chance would make it",
+    kept ? `${whole(kept)} of those kept have q of ${data.max_q} or less` : "none stands out from what chance would make",
   );
   const foot = [["model", data.model], ["SAE", data.sae], ["labels by", data.labelled_by]].filter(([, value]) => value);
   foot.forEach(([name, value], place) => byId("foot").append(`${place ? " · " : ""}${name} `, element("bdi", "data", value)));

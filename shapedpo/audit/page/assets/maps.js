@@ -17,7 +17,7 @@ const svgElement = (tag, attributes) => {
 
 const byView = H.view.reduce((found, view, h) => ((found[view] ??= []).push(h), found), {});
 const ofView = (view) => byView[view] ?? [];
-const significant = (h) => H.q[h] !== null && H.q[h] < 0.05;
+const significant = (h) => H.q[h] !== null && H.q[h] <= data.max_q;
 
 /** By number, which way each cluster of a map leans, and the hypothesis that says so. */
 function leans(role) {
