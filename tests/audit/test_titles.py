@@ -167,6 +167,32 @@ def test_a_reasoning_model_is_asked_its_way(folder: Path, serve: Callable[..., S
     assert sum("temperature" in request for request in server.requests) == 2  # the first, and the first the other way
 
 
+@pytest.mark.parametrize(
+    ("formats", "refusal"),
+    [
+        (["json_schema"], (500, None)),
+        (["json_schema", "json_object"], (422, {"detail": [{"loc": ["body", "response_format", "type"]}]})),
+        (["json_schema"] * 7 + ["json_object"], (500, {"error": {"message": "('body', 'response_format', 'type')"}})),
+        (["json_schema", "json_object", "json_object", None], (400, {"error": {"param": "response_format.schema"}})),
+    ],
+)
+def test_the_schema_goes_along_as_far_as_a_server_takes_it(
+    folder: Path, serve: Callable[..., Server], formats: list[str | None], refusal: tuple[int, Any]
+) -> None:
+    """OpenAI, vLLM, Ollama; FastAPI; llama-cpp-python, which says 500, as if trying again would help; and a server that knows nothing of it."""
+
+    def reply(number: int, body: Any) -> tuple[int, Any, dict[str, str]]:
+        return said(json.dumps(GOOD)) if number >= len(formats) - 1 else (*refusal, {"Retry-After": "0.01"})
+
+    server = serve(reply)
+    assert label(folder, server, "--yes", "--concurrency", "1") == 0
+    asked = [request.get("response_format") or {"type": None} for request in server.requests]
+    assert [each["type"] for each in asked[: len(formats)]] == formats
+    assert {each["type"] for each in asked[len(formats) - 1 :]} == {formats[-1]}
+    schema = asked[0]["json_schema"]["schema"]
+    assert schema["required"] == list(schema["properties"]) == list(Answer.model_fields)
+
+
 def test_bad_answers_are_asked_again_and_then_left(
     folder: Path, finished: Audit, serve: Callable[..., Server], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +317,13 @@ def test_what_is_asked_cannot_end_its_own_data(finished: Audit) -> None:
 def test_answers_are_checked(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Answer.read(text)
+
+
+@pytest.mark.parametrize(
+    "around", ["{}", "Sure, {{here}}: {} And {{more}}.", '<think>{{"title": "x"}}?</think>{}', '{} {{"title": "b"}}']
+)
+def test_an_answer_is_found_in_what_is_said_around_it(around: str) -> None:
+    assert Answer.read(around.format(json.dumps(GOOD))).model_dump() == GOOD
 
 
 def test_labels_come_back_and_belong_to_one_analysis(finished: Audit, tmp_path: Path) -> None:

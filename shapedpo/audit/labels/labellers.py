@@ -6,6 +6,8 @@ import asyncio
 import json
 from typing import Any, Protocol
 
+from .prompts import BEGUN, SCHEMA
+
 
 Message = dict[str, str]
 """`role` and `content`, as in chat completions."""
@@ -14,6 +16,14 @@ MAX_TOKENS = 300
 """Of an answer."""
 MAX_THINKING_TOKENS = 4000
 """Of an answer and of what a reasoning model thinks before it."""
+
+
+_FORMATS: list[dict[str, Any]] = [
+    {"type": "json_schema", "json_schema": {"name": "label", "strict": True, "schema": SCHEMA}},
+    {"type": "json_object", "schema": SCHEMA},  # llama-cpp-python
+    {"type": "json_object"},
+]
+"""How servers are asked for nothing but the object, in the order in which it is tried."""
 
 
 class LabellerError(ValueError):
@@ -50,7 +60,8 @@ class Endpoint:
     """Chat completions of an OpenAI-compatible server: OpenAI, vLLM, llama.cpp, Ollama and others.
 
     The `openai` client retries what may pass (connections, 408, 409, 429, 5xx) with growing waits, or as long as `Retry-After` says. A model
-    that takes no temperature, or `max_completion_tokens` in place of `max_tokens`, as OpenAI's reasoning models do, is asked its way.
+    that takes no temperature, or `max_completion_tokens` in place of `max_tokens`, as OpenAI's reasoning models do, is asked its way. The
+    answer's schema goes along, so that small models write it too; a server that knows no schemas is asked without.
 
     Args:
         url: The API's base, such as `http://localhost:8000/v1`.
@@ -70,8 +81,8 @@ class Endpoint:
             raise ImportError("An endpoint needs the `openai` client: pip install 'shapedpo[labels]'.") from error
 
         self.name, self.url = model, url
-        self._errors, self._refused = openai.OpenAIError, openai.BadRequestError
-        self._options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0}
+        self._errors, self._refused = openai.OpenAIError, openai.APIStatusError
+        self._options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "response_format": _FORMATS[0]}
         self._client = openai.AsyncOpenAI(
             base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout, organization="", project=""
         )
@@ -85,7 +96,7 @@ class Endpoint:
         try:
             found = await self._completion(messages)
         except self._errors as error:
-            raise LabellerError(f"{self.url}, model {self.name}: {type(error).__name__}: {error}") from error
+            raise LabellerError(f"{self.url}, model {self.name}: {type(error).__name__}: {_said(error)}") from error
         except json.JSONDecodeError:  # the client leaves it as it is
             return ""
         choices = getattr(found, "choices", None)  # which the client does not check
@@ -99,15 +110,32 @@ class Endpoint:
             try:
                 return await self._client.chat.completions.create(model=self.name, messages=messages, **options)  # type: ignore[arg-type]
             except self._refused as error:
-                refused = getattr(error, "param", None)
-                if refused not in options:
-                    raise
-                self._options = {name: value for name, value in options.items() if name != refused}
-                if refused == "max_tokens":
-                    self._options["max_completion_tokens"] = MAX_THINKING_TOKENS
+                self._options = _without(options, error)
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def _said(error: Any) -> str:
+    """An error's text and, where the client found no message in what the server sent, all of that."""
+    body = getattr(error, "body", None)
+    told = isinstance(body, dict) and isinstance(body.get("message"), str)
+    return f"{error}: {str(body)[:1000]}" if body and not told else str(error)
+
+
+def _without(options: dict[str, Any], error: Any) -> dict[str, Any]:
+    """The options for a server that has refused one of them; raises its error if that is about something else."""
+    refused = str(getattr(error, "param", None) or "").split(".")[0]
+    if "response_format" in _said(error):  # not every server says which it was in so many words
+        refused = "response_format"
+    if refused not in options:
+        raise error
+    others = {name: value for name, value in options.items() if name != refused}
+    if refused == "max_tokens":
+        others["max_completion_tokens"] = MAX_THINKING_TOKENS
+    elif refused == "response_format" and (left := _FORMATS[_FORMATS.index(options[refused]) + 1 :]):
+        others[refused] = left[0]
+    return others
 
 
 class LocalModel:
@@ -143,6 +171,7 @@ class LocalModel:
             text = self._rendered(messages)
         else:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
+        text += BEGUN  # and a model that would think first, for longer than its answer may be, goes straight to it
         room = context_length(self._model) - MAX_TOKENS
         if room < MAX_TOKENS:
             raise LabellerError(
@@ -152,9 +181,14 @@ class LocalModel:
         ids = ids[:, -room:].to(self._model.device)
         with torch.inference_mode():
             found = self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=MAX_TOKENS,
+                do_sample=False,
+                stop_strings="}",
+                tokenizer=self._tokenizer,
             )
-        return str(self._tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+        return BEGUN + str(self._tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
     def _rendered(self, messages: list[Message]) -> str:
         """A conversation in the model's chat template; for one that knows no system message (Gemma 2), that goes before the user's."""

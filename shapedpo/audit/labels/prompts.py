@@ -24,6 +24,21 @@ Some of these rows:
 $examples
 </data>"""
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "description": {"type": "string"},
+        "keywords": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["title", "description", "keywords"],
+    "additionalProperties": False,
+}
+"""The object that is asked for, as JSON Schema, for servers that let a model write nothing else."""
+
+BEGUN = '{"title": "'
+"""How the answer of a model on this machine begins, as small ones do not begin it so themselves."""
+
 KINDS = {
     "feature": "a group of features that are active together in answers",
     "response": "a group of features by which chosen and rejected answers differ in the same pairs",

@@ -65,19 +65,29 @@ class Answer(BaseModel):
 
     @classmethod
     def read(cls, text: str) -> Answer:
-        """From a model's words: the object between the first and the last brace.
+        """From a model's words: the first JSON object in them, what it thought before left out.
 
         Raises:
             ValueError: If there is none, or it is another one.
         """
-        found = re.search(r"\{.*\}", text, re.DOTALL)
-        if not found:
+        said = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
+        found = next(filter(None, (_object_at(said, brace.start()) for brace in re.finditer(r"\{", said))), None)
+        if found is None:
             raise ValueError("there is no object in it")
         try:
-            return cls.model_validate_json(found[0])
+            return cls.model_validate(found)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'the object'}: {first['msg']}") from error
+
+
+def _object_at(text: str, start: int) -> dict[str, object] | None:
+    """The JSON object that begins there, if one does."""
+    try:
+        found: dict[str, object] = json.JSONDecoder().raw_decode(text, start)[0]
+    except (ValueError, RecursionError):
+        return None
+    return found
 
 
 def tasks(
