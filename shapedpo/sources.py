@@ -50,14 +50,18 @@ def sae_source(name: str) -> str:
     return str(lab.sae_path())
 
 
-def model_source(name: str | None) -> str:
+def model_source(name: str | None, option: str = "model_name_or_path") -> str:
     """What `from_pretrained` takes for a recipe's `model_name_or_path`.
+
+    Args:
+        name: A local folder, a name on the hub, or `lab`.
+        option: What the user calls it, for the error.
 
     Raises:
         UserError: If there is none, or it is a path where nothing is.
     """
     if name is None:
-        raise UserError("`model_name_or_path` is missing: a local folder, a name on the hub, or `lab`.")
+        raise UserError(f"`{option}` is missing: a local folder, a name on the hub, or `lab`.")
     if name == "lab":
         from . import lab
 
@@ -66,7 +70,7 @@ def model_source(name: str | None) -> str:
     if path.exists():
         return str(path)
     if looks_local(name):
-        raise UserError(f"model_name_or_path: there is no folder {name!r}.")
+        raise UserError(f"{option}: there is no folder {name!r}.")
     return name
 
 

@@ -129,7 +129,7 @@ def _check_answers(args: argparse.Namespace) -> None:
     with as_user_error(ValueError):
         PredictionSettings(pilot_share=args.pilot_share)
     if args.pilot:
-        model_source(args.pilot)
+        model_source(args.pilot, "--pilot")
 
 
 def _constants(given: list[str]) -> dict[str, Any]:
@@ -220,7 +220,9 @@ def run_harvest(args: argparse.Namespace) -> Any:
     from ..audit.harvesting.pairs import load_pairs
     from ..audit.harvesting.run import HarvestSettings, harvest
     from ..readouts import SAEFeatures
+    from ..sources import model_source
 
+    model_source(args.model, "--model")
     names = (
         "limit",
         "sample",

@@ -32,6 +32,9 @@ from a recipe of yours with --config. On a CPU: --use_cpu true --bf16 false
 """
 
 
+_DONE = {"drop": "dropped", "flag": "flagged"}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("audit", metavar="DIR", help="what `shapedpo audit` wrote")
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows = parser.add_argument_group("a dataset")
     rows.add_argument("--dataset-out", metavar="FILE", help="write a new dataset (.parquet or .jsonl)")
     rows.add_argument("--rows", default="drop", help="drop the rows, give them a weight, or flag them (%(default)s)")
-    rows.add_argument("--weight", type=float, default=0.1, help="of the rows, with --rows weight (%(default)s)")
+    rows.add_argument("--weight", type=float, help="of the rows, with --rows weight (0.1)")
     parser.add_argument("--no-preview", action="store_true", help="do not predict what changes")
 
 
@@ -71,6 +74,10 @@ def main(args: argparse.Namespace) -> int:
 
     if args.rows not in HOW:
         raise UserError(f"--rows {args.rows}: choose one of {', '.join(HOW)}.")
+    if args.weight is None:
+        args.weight = 0.1
+    elif args.rows != "weight":
+        raise UserError(f"--weight {args.weight} is for --rows weight, and the rows would be {_DONE[args.rows]}.")
     if not 0 <= args.weight < math.inf:
         raise UserError(f"--weight {args.weight}: must be a finite number of 0 or more.")
     folder = Path(args.audit)
@@ -109,7 +116,9 @@ def _say(console: Any, one: Any, harvest: Any, analysis: Any, labels: Any) -> No
     if not any(ways.values()):
         ways = {"more" if one.more else "less": cluster_name(first.response_cluster, analysis, labels)}
     said = " and ".join(f"{way} of {words}" for way, words in ways.items() if words)
-    text = f"{one.name}: {len(one.rows):,} rows, chosen has {said}"
+    stands_out = one.lesson.rows if one.lesson.number else first.named  # a hypothesis alone has no number
+    rows = f"{len(one.rows):,} rows" if len(stands_out) else f"no row stands out; all {len(one.rows):,} that go its way"
+    text = f"{one.name}: {rows}, chosen has {said}"
     if first.condition_cluster is not None:
         text += f", where {cluster_name(first.condition_cluster, analysis, labels)}"
     named = ", ".join(f"{feature} ({labels.features.get(feature, '?')})" for feature in one.features)
@@ -207,6 +216,8 @@ def _preview(
     without = np.where(responsible, 0.0, 1.0)
     weights = {"drop": without, "weight": np.where(responsible, args.weight, 1.0), "flag": None}[args.rows]
     ways: dict[str, Any] = {"held": (None, held), "without its rows": (without, ())}
+    if args.rows == "weight":
+        ways = {"held": (None, held), f"its rows at {args.weight:g}": (weights, ())}
     if args.recipe_out or args.dataset_out:
         weights = weights if args.dataset_out else None
         holds = args.recipe_out and args.action == "hold"

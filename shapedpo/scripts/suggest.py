@@ -44,7 +44,8 @@ def main(args: argparse.Namespace) -> int:
     from ..audit.harvesting.store import Harvest
     from ..audit.labels.names import Labels
     from ..audit.prediction.run import Prediction
-    from ..audit.suggestions import embedder, suggest
+    from ..audit.suggestions import embedder, parts, suggest
+    from ..sources import model_source
 
     if args.top < 1:
         raise UserError("--top must be 1 or more.")
@@ -60,13 +61,14 @@ def main(args: argparse.Namespace) -> int:
     embed = None
     if args.embedder:
         with as_user_error(OSError, ValueError, prefix=f"--embedder {args.embedder}: "):
-            embed = embedder(args.embedder)
+            embed = embedder(model_source(args.embedder, "--embedder"))
+    spec = _text(args.spec)
     with as_user_error(ValueError):
-        found = suggest(_text(args.spec), harvest, analysis, labels, prediction, embed=embed, most=args.top)
+        found = suggest(spec, harvest, analysis, labels, prediction, embed=embed, most=args.top)
     if args.json:
         print(json.dumps([dataclasses.asdict(one) for one in found], indent=1, ensure_ascii=False))
     else:
-        _show(found, folder)
+        _show(found, parts(spec), folder)
     return 0
 
 
@@ -80,14 +82,12 @@ def _text(spec: str) -> str:
     return spec
 
 
-def _show(found: list[Any], folder: Path) -> None:
+def _show(found: list[Any], asked: list[Any], folder: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    if not found:
-        console.print("Nothing that the audit found has to do with this.")
     for part, of in groupby(found, key=lambda one: one.part):
         table = Table(title=escape(f"{'wanted' if part.wanted else 'not wanted'}: {part.text}"), title_justify="left")
         for name in ("", "what", "similarity", "predicted, sd", ""):
@@ -103,6 +103,10 @@ def _show(found: list[Any], folder: Path) -> None:
                 f"{one.kind.replace('_', ' ')} {one.number}", escape(one.what), f"{one.similarity:.2f}", effect, verdict
             )
         console.print(table)
+    answered = {one.part for one in found}
+    for part in asked:
+        if part not in answered:
+            console.print(f"Nothing that the audit found comes near: {part.text}", markup=False)
     if against := sum(one.conflict for one in found):
         console.print(
             f"{against} against the description. `shapedpo fix {folder} --finding N` shows what can be done.",

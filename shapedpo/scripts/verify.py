@@ -86,6 +86,8 @@ def main(args: argparse.Namespace) -> int:
 
     if args.n_prompts < 1 or args.misses < 0:
         raise UserError("--n-prompts must be 1 or more, and --misses 0 or more.")
+    # what is not there is said before anything is loaded
+    base_source, trained_source = model_source(args.base, "--base"), model_source(args.trained, "--trained")
     folder = Path(args.audit)
     with as_user_error(ValueError, FileNotFoundError, TypeError):
         harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
@@ -96,13 +98,13 @@ def main(args: argparse.Namespace) -> int:
     if audited and audited != args.base:
         print(f"The audit was made with {audited!r}, and --base is {args.base!r}: they should be the same model.")
     with as_user_error(OSError, ValueError, prefix=f"--base {args.base}: "):
-        tokenizer: Any = AutoTokenizer.from_pretrained(model_source(args.base))
+        tokenizer: Any = AutoTokenizer.from_pretrained(base_source)
     _check_tokens(args, tokenizer)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    base = load_model(model_source(args.base), args.base, args.dtype, device)
+    base = load_model(base_source, args.base, args.dtype, device)
     with as_user_error(ValueError, prefix=f"--base {args.base}: "):
         check_reader("The audit's SAE", reader, base, base.config.get_text_config())
-    trained = load_model(model_source(args.trained), args.base, args.dtype, device)
+    trained = load_model(trained_source, args.base, args.dtype, device)
     if (known := trained.get_input_embeddings().num_embeddings) < len(tokenizer):
         raise UserError(_OTHER_TOKENS.format(args, f"it knows {known}, the base model has {len(tokenizer)}"))
     with as_user_error(ValueError, TypeError):

@@ -12,6 +12,7 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from shapedpo import lab
+from shapedpo.audit.analysis.hypotheses import Analysis
 from shapedpo.audit.analysis.lessons import lessons
 from shapedpo.audit.fixes import targets
 from shapedpo.audit.fixes.data import changed, write
@@ -177,6 +178,10 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
 
     assert main([*asked, "--dataset-out", str(folder / "inf.jsonl"), "--rows", "weight", "--weight", "inf"]) == 2
     assert "--weight inf: must be a finite number" in capsys.readouterr().err
+    assert main([*asked, "--dataset-out", str(folder / "half.jsonl"), "--weight", "0.5"]) == 2
+    assert "--weight 0.5 is for --rows weight, and the rows would be dropped" in capsys.readouterr().err
+    assert main([*asked, "--rows", "weight", "--weight", "0.5"]) == 0
+    assert "its rows at 0.5" in capsys.readouterr().out
     suppressed = str(folder / "suppressed.yaml")
     assert main([*asked, "--recipe-out", suppressed, "--action", "suppress", "--strength", "2"]) == 0
     assert "What this changes is not predicted" in capsys.readouterr().out
@@ -239,6 +244,18 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     manifest.write_text(whole)
 
 
+def test_a_fix_says_where_no_row_stands_out(goblins, capsys) -> None:
+    analysis = Analysis.load(goblins[0] / "audit" / "analysis")
+    said = {}
+    for sure in (True, False):
+        number = next(n for n, one in enumerate(analysis.hypotheses) if bool(one.n_named) == sure)
+        capsys.readouterr()
+        assert main(["fix", str(goblins[0] / "audit"), "--hypothesis", str(number), "--no-preview"]) == 0
+        said[sure] = capsys.readouterr().out
+    assert "no row stands out" in said[False]
+    assert "no row stands out" not in said[True]
+
+
 def test_a_preview_compares_predictions_of_one_scale(goblins, tmp_path, capsys) -> None:
     """The audit's own may be of a pilot, which knows how far a run goes and nothing of the data as they are fixed."""
     asked = "fix", str(tmp_path / "audit"), "--finding", "1"
@@ -280,8 +297,12 @@ def test_suggest_says_what_goes_against_a_description(goblins, capsys) -> None:
     assert ("finding", 1) in [(one["kind"], one["number"]) for one in against]
     for one in against:
         assert (one["part"]["wanted"], one["effect"] > 0) == (False, True)
-    assert main([*asked, "Goblins are what it should talk about."]) == 0
-    assert "against the description" not in capsys.readouterr().out
+    assert main([*asked, "Goblins are what it should talk about. It should never zzz."]) == 0
+    shown = capsys.readouterr().out
+    assert "against the description" not in shown
+    assert "Nothing that the audit found comes near: It should never zzz" in shown
+    assert main([*asked, "goblins", "--embedder", "./nowhere"]) == 2
+    assert "--embedder: there is no folder './nowhere'" in capsys.readouterr().err
     assert main([*asked, "goblins", "--embedder", str(lab.model_path()), "--json"]) == 0  # any model will embed
     first, *others = json.loads(capsys.readouterr().out)
     assert (first["kind"], first["number"]) == ("finding", 1)

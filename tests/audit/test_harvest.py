@@ -540,7 +540,7 @@ def test_a_killed_harvest_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--model": "./nowhere"}, r"there is no folder './nowhere'"),
+        ({"--model": "./nowhere"}, r"--model: there is no folder './nowhere'"),
         ({"--sae": "./nowhere"}, r"There is no SAE folder 'nowhere'"),
         ({"--dataset": "./nowhere.jsonl"}, r"There is no file or folder './nowhere.jsonl'"),
         ({"--split": "test"}, r"has no split 'test'; it has train"),

@@ -330,5 +330,8 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
 
     prompts = tmp_path / "empty.jsonl"
     prompts.write_text('{"question": "What?"}\n')
+    nowhere = ["verify", "--base", "lab", "--trained", "./nowhere", "--audit", "./no-audit"]
+    assert main(nowhere) == 2  # before anything is loaded
+    assert "--trained: there is no folder './nowhere'" in capsys.readouterr().err
     assert main([*command, "--prompts", str(prompts)]) == 2
     assert "expected a column `prompt`, found question" in capsys.readouterr().err
