@@ -162,7 +162,7 @@ def _write_dataset(args: argparse.Namespace, harvest: Any, rows: dict[str, Any])
 
 
 def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns: dict[str, str]) -> dict[str, Any]:
-    from ..audit.fixes.targets import concepts, recipe
+    from ..audit.fixes.targets import EVALUATION, concepts, recipe
     from ..concept import resolve_concepts
     from ..sources import concepts_from
     from .recipe import read_recipe
@@ -180,6 +180,8 @@ def _recipe(args: argparse.Namespace, harvest: Any, targets: list[Any], columns:
         )
     with as_user_error(ValueError):
         resolve_concepts(values["concepts"])
+    if left_out := [key for key in EVALUATION if base and base.values.get(key) and key not in values]:
+        print(f"Left out of the recipe: {', '.join(left_out)}, as {args.dataset_out} has no test split.")
     return values | ({"env": base.env} if base and base.env else {})
 
 

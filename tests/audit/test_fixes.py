@@ -81,6 +81,15 @@ def test_a_recipe_trains_on_what_was_audited(finished, new) -> None:
     assert targets.recipe(harvest, [], of_data).items() >= of_data.items()
 
 
+@pytest.mark.parametrize("new", [None, "clean.parquet"])
+def test_a_new_dataset_has_no_test_split_to_evaluate_on(finished, new) -> None:
+    evaluated = {"eval_strategy": "steps", "load_best_model_at_end": True, "save_steps": 5}
+    named = {"model": "m", "dataset": "pairs.jsonl", "max_length": 9, "truncation_mode": "keep_end", "sae": {}}
+    harvest = Harvest(finished.harvest.folder, {**vars(finished.harvest), "settings": named})
+    found = targets.recipe(harvest, [], evaluated, new)
+    assert evaluated.keys() - found.keys() == ({"eval_strategy", "load_best_model_at_end"} if new else set())
+
+
 def test_numbers_that_are_not_there_are_refused(finished) -> None:
     with pytest.raises(ValueError, match="no finding 99"):
         targets.finding(finished.analysis, 99)
@@ -210,6 +219,11 @@ def test_from_audit_to_recipe_to_training(goblins, capsys) -> None:
     )
     assert "'finding 1' is there 2 times" in capsys.readouterr().err
     assert not clean.exists()
+    (folder / "base.yaml").write_text(yaml.safe_dump({**base, "eval_strategy": "epoch"}))
+    both = [*asked, "--dataset-out", str(folder / "both.jsonl"), "--recipe-out", str(folder / "both.yaml")]
+    assert main([*both, "--config", str(folder / "base.yaml"), "--no-preview"]) == 0
+    assert "Left out of the recipe: eval_strategy, as" in capsys.readouterr().out
+    assert "eval_strategy" not in yaml.safe_load((folder / "both.yaml").read_text())
     assert main([*asked, "--dataset-out", str(clean), "--no-preview"]) == 0
     assert main([*asked, "--dataset-out", str(clean), "--no-preview"]) == 2
     assert "not overwritten" in capsys.readouterr().err

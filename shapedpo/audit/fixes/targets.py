@@ -212,6 +212,10 @@ def _readout(harvest: Harvest, features: Sequence[int]) -> dict[str, Any]:
     return {**harvest.settings["sae"], "features": list(features)}
 
 
+EVALUATION = ("eval_strategy", "load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+"""Keys of a recipe that need a test split."""
+
+
 def recipe(
     harvest: Harvest,
     shaped: Sequence[Mapping[str, Any]],
@@ -224,7 +228,7 @@ def recipe(
         harvest: The harvest, whose settings say what was audited.
         shaped: The concepts: see [`concepts`].
         base: A recipe to start from, whose other keys stay; its concepts too. What it says of data is left out where the audit says it.
-        dataset: Another dataset than the audited one, a file.
+        dataset: Another dataset than the audited one, a file. It is the training split alone, so that the run is not evaluated.
     """
     settings = harvest.settings
     # what was audited from Python may have no name: the base recipe has to give it
@@ -239,6 +243,9 @@ def recipe(
     values = dict(base or {"output_dir": "runs/fixed"})
     if "dataset_name" in found:
         for key in ("datasets", "dataset_config", "dataset_train_split"):  # a mixture would be trained on in its place
+            values.pop(key, None)
+    if dataset:
+        for key in EVALUATION:
             values.pop(key, None)
     there = values.pop("concepts", None) or []
     return {**found, **{k: v for k, v in values.items() if k not in found}, "concepts": [*there, *shaped]}
