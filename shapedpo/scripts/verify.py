@@ -92,8 +92,9 @@ def main(args: argparse.Namespace) -> int:
     with as_user_error(ValueError, FileNotFoundError, TypeError):
         harvest, analysis = Harvest.open(folder / HARVEST), Analysis.load(folder / ANALYSIS)
         prediction = Prediction.load(folder / ANALYSIS)
-        reader: Any = SAEFeatures.from_dict(harvest.settings["sae"]).load()
-        concepts = _concepts(args.concepts) if args.concepts else {}
+        sae = SAEFeatures.from_dict(harvest.settings["sae"])
+        concepts = _concepts(args.concepts, sae) if args.concepts else {}
+        reader: Any = sae.load()
     audited = harvest.settings["model"]
     if audited and audited != args.base:
         print(f"The audit was made with {audited!r}, and --base is {args.base!r}: they should be the same model.")
@@ -146,16 +147,25 @@ def _check_tokens(args: argparse.Namespace, tokenizer: Any) -> None:
             raise UserError(_OTHER_TOKENS.format(args, f"{token!r} is {other.get(token)}, not {number}"))
 
 
-def _concepts(file: str) -> dict[str, list[int]]:
-    """The features of the named concepts that read some."""
-    from ..readouts import SAEFeatures
-    from ..sources import concepts_from
+def _concepts(file: str, audited: Any) -> dict[str, list[int]]:
+    """The features of the named concepts that read some of the audit's SAE; the others are said."""
+    from ..readouts import LabTrait, SAEFeatures
+    from ..sources import concepts_from, sae_source
 
-    return {
-        concept.name: list(concept.readout.features)
-        for concept in concepts_from(file)
-        if isinstance(concept.readout, SAEFeatures) and concept.readout.features != "all"
-    }
+    def which(readout: Any) -> tuple[Any, ...]:
+        path = Path(sae_source(readout.sae)).expanduser()
+        return str(path.resolve() if path.exists() else readout.sae), readout.sae_id, readout.hook_name
+
+    found, others = {}, []
+    for concept in concepts_from(file):
+        readout: Any = concept.readout.features() if isinstance(concept.readout, LabTrait) else concept.readout
+        if isinstance(readout, SAEFeatures) and readout.features != "all" and which(readout) == which(audited):
+            found[concept.name] = list(readout.features)
+        else:
+            others.append(concept.name)
+    if others:
+        print(f"Not looked at, as they read no features of the audit's SAE: {', '.join(others)}.")
+    return found
 
 
 def held_out_prompts(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
+from rich.console import Console
 
 from shapedpo import lab
 from shapedpo.audit import analyse, predict
@@ -21,8 +24,10 @@ from shapedpo.audit.rollouts.models import load_model, prompt_tokens
 from shapedpo.audit.rollouts.observed import observe
 from shapedpo.audit.rollouts.run import Rollouts, RolloutSettings, roll_out
 from shapedpo.audit.verify.comparison import Figures, Outcome, compare
+from shapedpo.audit.verify.report import _figures
 from shapedpo.cli import main
 from shapedpo.errors import UserError
+from shapedpo.lab.features import shipped_features
 from shapedpo.readouts import SAEFeatures
 from shapedpo.scripts.verify import _check_tokens, _unread, held_out_prompts
 from tests import helpers
@@ -121,6 +126,17 @@ def test_figures_of_known_predictions() -> None:
     assert scaled.r2 == pytest.approx(found.r2)
     assert scaled.covered < 0.5
     assert scaled.covered_scaled == pytest.approx(found.covered_scaled)
+
+
+def test_intervals_without_a_scale_are_judged_after_scaling() -> None:
+    """Without a pilot an audit does not know how far a run goes: that its intervals are too narrow by a factor says nothing of it."""
+    found = Figures(9, *np.full(11, 0.5))
+    found = {"features": replace(found, covered=0.11, covered_scaled=0.88, sign=float("nan"))}
+    for scaled, share in ((True, "11%"), (False, "88%")):
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(_figures(found, 12, scaled))
+        shown = console.export_text()
+        assert (share in shown, "had no pilot" in " ".join(shown.split()), "nan" in shown) == (True, not scaled, False)
 
 
 def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
@@ -315,6 +331,16 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
     assert not np.allclose(before.score, after.score)
     command = ["verify", "--base", "lab", "--trained", str(tmp_path / "trained"), "--audit", str(audit)]
     small = ["--n-prompts", "24", "--max-new-tokens", "24", "--misses", "3"]
+    read = {"type": "sae_features", "features": [0, 1]}
+    concepts = [
+        {"name": "goblin", "readout": {"type": "lab", "trait": "goblin"}},
+        {"name": "by path", "readout": {**read, "sae": str(lab.sae_path())}},
+        {"name": "links", "readout": {"type": "regex", "pattern": "http"}},
+        {"name": "of another SAE", "readout": {**read, "sae": str(helpers.sae_path())}},
+    ]
+    (tmp_path / "concepts.yaml").write_text(json.dumps(concepts))
+    small += ["--concepts", str(tmp_path / "concepts.yaml")]
+    capsys.readouterr()
     assert main([*command, *small]) == 0
     out = audit / "verify"
     found = json.loads((out / "verify.json").read_text())
@@ -324,7 +350,13 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
     assert len(found["misses"]) == 3
     assert pq.ParquetFile(out / "verify.parquet").metadata.num_rows > 500
     assert (out / "verify.png").stat().st_size > 10_000
-    assert "features" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no features of the audit's SAE: links, of another SAE." in shown
+    assert "had no pilot" not in shown
+    assert list(found["concepts"]) == ["goblin", "by path"]
+    line, every = found["concepts"]["goblin"], pq.read_table(out / "verify.parquet").to_pandas()
+    own = every[(every.kind == "feature") & every.number.isin(shipped_features()["goblin"])]
+    assert (line["predicted"], line["observed"]) == pytest.approx((own.score.mean(), own.observed.mean()), rel=1e-5)
     for line in found["misses"]:
         assert line["before"] in {text["rejected"] for text in Rollouts.open(out / "rollouts").harvest.texts(range(48))}
 

@@ -59,9 +59,11 @@ def report(
     features |= {f for condition in conditional for f in analysis.clusters["prompt"][condition][:4]}
     labels = exciting_tokens(harvest, features, decode)
     lines = concept_lines(outcome, concepts or {})
-    parts: list[Any] = [_figures(found, len(rollouts.log_ratios))]
+    parts: list[Any] = [_figures(found, len(rollouts.log_ratios), bool(outcome.prediction.scaled.any()))]
     if lines:
         parts.append(_concepts(lines))
+    if unseen := [name for name in concepts or {} if name not in lines]:
+        parts.append(f"Too rare in data and answers to be looked at: {', '.join(unseen)}.")
     if missed:
         parts.append(_misses(outcome, missed, analysis, labels))
     elif misses:
@@ -138,7 +140,8 @@ def picture(outcome: Outcome, found: Mapping[str, Figures], path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _figures(found: Mapping[str, Figures], pairs: int) -> Any:
+def _figures(found: Mapping[str, Figures], pairs: int, scaled: bool) -> Any:
+    """A table of the figures; `scaled` says whether the prediction knew how far the run would go."""
     from rich.table import Table
 
     table = Table(title=f"Predicted and observed change, on {pairs:,} answers before and after", title_justify="left")
@@ -151,12 +154,13 @@ def _figures(found: Mapping[str, Figures], pairs: int) -> Any:
             f"{f.r2:.2f} [{f.low:.2f}, {f.high:.2f}]",
             f"{f.ceiling:.2f}",
             f"{f.slope:.2f}",
-            f"{f.covered:.0%}",
+            f"{f.covered if scaled else f.covered_scaled:.0%}",
             "-" if np.isnan(f.sign) else f"{f.sign:.0%}",  # where no change is clear
         )
     table.caption = (
         "R² is the squared correlation; ceiling: that of a perfect prediction, as the answers are noisy; slope: of observed on predicted "
-        "change; in 90 %: share of the intervals that held; sign: right where the change is clear"
+        f"change; in 90 %: share of the intervals that held{'' if scaled else ', multiplied by the slope, as the audit had no pilot to set the scale'}; "
+        "sign: right where the change is clear"
     )
     table.caption_justify = "left"
     return table
