@@ -22,7 +22,7 @@ DIR/labels.json, and DIR/audit.html is written anew.
 
   OPENAI_API_KEY=... shapedpo label audits/pairs --labeller https://api.openai.com/v1#gpt-5-mini
   shapedpo label audits/pairs --labeller http://localhost:8000/v1#Qwen/Qwen3-8B     # vLLM
-  shapedpo label audits/pairs --labeller Qwen/Qwen3-0.6B                            # on this machine
+  shapedpo label audits/pairs --labeller Qwen/Qwen3-4B-Instruct-2507                # on this machine
 """
 
 
