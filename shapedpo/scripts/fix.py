@@ -234,4 +234,6 @@ def _preview(
             "Predicted from the data alone, without the audit's answers and pilot: compare the columns with each other."
         )
         now = None
-    return preview(harvest, analysis, targets, ways, labels, now)
+    flagged = args.recipe_out and args.dataset_out and args.rows == "flag"
+    gated = flagged or all(one.condition is not None for one in targets)  # to rows that are nearly the findings'
+    return preview(harvest, analysis, targets, ways, labels, now, held_on=responsible if gated else None)

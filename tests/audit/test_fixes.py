@@ -142,6 +142,17 @@ def test_preview_shows_the_target_unmoved_and_what_moves_with_it(finished, prais
     assert any(line.part == "largest other movements" for line in found.lines)
 
 
+def test_a_gated_hold_is_previewed_where_the_gate_is_open(finished, praise) -> None:
+    """What is taught under a condition comes to a stop there, as without its rows."""
+    own = np.isin(finished.analysis.rows, praise.rows)
+    ways = {"held": (None, praise.features), "without": (np.where(own, 0.0, 1.0), ())}
+    options = {"now": finished.prediction, "progress": False, "held_on": own}
+    found = preview(finished.harvest, finished.analysis, [praise], ways, **options)
+    target = found.lines[0]
+    assert target.what.endswith("(under its condition)")
+    assert max(map(abs, target.after)) < 0.2 * target.now
+
+
 @pytest.fixture(scope="module")
 def goblins(tmp_path_factory):
     """A folder with pairs of which a quarter teach goblins, and their audit, made by the command."""

@@ -153,6 +153,32 @@ def test_a_lesson_of_a_condition_is_predicted_there(audited) -> None:
     assert min(inside) > found.at("response_cluster", cluster)["score"]
 
 
+def test_features_that_are_held_behind_a_gate_stay_there_and_move_elsewhere(audited) -> None:
+    harvest, analysis = audited
+    data = frequencies()
+    sd = np.concatenate(data).std(axis=0)
+    apart = (data[0] - data[1]) / sd
+    reward = solved(apart.mean(axis=0), spread(data, sd))
+    held, inside = WORLD.group_features(1)[:4], np.random.default_rng(0).random(WORLD.n) < 0.3
+    covariance = spread(tuple(side[inside] for side in data), sd)
+    still = reward.copy()
+    still[held] -= np.linalg.pinv(covariance[np.ix_(held, held)]) @ (covariance @ reward)[held]
+    products = np.where(inside, apart @ still, apart @ reward)[:, None] * apart / 2
+    assert np.abs(products[inside][:, held].mean(axis=0)).max() < 1e-6 < products[~inside][:, held].mean(axis=0).min()
+    how = PredictionSettings(scale=1.0)
+    found = predict(harvest, analysis, how, held=held.tolist(), held_on=inside, progress=False).of("feature")
+    np.testing.assert_allclose(found.score, products.mean(axis=0), rtol=1e-3, atol=1e-5)
+    # a gate whose rows are dropped holds nothing
+    dropped = np.where(inside, 0.0, 1.0)
+    plain, same = (
+        predict(harvest, analysis, how, weights=dropped, held=some, held_on=inside, progress=False)
+        for some in ([], held.tolist())
+    )
+    np.testing.assert_array_equal(plain.score, same.score)
+    with pytest.raises(ValueError, match="takes 600 booleans"):
+        predict(harvest, analysis, held=held.tolist(), held_on=inside[:9])
+
+
 def test_a_pilot_says_how_the_model_generalises_and_how_far(audited, tmp_path) -> None:
     harvest, analysis = audited
     counts, data = ANSWERING.counts(), frequencies()

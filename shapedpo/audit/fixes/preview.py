@@ -80,6 +80,7 @@ def preview(
     labels: Labels | None = None,
     now: Prediction | None = None,
     *,
+    held_on: NDArray[np.bool_] | None = None,
     progress: bool = True,
 ) -> Preview:
     """Predict what fixes change.
@@ -91,12 +92,16 @@ def preview(
         fixes: Row weights (in the order of `analysis.rows`) and held features of each fix, by what it is called.
         labels: What features and clusters are called.
         now: The prediction for the data as they are, if it is there already.
+        held_on: The rows on which features are held (in the order of `analysis.rows`); all by default.
         progress: Whether to show progress bars.
     """
     labels = labels or Labels()
     before = now or predict(harvest, analysis, progress=progress)
     after = [
-        predict(harvest, analysis, weights=weights, held=held, progress=progress) for weights, held in fixes.values()
+        predict(
+            harvest, analysis, weights=weights, held=held, held_on=held_on if len(held) else None, progress=progress
+        )
+        for weights, held in fixes.values()
     ]
 
     lines: list[Line] = []

@@ -157,6 +157,17 @@ def measure(
     return Effects(parts, thinned(sparse.vstack(sampled, format="csr"), settings.max_embedded, settings.seed))
 
 
+def differences(harvest: Harvest, which: NDArray[np.bool_], most: int, progress: bool = True) -> list[Any]:
+    """`(pairs, d_sae)` sparse each: chosen less rejected completions' frequencies of some pairs of a harvest, `(n_rows,)`, at most so many."""
+    which = which.copy()
+    places = np.flatnonzero(which)
+    which[places] = sample(len(places), most, 0)
+    found = []
+    for place, shard in Passes(harvest, progress)("Pairs of a gate", COMPLETIONS):
+        found.append(shard.chosen.freq[which[place]] - shard.rejected.freq[which[place]])
+    return found
+
+
 def _part(kind: str, view: str, tally: _Tally, sd: Array, min_rows: int) -> Part:
     large = np.flatnonzero(tally.n[:, 0] >= (min_rows if view != "global" else 1))
     n = tally.n[large]

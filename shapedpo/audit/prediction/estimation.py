@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from ..harvesting.store import Harvest
 from .conditions import Conditions
-from .effects import Effects, Part
+from .effects import Effects, Part, differences
 from .reward import Change, Within, answer_pairs, changes
 from .shrinkage import shrunk
 
@@ -49,6 +49,7 @@ def estimate(
     pilot: Observed | None,
     settings: PredictionSettings,
     progress: bool = True,
+    held_on: NDArray[np.bool_] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The columns of a [`~shapedpo.audit.prediction.run.Prediction`].
 
@@ -61,6 +62,7 @@ def estimate(
         pilot: How a pilot changed the features in them, if there is one.
         settings: How.
         progress: Whether to show progress bars.
+        held_on: The pairs on which they are held; all by default.
     """
     features = effects.of("feature")
     spoken = [] if answers is None else [one - other for _, (one, other) in answer_pairs(answers, progress)]
@@ -69,8 +71,13 @@ def estimate(
     reward = data.solve(features.delta, settings.ridge)
     if pilot is not None:
         reward = _half_of_each(reward, own.solve(pilot.change[0] / features.sd, settings.ridge), own)
-    reward = own.holding(reward, held)
-    of_reference, of_all = changes(reward / features.sd, harvest, conditions, weights > 0, answers, progress)
+    gated = None
+    if held_on is None:
+        reward = own.holding(reward, held)
+    else:  # as a gate does: there they do not move, elsewhere they do
+        inside = Within(differences(harvest, held_on & (weights > 0), settings.sample, progress), features.sd)
+        gated = held_on, inside.holding(reward, held) / features.sd
+    of_reference, of_all = changes(reward / features.sd, harvest, conditions, weights > 0, answers, progress, gated)
 
     columns: dict[str, list[Any]] = {}
     everywhere: dict[str, _Line] = {}

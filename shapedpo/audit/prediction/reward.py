@@ -146,6 +146,7 @@ def changes(
     counting: NDArray[np.bool_],
     answers: Rollouts | None,
     progress: bool = True,
+    gated: tuple[NDArray[np.bool_], Array] | None = None,
 ) -> tuple[Mapping[Key, Change], Mapping[Key, Change]]:
     """What a reward changes, everywhere and under conditions.
 
@@ -156,6 +157,7 @@ def changes(
         counting: `(n_rows,)`, which pairs are there at all.
         answers: Answers of the reference.
         progress: Whether to show progress bars.
+        gated: `(n_rows,)`, pairs that another reward is of, and that reward; of answers it is not known which they are.
 
     Returns:
         What the reference would change by, and what all completions at hand say, which are more for a condition: by kind and view each. The same
@@ -167,11 +169,15 @@ def changes(
             groups = conditions.of_answers(shard)
             groups = {view: members[::2] if answers.both else members for view, members in groups.items()}
             for collected in (everything, own):
-                collected.add(reward, conditions, groups, pair)
+                collected.add(pair[0] @ reward - pair[1] @ reward, conditions, groups, pair)
     for place, shard in Passes(harvest, progress)("Predicting", COMPLETIONS):
         kept = sparse.diags(counting[place].astype(float))
         groups = {view: kept @ members for view, members in conditions.of_pairs(place, shard).items()}
-        everything.add(reward, conditions, groups, (shard.chosen.freq, shard.rejected.freq))
+        pair = shard.chosen.freq, shard.rejected.freq
+        difference = pair[0] @ reward - pair[1] @ reward
+        if gated is not None:
+            difference = np.where(gated[0][place], pair[0] @ gated[1] - pair[1] @ gated[1], difference)
+        everything.add(difference, conditions, groups, pair)
     found = everything.changes()
     return (own.changes() if answers is not None else found), found
 
@@ -180,8 +186,8 @@ class _Collected:
     def __init__(self) -> None:
         self.sums: dict[Key, _Sums] = {}
 
-    def add(self, reward: Array, conditions: Conditions, groups: Mapping[str, Any], pair: tuple[Any, Any]) -> None:
-        difference = pair[0] @ reward - pair[1] @ reward
+    def add(self, difference: Array, conditions: Conditions, groups: Mapping[str, Any], pair: tuple[Any, Any]) -> None:
+        """Add pairs of completions; `difference`, `(n,)`, is that of their rewards."""
         sides = [conditions.things.scores(freq) for freq in pair]
         for kind, view in VIEWS:
             if view in groups:

@@ -205,6 +205,7 @@ def predict(
     *,
     weights: ArrayLike | None = None,
     held: Collection[int] = (),
+    held_on: ArrayLike | None = None,
     rollouts: Rollouts | None = None,
     progress: bool = True,
 ) -> Prediction:
@@ -216,16 +217,21 @@ def predict(
         settings: How.
         weights: `(n_rows,)`, not negative, what each pair counts, in the order of `analysis.rows`: 0 for a row that is dropped, 1 as it is.
         held: Features that are held: they will not change, and what goes with them changes less.
+        held_on: `(n_rows,)` bool, the pairs on which they are held, as behind a gate, in the order of `analysis.rows`; all by default. It does not go
+            with `rollouts`, of which it is not known on which side of the gate they are.
         rollouts: Answers of the reference to some prompts, and if a pilot (a model trained on the data for a few steps) answered too, or weighs
             them, its log-ratios. The answers say what can move together, and how far, the pilot how the model generalises. The pilot is left out
             where features are held or pairs weighted: it was trained on the data as it is.
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: If the analysis is of another harvest, `weights` do not fit, or a held feature is not there.
+        ValueError: If the analysis is of another harvest, `weights` or `held_on` do not fit, or a held feature is not there.
     """
     settings = settings or PredictionSettings()
     found = _checked(harvest, analysis, weights, held)
+    gate = None if held_on is None else np.asarray(held_on, bool)
+    if gate is not None and (rollouts is not None or gate.shape != found.shape):
+        raise ValueError(f"`held_on` takes {len(found)} booleans, one a pair, and no rollouts; got shape {gate.shape}.")
     features = np.array(sorted(set(held)), np.int64)
     conditions = Conditions.of(analysis)
     effects = measure(
@@ -242,7 +248,9 @@ def predict(
         from ..rollouts.observed import observe  # needs torch
 
         pilot = observe(rollouts, conditions, progress=progress)["feature", "global"]
-    return Prediction(**estimate(harvest, conditions, effects, found, features, rollouts, pilot, settings, progress))
+    return Prediction(
+        **estimate(harvest, conditions, effects, found, features, rollouts, pilot, settings, progress, gate)
+    )
 
 
 def _checked(
