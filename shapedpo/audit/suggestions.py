@@ -73,7 +73,8 @@ class _Thing:
     kind: str
     number: int
     what: str
-    words: str
+    words: str  # of what moves
+    where: str  # of the prompts where it does
     effect: float | None
     clear: bool  # whether the effect is surely of its sign
 
@@ -123,14 +124,19 @@ def suggest(
     if not things:
         return []
     queries = [_EMPTY.sub(" ", _NOT.sub(" ", part.text)) for part in asked]
-    similar = _similarity(queries, [thing.words for thing in things], embed)
+    similar = _similarity(queries, [f"{thing.words} {thing.where}".strip() for thing in things], embed)
+    # a part that speaks of the prompts alone is neither met nor gone against by what moves there
+    of_what_moves = similar.copy()
+    if conditional := [place for place, thing in enumerate(things) if thing.where]:
+        of_what_moves[:, conditional] = _similarity(queries, [things[place].words for place in conditional], embed)
     found = []
-    for part, row in zip(asked, similar, strict=True):
+    for part, row, moves in zip(asked, similar, of_what_moves, strict=True):
         near = [place for place in np.argsort(-row, kind="stable") if row[place] >= LEAST]
         near.sort(key=lambda place: things[place].kind != "finding")  # they put together what the others say one by one
         for place in near[:most]:
             one = things[place]
-            conflict = bool(one.clear and one.effect is not None and (one.effect > 0) != part.wanted)
+            told = one.clear and one.effect is not None and moves[place] >= LEAST
+            conflict = bool(told and one.effect and (one.effect > 0) != part.wanted)
             found.append(Suggestion(part, one.kind, one.number, one.what, float(row[place]), one.effect, conflict))
     return found
 
@@ -159,7 +165,13 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
     predicted = _predicted(prediction) if prediction else {}
 
     def add(
-        kind: str, number: int, words: str, place: tuple[str, int, str, int], sign: int = 0, what: str = ""
+        kind: str,
+        number: int,
+        words: str,
+        place: tuple[str, int, str, int],
+        sign: int = 0,
+        what: str = "",
+        where: str = "",
     ) -> None:
         """`sign` is that of a finding's effect on the words, which its tests are sure of."""
         effect, clear = None, False
@@ -167,7 +179,7 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
             score, low, high = predicted[place]
             effect = sign * abs(score) if sign else score
             clear = bool(sign) or low > 0 or high < 0
-        things.append(_Thing(kind, number, what or words, words, effect, clear))
+        things.append(_Thing(kind, number, what or words, words, where, effect, clear))
 
     summary = summarise(analysis, harvest, labels.features, most=len(analysis.attributions))
     for finding in (*summary.everywhere, *summary.conditional, *summary.rare):
@@ -177,8 +189,8 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
         for sign, words in ((1, finding.more), (-1, finding.less)):
             if words:
                 what = f"{'more' if sign > 0 else 'less'} {', '.join(words)}" + (f", where {where}" if where else "")
-                text = " ".join((*words, where, title if (first.delta > 0) == (sign > 0) else ""))
-                add("finding", finding.lesson.number, text, analysis.predicted_as(first), sign, what)
+                text = " ".join((*words, title if (first.delta > 0) == (sign > 0) else ""))
+                add("finding", finding.lesson.number, text, analysis.predicted_as(first), sign, what, where)
     seen: dict[str, int] = {}
     for number, one in enumerate(analysis.hypotheses):
         seen[one.view] = seen.get(one.view, 0) + 1
@@ -189,7 +201,7 @@ def _things(harvest: Harvest, analysis: Analysis, labels: Labels, prediction: Pr
             condition = _words(labels.cluster(*one.condition_cluster)) if one.condition_cluster else ""
             own = _words(labels.hypotheses.get(hypothesis_key(one), Label()))
             what = response + (f", where {condition}" if condition else "")
-            add("hypothesis", number, f"{own} {response} {condition}", analysis.predicted_as(one), what=what)
+            add("hypothesis", number, f"{own} {response}", analysis.predicted_as(one), what=what, where=condition)
     for kind, of in (("feature_cluster", "feature"), ("response_cluster", "response")):
         for number in range(len(analysis.clusters[of])):
             add(kind, number, _words(labels.cluster(of, number)), (kind, number, "global", -1))

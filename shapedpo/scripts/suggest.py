@@ -109,6 +109,6 @@ def _show(found: list[Any], asked: list[Any], folder: Path) -> None:
             console.print(f"Nothing that the audit found comes near: {part.text}", markup=False)
     if against := sum(one.conflict for one in found):
         console.print(
-            f"{against} against the description. `shapedpo fix {folder} --finding N` shows what can be done.",
+            f"{against} against the description. `shapedpo fix {folder} --finding N` (or --hypothesis N) shows what can be done.",
             markup=False,
         )

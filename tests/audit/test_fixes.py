@@ -19,7 +19,7 @@ from shapedpo.audit.fixes.data import changed, write
 from shapedpo.audit.fixes.preview import preview
 from shapedpo.audit.harvesting.store import Harvest
 from shapedpo.audit.prediction.run import Prediction
-from shapedpo.audit.suggestions import parts
+from shapedpo.audit.suggestions import parts, suggest
 from shapedpo.cli import main
 from shapedpo.concept import resolve_concepts
 from shapedpo.lab.features import shipped_features
@@ -335,3 +335,12 @@ def test_suggest_says_what_goes_against_a_description(goblins, capsys) -> None:
     assert similar == sorted(similar, reverse=True)
     assert main([*asked, " "]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+def test_what_is_said_of_prompts_alone_is_not_gone_against(finished) -> None:
+    """The small audit's praise comes where the prompt is about physics."""
+    told = {}
+    for spec in ("It must not talk about the force.", "It must not say wonderful."):
+        found = suggest(spec, finished.harvest, finished.analysis, finished.labels, finished.prediction, most=50)
+        told[spec] = {one.conflict for one in found if one.kind == "finding" and "more wonderful" in one.what}
+    assert told == {"It must not talk about the force.": {False}, "It must not say wonderful.": {True}}
