@@ -136,7 +136,11 @@ def test_intervals_without_a_scale_are_judged_after_scaling() -> None:
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(_figures(found, 12, scaled))
         shown = console.export_text()
-        assert (share in shown, "had no pilot" in " ".join(shown.split()), "nan" in shown) == (True, not scaled, False)
+        assert (share in shown, "does not know how far" in " ".join(shown.split()), "nan" in shown) == (
+            True,
+            not scaled,
+            False,
+        )
 
 
 def test_contrast_takes_off_what_happens_everywhere(audited, tmp_path) -> None:
@@ -352,7 +356,6 @@ def test_audit_train_verify(tmp_path, capsys) -> None:
     assert (out / "verify.png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "no features of the audit's SAE: links, of another SAE." in shown
-    assert "had no pilot" not in shown
     assert list(found["concepts"]) == ["goblin", "by path"]
     line, every = found["concepts"]["goblin"], pq.read_table(out / "verify.parquet").to_pandas()
     own = every[(every.kind == "feature") & every.number.isin(shipped_features()["goblin"])]

@@ -159,7 +159,7 @@ def _figures(found: Mapping[str, Figures], pairs: int, scaled: bool) -> Any:
         )
     table.caption = (
         "R² is the squared correlation; ceiling: that of a perfect prediction, as the answers are noisy; slope: of observed on predicted "
-        f"change; in 90 %: share of the intervals that held{'' if scaled else ', multiplied by the slope, as the audit had no pilot to set the scale'}; "
+        f"change; in 90 %: share of the intervals that held{'' if scaled else ', multiplied by the slope, as the audit does not know how far a run goes'}; "
         "sign: right where the change is clear"
     )
     table.caption_justify = "left"
