@@ -168,7 +168,8 @@ def attributed(
                 return model, labels
             if labels.sum() < _MELTED * found[1].sum():
                 break
-        if (labels & seeds).sum() < seeds.sum() / 2:
+        # of seeds half of which go that way by chance the first rounds may find few, from which later ones find more
+        if (labels & seeds).sum() < (seeds.sum() / 2 if number >= _GENEROUS else 1):
             break
         if number >= _GENEROUS and (found is None or labels.sum() > found[1].sum()):
             found = model, labels
