@@ -192,9 +192,21 @@ def test_maps_show_clusters_and_their_partners(opened: Open, either: Path | str,
     partners = [h for h in finished.analysis.of("prompt") if h.condition == best.condition]
     coloured = page.locator("#map-response circle:not(.none)").count()
     assert coloured == len({h.response for h in partners})
+    best_d = max((h for h in partners if h.delta > 0), key=lambda h: abs(h.d))
+    shown = page.locator("#cluster .partners li").first
+    assert "· q " in shown.inner_text()
+    assert (shown.get_attribute("class") == "chance") == (best_d.q > 0.05)
     page.locator("#cluster .partners .link").first.click()
     page.wait_for_selector("#detail article.row")
     page.keyboard.press("Escape")
+    page.click("text=rank all")
+    assert page.inner_text("#count").startswith(f"{len(partners)} of ")
+    assert page.inner_text("#only").startswith("only ")
+    page.select_option("[name=q]", "0.05")
+    assert page.inner_text("#count").startswith(f"{sum(h.q <= 0.05 for h in partners)} of ")
+    page.click("#only")
+    assert page.inner_text("#count").startswith(f"{sum(h.q <= 0.05 for h in finished.analysis.hypotheses)} of ")
+    assert page.locator("#only").is_hidden()
     page.locator("#map-response circle:not(.none)").first.dispatch_event("click")
     assert page.locator("#map-condition circle.selected").count() == 0
     page.hover("#map-response circle.selected")

@@ -25,7 +25,8 @@ function partner(h, name = null) {
   if (name) button.append(element("bdi", "data", name));
   else button.append(element("bdi", "data", whatName(h)), element("span", "muted", " · "), element("bdi", "data muted", whereName(h)));
   button.addEventListener("click", () => openHypothesis(h));
-  item.append(button, element("span", "muted num", ` d ${signed(H.d[h])}`));
+  if (!significant(h)) item.classList.add("chance");
+  item.append(button, element("span", "muted num", ` d ${signed(H.d[h])} · q ${plainNumber(H.q[h])}`));
   return item;
 }
 

@@ -17,7 +17,6 @@ const svgElement = (tag, attributes) => {
 
 const byView = H.view.reduce((found, view, h) => ((found[view] ??= []).push(h), found), {});
 const ofView = (view) => byView[view] ?? [];
-const significant = (h) => H.q[h] !== null && H.q[h] <= data.max_q;
 
 /** By number, which way each cluster of a map leans, and the hypothesis that says so. */
 function leans(role) {
@@ -148,9 +147,13 @@ async function drawCluster(role, number) {
     const list = element("ul", "partners");
     list.append(...best.slice(0, PARTNERS).map((h) => partner(h, name(h))));
     part.append(best.length ? list : element("p", "muted", "nothing beyond the smallest effect"));
-    if (best.length > PARTNERS) part.append(element("p", "muted", `and ${whole(best.length - PARTNERS)} more in the table`));
+    if (best.length > PARTNERS) part.append(element("p", "muted", `and ${whole(best.length - PARTNERS)} more`));
     lists.append(part);
   }
+  const ranked = element("button", "", `rank all ${whole(found.length + overall.length)} in the table`);
+  ranked.type = "button";
+  ranked.addEventListener("click", () => showOnly([...found, ...overall], clusterName(kind, number)));
+  lists.append(ranked);
   const about = clusterBox(kind, number, { data: "A kind of answer", prompt: "What prompts say" }[kind] ?? "What answers show");
   if (overall.length) {
     const list = element("ul", "partners");

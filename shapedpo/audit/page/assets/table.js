@@ -3,7 +3,7 @@
 
 const PAGE = 25;
 const filters = byId("filters");
-const table = { found: [], page: 0, sort: "strength", up: false };
+const table = { found: [], page: 0, sort: "strength", up: false, only: null };
 const haystack = H.view.map((_, h) => {
   const of = [conditionKind(H.view[h]) && [conditionKind(H.view[h]), H.condition[h]], [responseKind(H.view[h]), H.response[h]]];
   const texts = of.filter(Boolean).map(([kind, number]) => {
@@ -50,6 +50,7 @@ function filter() {
   const of = STATISTICS[table.sort][2];
   table.found = [];
   for (let h = 0; h < COUNT; h += 1) {
+    if (table.only && !table.only.has(h)) continue;
     if (view && H.view[h] !== view) continue;
     if (direction && Math.sign(H.delta[h]) !== direction) continue;
     if (q !== null && !(H.q[h] !== null && H.q[h] <= q)) continue;
@@ -69,6 +70,21 @@ function filter() {
   table.page = 0;
   drawTable();
 }
+
+/** The table of some hypotheses alone, those of a cluster; without any, of all again. */
+function showOnly(hypotheses, name = "") {
+  table.only = hypotheses && new Set(hypotheses);
+  byId("only").hidden = !hypotheses;
+  byId("only").replaceChildren("only ", element("bdi", "data", name), " ✕");
+  if (hypotheses) {
+    filters.reset(); // what is asked for is all of these, within chance or not
+    filters.elements.q.value = "";
+    filters.elements.sort.value = table.sort;
+    byId("hypotheses").scrollIntoView();
+  }
+  filter();
+}
+byId("only").addEventListener("click", () => showOnly(null));
 
 function cell(title, text, className = "num") {
   const made = element("td", className);

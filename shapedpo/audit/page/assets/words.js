@@ -25,12 +25,13 @@ function clusterName(kind, number, most = 4) {
   const of = data.clusters[kind];
   return of.title[number] || of.keywords[number].slice(0, most).join(", ") || `${DATA_NAME[kind]} ${number}`;
 }
-const featureName = (feature) => data.features[feature] ?? String(feature);
+const featureName = (feature) => data.features[feature] ?? `feature ${feature}`; // a bare number could be a token
 
 function whereName(h) {
   return everywhere(H.view[h]) ? "everywhere" : clusterName(conditionKind(H.view[h]), H.condition[h]);
 }
 const whatName = (h) => clusterName(responseKind(H.view[h]), H.response[h]);
+const significant = (h) => H.q[h] !== null && H.q[h] <= data.max_q;
 const rises = (h) => H.delta[h] > 0;
 const side = (value) => (value > 0 ? "amplified" : "suppressed");
 const arrow = (value) => (value > 0 ? "▲" : "▼");
