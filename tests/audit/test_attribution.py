@@ -39,18 +39,46 @@ def test_all_rows_of_a_lesson_are_found_from_some() -> None:
     np.testing.assert_array_equal(model.named(*model.log_odds(pairs)), found)
 
 
-def test_doubtful_rows_are_not_lost_round_after_round() -> None:
+@pytest.mark.parametrize(("shown_by", "most", "doubts"), [(0.6, 0.75, False), (0.5, 0.5, True)])
+def test_doubtful_rows_are_not_lost_round_after_round(shown_by: float, most: float, doubts: bool) -> None:
     draw = np.random.default_rng(0)
     rows = draw.random(N) < 0.15
     on = draw.random((3, N, FEATURES)) < 0.12
     faint = np.arange(10, 18)
-    on[1][:, faint] |= rows[:, None] & (draw.random((N, len(faint))) < 0.6)
+    on[1][:, faint] |= rows[:, None] & (draw.random((N, len(faint))) < shown_by)
     prompt, chosen, rejected = on
     pairs = Shown(
         np.arange(N),
         *(sparse.csr_matrix(part.astype(np.float32)) for part in (chosen & ~rejected, rejected & ~chosen, prompt)),
     )
     seeds = rows & (draw.random(N) < 0.6)
+    model, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1)
+    assert (found & rows).sum() >= most * rows.sum()
+    assert (found & rows).sum() >= 0.85 * found.sum()
+    real, mirrored = model.log_odds(pairs)
+    largest = np.maximum(real, mirrored)
+    doubtful = (largest < model.least) & (largest >= model.doubtful)  # most of which go the lesson's way, too
+    assert doubtful.any() == doubts
+    assert (doubtful & rows).sum() >= 0.5 * doubtful.sum()
+    assert (doubtful & (real < mirrored)).sum() <= 0.25 * (doubtful & (real > mirrored)).sum()
+
+
+def test_a_lesson_is_found_from_rows_many_of_which_go_its_way_by_chance() -> None:
+    """As of a hypothesis of one feature, which others show on either side."""
+    draw = np.random.default_rng(0)
+    rows = draw.random(N) < 0.15
+    on = draw.random((3, N, FEATURES)) < 0.1
+    on[1][:, 10] |= rows
+    on[2][:, 10] &= ~rows
+    on[1][:, 11:21] |= rows[:, None] & (draw.random((N, 10)) < 0.4)
+    chance, side = draw.random(N) < 0.15, draw.random(N) < 0.5
+    on[1][:, 10] |= chance & side & ~rows
+    on[2][:, 10] |= chance & ~side & ~rows
+    prompt, chosen, rejected = on
+    parts = (chosen & ~rejected, rejected & ~chosen, prompt)
+    pairs = Shown(np.arange(N), *(sparse.csr_matrix(part.astype(np.float32)) for part in parts))
+    seeds = pairs.more[:, [10]].toarray()[:, 0] > 0
+    assert (seeds & rows).sum() < 0.6 * seeds.sum()
     _, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1)
     assert (found & rows).sum() >= 0.75 * rows.sum()
     assert (found & rows).sum() >= 0.85 * found.sum()
@@ -82,7 +110,7 @@ def test_log_odds_are_those_of_the_fold_that_did_not_see_the_row(mirrored) -> No
     draw = np.random.default_rng(0)
     columns = Columns(np.array([3, 10, 40]), np.array([0, 7]))
     weights, bias = draw.normal(size=(4, 8)), draw.normal(size=4)
-    found = Model(columns, weights, bias, 0.0).log_odds(pairs)[int(mirrored)]
+    found = Model(columns, weights, bias, 0.0, 0.0).log_odds(pairs)[int(mirrored)]
     more, less, prompt = (part.toarray() for part in (pairs.more, pairs.less, pairs.prompt))
     if mirrored:
         more, less = less, more

@@ -18,6 +18,7 @@ FOLDS = 4
 _PENALTY = 0.1  # scikit-learn's C
 _GENEROUS, _ROUNDS = 2, 10
 _MELTED = 0.9
+_MIXED = 0.25  # share of the doubtful rows that may be so by chance
 
 
 class Shown(NamedTuple):
@@ -83,12 +84,14 @@ class Model(NamedTuple):
         columns: What it looks at.
         weights, bias: `(FOLDS, features)` and `(FOLDS,)`: those of a fold are fitted without the rows of that fold.
         least: Log-odds from which a row is the lesson's.
+        doubtful: Log-odds from which it may be.
     """
 
     columns: Columns
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
     least: float
+    doubtful: float
 
     def log_odds(self, shown: Shown) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`(n,)` each: of pairs as they are, and mirrored."""
@@ -161,7 +164,8 @@ def attributed(
         else:
             enough = float(logit(expit(real[labels]).mean() / 2))
         least = max(enough, _beyond_chance(real, mirrored, max_chance))
-        model = model._replace(least=least)
+        short = np.maximum(real, mirrored) < least
+        model = model._replace(least=least, doubtful=min(least, _beyond_chance(real[short], mirrored[short], _MIXED)))
         before, labels, learned = labels, model.named(real, mirrored), np.ones_like(learned)
         if found is not None:
             if (labels == before).all():
@@ -202,7 +206,7 @@ def _fitted(shown: Shown, labels: NDArray[np.bool_], learned: NDArray[np.bool_],
         if y[train].any():
             found = LogisticRegression(C=_PENALTY, max_iter=200, tol=1e-3).fit(x[train], y[train])
             weights[number], bias[number] = found.coef_[0], found.intercept_[0]
-    return Model(columns, weights, bias, 0.0)
+    return Model(columns, weights, bias, 0.0, 0.0)
 
 
 def _telling(values: Any, mirrored: Any, labels: NDArray[np.bool_], n: int) -> NDArray[np.int64]:

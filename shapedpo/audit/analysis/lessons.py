@@ -83,11 +83,11 @@ def attribute(
     Args:
         analysis: Hypotheses with their rows.
         passes: Gives the shards, and where each begins.
-        beside: Of the analysis, empty: what holds among the rows that no lesson has.
+        beside: Of the analysis, empty: what holds among the rows that are no lesson's, surely.
         progress: Whether to show a bar.
 
     Returns:
-        Lessons with rows, then those whose rows do not stand out from chance, if their first hypothesis holds among the rows that no lesson has.
+        Lessons with rows, then those whose rows do not stand out from chance, if their first hypothesis holds among the others.
     """
     numbers = {id(hypothesis): number for number, hypothesis in enumerate(analysis.hypotheses)}
     views: tuple[View, ...] = ("feature", "prompt", "global")
@@ -210,7 +210,8 @@ def _finished(
             real, mirrored = draft.model.log_odds(shown)
             which = draft.model.named(real, mirrored)
             parts.append((shard.rows[which], real[which].astype(np.float32)))
-            rest &= ~which
+            # some of its rows are not sure enough to be named
+            rest &= (real < draft.model.doubtful) | (real <= mirrored)
         if len(with_rows) < len(drafts):
             beside.add(place, shard, rest)
     finished = []

@@ -14,7 +14,7 @@ from .views import FeatureView, PromptView, one_of, sizes
 
 
 class Beside:
-    """The comparisons of an analysis, among the rows that no lesson has.
+    """The comparisons of an analysis, among the rows that are no lesson's.
 
     Args:
         analysis: The analysis.
@@ -33,7 +33,7 @@ class Beside:
         Args:
             place: Where it begins and ends.
             shard: The shard.
-            rest: `(n,)`, which of its rows no lesson has.
+            rest: `(n,)`, which of its rows are no lesson's, surely.
         """
         rows = shard.rows[rest]
         of_cluster = one_of(self.analysis.data_clusters[place][rest], self.data_clusters)
