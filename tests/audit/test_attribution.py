@@ -79,7 +79,7 @@ def test_a_lesson_is_found_from_rows_many_of_which_go_its_way_by_chance() -> Non
     pairs = Shown(np.arange(N), *(sparse.csr_matrix(part.astype(np.float32)) for part in parts))
     seeds = pairs.more[:, [10]].toarray()[:, 0] > 0
     assert (seeds & rows).sum() < 0.6 * seeds.sum()
-    _, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1)
+    _, found = attributed(pairs, seeds, np.zeros(N, bool), 20, 0.1, mixed=True)
     assert (found & rows).sum() >= 0.75 * rows.sum()
     assert (found & rows).sum() >= 0.85 * found.sum()
 

@@ -124,7 +124,12 @@ def _of_fold(shown: Shown) -> NDArray[np.bool_]:
 
 
 def attributed(
-    shown: Shown, seeds: NDArray[np.bool_], aside: NDArray[np.bool_], features: int, max_chance: float
+    shown: Shown,
+    seeds: NDArray[np.bool_],
+    aside: NDArray[np.bool_],
+    features: int,
+    max_chance: float,
+    mixed: bool = False,
 ) -> tuple[Model, NDArray[np.bool_]] | None:
     r"""Learns from some rows of a lesson what all of them show.
 
@@ -149,6 +154,7 @@ def attributed(
         aside: `(n,)`, rows that may be the lesson's or not: not learned from in the first round.
         features: How many features to look at, of the difference and of the prompt, those that tell most.
         max_chance: Share of the rows that may be the lesson's by chance.
+        mixed: Whether about as many seeds go that way by chance. The first rounds may then find few of them, from which later ones find more.
 
     Returns:
         The model, and which of the pairs are the lesson's; `None` if the seeds have nothing in common that goes beyond chance.
@@ -172,8 +178,7 @@ def attributed(
                 return model, labels
             if labels.sum() < _MELTED * found[1].sum():
                 break
-        # of seeds half of which go that way by chance the first rounds may find few, from which later ones find more
-        if (labels & seeds).sum() < (seeds.sum() / 2 if number >= _GENEROUS else 1):
+        if (labels & seeds).sum() < (1 if mixed and number < _GENEROUS else seeds.sum() / 2):
             break
         if number >= _GENEROUS and (found is None or labels.sum() > found[1].sum()):
             found = model, labels

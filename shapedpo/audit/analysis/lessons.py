@@ -173,7 +173,9 @@ def _explained(analysis: Analysis, order: Sequence[int], shown: Shown, progress:
         new = seeds & ~explained
         found = None
         if new.sum() >= max(_FEWEST, _OVERLAP * seeds.sum()):
-            found = attributed(shown, new, seeds & explained, settings.lesson_features, settings.max_chance)
+            aside = seeds & explained
+            # of rows that show one feature many do so by chance
+            found = attributed(shown, new, aside, settings.lesson_features, settings.max_chance, mixed=single)
         if found is None:
             if single:
                 in_vain += 1
