@@ -227,9 +227,8 @@ def _preview(
             return "What this changes is not predicted: that takes --action hold, or rows that are dropped or weighted."
         ways = {"fixed": (weights, held if holds else ())}
     now = Prediction.load_if_made(folder / ANALYSIS)
-    if now and (
-        (folder / ANSWERS).exists() or now.scaled.any()
-    ):  # a pilot of the data as it is says nothing of what is fixed
+    # a pilot of the data as it is says nothing of what is fixed
+    if now and ((folder / ANSWERS).exists() or now.scaled.any()):
         print(
             "Predicted from the data alone, without the audit's answers and pilot: compare the columns with each other."
         )
